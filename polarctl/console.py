@@ -1,0 +1,143 @@
+"""Everything that is said to the user, on stderr: notes, choices, warnings, errors, progress.
+
+Records own stdout. A message is one line, plain unless stderr is a terminal, so that logs stay
+readable; `--json` turns every message into a JSON object a line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+PLAIN_INTERVAL_S = 30.0
+
+
+@dataclass
+class _State:
+    quiet: bool = False
+    verbose: bool = False
+    json: bool = False
+    color: bool = True
+    choices: dict[str, dict[str, str]] = field(default_factory=dict)
+
+
+_state = _State()
+
+
+def configure(*, quiet: bool, verbose: bool, color: bool, json_lines: bool) -> None:
+    """Set how messages look; forgets the choices recorded so far."""
+    _state.quiet, _state.verbose, _state.json = quiet, verbose, json_lines
+    _state.color = color and "NO_COLOR" not in os.environ and sys.stderr.isatty()
+    _state.choices = {}
+
+
+def _emit(kind: str, message: str, style: str = "", **fields: Any) -> None:
+    if _state.json:
+        line = json.dumps({"level": kind, "message": message, **fields}, ensure_ascii=False)
+    elif _state.color and style:
+        line = f"\x1b[{style}m{message}\x1b[0m"
+    else:
+        line = message
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def note(message: str, **fields: Any) -> None:
+    """Say what happened. Hidden by `--quiet`."""
+    if not _state.quiet:
+        _emit("info", message, **fields)
+
+
+def detail(message: str, **fields: Any) -> None:
+    """Say something that only `--verbose` asks for."""
+    if _state.verbose:
+        _emit("debug", message, "2", **fields)
+
+
+def warn(message: str, **fields: Any) -> None:
+    """Say what the user should look at. Never hidden."""
+    _emit("warning", f"warning: {message}", "33", **fields)
+
+
+def error(message: str, hint: str | None = None, **fields: Any) -> None:
+    """Say why the program stops: `polarctl: ...`, then `hint: ...`."""
+    _emit("error", f"polarctl: {message}", "31", hint=hint, **fields) if _state.json else _emit(
+        "error", f"polarctl: {message}", "31"
+    )
+    if hint and not _state.json:
+        _emit("hint", f"hint: {hint}")
+
+
+def choice(what: str, value: str, reason: str) -> None:
+    """Say an automatic choice with its reason, and keep it for the manifest."""
+    _state.choices[what] = {"value": value, "reason": reason}
+    note(f"{what}: {value} ({reason})", choice=what, value=value, reason=reason)
+
+
+def choices() -> dict[str, dict[str, str]]:
+    """The automatic choices of this run: `{what: {value, reason}}`."""
+    return dict(_state.choices)
+
+
+class Progress(Protocol):
+    """A counter that somebody watches."""
+
+    def update(self, done: float, text: str = "") -> None:
+        """Set how much is done, with a few words of state (loss, rate)."""
+
+
+class _PlainProgress:
+    """One line every 30 s, for logs and pipes."""
+
+    def __init__(self, title: str, total: float | None, unit: str):
+        self.title, self.total, self.unit = title, total, unit
+        self.start = self.last = time.monotonic()
+
+    def update(self, done: float, text: str = "") -> None:
+        now = time.monotonic()
+        if now - self.last < PLAIN_INTERVAL_S:
+            return
+        self.last = now
+        rate = done / max(now - self.start, 1e-9)
+        total = f"/{self.total:,.0f}" if self.total else ""
+        note(f"{self.title}: {done:,.0f}{total} {self.unit}, {rate:,.1f}/s {text}".rstrip())
+
+
+class _RichProgress:
+    """A live bar on a terminal."""
+
+    def __init__(self, progress: Any, task: Any):
+        self.progress, self.task = progress, task
+
+    def update(self, done: float, text: str = "") -> None:
+        self.progress.update(self.task, completed=done, text=text)
+
+
+@contextmanager
+def progress(title: str, total: float | None = None, unit: str = "records") -> Iterator[Progress]:
+    """Watch a loop: a bar on a terminal, else a line every 30 s, nothing with `--quiet`."""
+    if _state.quiet or _state.json or not sys.stderr.isatty():
+        yield _PlainProgress(title, total, unit)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
+
+    bar = RichProgress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+        console=Console(stderr=True, no_color=not _state.color),
+        redirect_stdout=False,  # stdout carries records
+        transient=True,
+    )
+    with bar:
+        yield _RichProgress(bar, bar.add_task(title, total=total, text=""))

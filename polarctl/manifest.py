@@ -1,0 +1,129 @@
+"""Provenance beside every output, and the identity of model folders."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import socket
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from polarctl import __version__, console
+from polarctl.config import Common, resolved
+from polarctl.records import SCHEMA_VERSION
+
+_PACKAGES = ("torch", "transformers", "accelerate", "trl", "vllm", "deepspeed")
+_WHOLE_FILE_BYTES = 256 << 20
+_START = time.time()
+
+
+def sha256(path: str | Path) -> str:
+    """Hex SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def folder_identity(path: str) -> str:
+    """A hash that tells one model folder from another; a Hub id is its own identity.
+
+    Names, sizes and contents of the files, of those past 256 MiB only the first and the last MiB.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        return path
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(p for p in root.iterdir() if p.is_file() and p.name != "manifest.json"):
+        size = file.stat().st_size
+        digest.update(f"{file.name}\0{size}\0".encode())
+        with open(file, "rb") as stream:
+            if size <= _WHOLE_FILE_BYTES:
+                digest.update(stream.read())
+            else:
+                digest.update(stream.read(1 << 20))
+                stream.seek(-(1 << 20), os.SEEK_END)
+                digest.update(stream.read())
+    return digest.hexdigest()
+
+
+def environment() -> dict[str, str]:
+    """Versions, platform, host and times."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    stamp = "%Y-%m-%dT%H:%M:%SZ"
+    return {
+        "python": platform.python_version(),
+        **versions,
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "started": time.strftime(stamp, time.gmtime(_START)),
+        "finished": time.strftime(stamp, time.gmtime()),
+    }
+
+
+def build(
+    stage: str,
+    config: Common,
+    *,
+    inputs: list[dict[str, Any]],
+    outputs: dict[str, dict[str, Any]],
+    counts: dict[str, Any],
+) -> dict[str, Any]:
+    """A manifest record (see `polarctl.records.Manifest`)."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "stage": stage,
+        "version": __version__,
+        "config": resolved(config),
+        "inputs": inputs,
+        "outputs": outputs,
+        "counts": counts,
+        "choices": console.choices(),
+        "environment": environment(),
+    }
+
+
+def write_atomic(path: str | Path, data: bytes) -> None:
+    """Replace a file in one step: a reader sees the old bytes or the new, never a part."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write(path: str | Path, manifest: dict[str, Any]) -> None:
+    """Write a manifest crash-safely."""
+    write_atomic(path, orjson.dumps(manifest, option=orjson.OPT_INDENT_2) + b"\n")
+
+
+def folder_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """`{name: {sha256, bytes}}` of the files of a checkpoint folder, its manifest left out."""
+    return {
+        str(file.relative_to(folder)): {"sha256": sha256(file), "bytes": file.stat().st_size}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != "manifest.json"
+    }

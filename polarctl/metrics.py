@@ -1,0 +1,249 @@
+"""Pure functions of numbers: accuracies, their intervals, and the two text baselines.
+
+Two rules decide a pair, and they differ on purpose. A **model** must score the chosen candidate
+strictly above the rejected one: a tie is wrong, so a model that gives every text the same reward
+has accuracy 0, not a flattering 50 %. A **baseline** (longer text, word overlap) gets half a point
+for a tie, so that a baseline that cannot tell the two apart stands at chance, which is what a
+reader compares the model with. `verdict` applies the first rule and `baseline_verdict` the second.
+
+numpy is imported inside the one function that needs it, because the command line imports this
+module for `--help`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+# Scripts written without spaces between words: Han, kana. `\w+` would make one word of a sentence.
+_UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_WORD = re.compile(rf"(?=\w)[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A proportion with its confidence interval: `0 <= low <= value <= high <= 1`.
+
+    `n` counts the cases and `clusters <= n` the independent groups of cases (prompts).
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+    clusters: int
+
+
+def _check_lengths(name: str, these: Sequence[object], other: str, those: Sequence[object]) -> None:
+    if len(these) != len(those):
+        raise ValueError(f"{len(these)} {name} but {len(those)} {other}")
+    if not len(these):
+        raise ValueError(f"no {name}: nothing to measure")
+
+
+def verdict(chosen: float, rejected: float, *, tie: float = 0.0) -> float:
+    """Judge one pair: 1.0 if `chosen > rejected`, `tie` if they are equal, else 0.0.
+
+    Raises:
+        ValueError: either number is NaN, which compares false with everything and would pass
+            for an honest mistake of the model.
+    """
+    if math.isnan(chosen) or math.isnan(rejected):
+        raise ValueError(f"cannot compare NaN rewards: chosen {chosen}, rejected {rejected}")
+    if chosen == rejected:
+        return tie
+    return 1.0 if chosen > rejected else 0.0
+
+
+def baseline_verdict(chosen: float, rejected: float) -> float:
+    """Judge one pair for a baseline: 1.0, 0.0, or 0.5 for a tie (see the module docstring)."""
+    return verdict(chosen, rejected, tie=0.5)
+
+
+def pair_accuracy(chosen: Sequence[float], rejected: Sequence[float]) -> float:
+    """Share of pairs whose chosen reward is strictly above the rejected one, in [0, 1].
+
+    It is a mean over pairs, not a mean of category means, as in the paper's preference
+    evaluation (arXiv 2507.05197).
+
+    Raises:
+        ValueError: no pairs, different lengths, or a NaN reward.
+    """
+    _check_lengths("chosen rewards", chosen, "rejected rewards", rejected)
+    return math.fsum(map(verdict, chosen, rejected)) / len(chosen)
+
+
+def _wilson(p: float, n: float, level: float) -> tuple[float, float]:
+    """Ends of the Wilson interval for an observed share `p` of `n` trials, both real numbers."""
+    z = NormalDist().inv_cdf(0.5 + level / 2)
+    centre = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    # Rounding can put an end a few ulps past p or past the unit interval.
+    low, high = (centre - half) / scale, (centre + half) / scale
+    return max(0.0, min(low, p)), min(1.0, max(high, p))
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie strictly between 0 and 1, got {level}")
+
+
+def wilson_interval(successes: float, n: int, *, level: float = 0.95) -> Interval:
+    """Wilson score interval for `successes` out of `n` independent cases.
+
+    `successes` may be fractional (ties counted half); the interval is then slightly too wide.
+
+    Source: E. B. Wilson, JASA 22 (1927) 209-212; recommended over the normal approximation by
+    Brown, Cai and DasGupta, Statistical Science 16 (2001) 101-133.
+
+    Raises:
+        ValueError: `n` < 1, `successes` outside [0, n], or `level` outside (0, 1).
+    """
+    _check_level(level)
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(f"expected n >= 1 and successes in [0, n], got {successes} of {n}")
+    value = successes / n
+    low, high = _wilson(value, n, level)
+    return Interval(value, low, high, n, n)
+
+
+def bootstrap_interval(
+    correct: Sequence[float],
+    clusters: Sequence[Hashable],
+    *,
+    seed: int,
+    resamples: int = 2000,
+    level: float = 0.95,
+) -> Interval:
+    """Percentile interval of the mean of `correct`, resampling whole clusters.
+
+    `correct` holds a verdict in [0, 1] per case and `clusters` the key of its cluster, such as the
+    prompt. Cases that share a prompt rise and fall together: so prompts are drawn with
+    replacement and each brings all its cases. The estimate stays a mean over cases.
+
+    **When resampling cannot move the mean** (every cluster has the same mean: all right, all
+    wrong, one cluster only) the percentile interval has no width, which claims certainty from a
+    small sample. Then the ends come from Wilson's interval for the same share, with the number
+    of trials set to the effective number of clusters, `(sum m)^2 / sum m^2` for cluster sizes m.
+    That is the number of clusters when they are equally large, and assumes the worst, that the
+    cases of one prompt all go the same way: the interval errs on the wide side.
+
+    With fewer than about 20 clusters a percentile interval is known to be somewhat too narrow.
+    Neither the order of the cases nor the cluster names matter; a non-negative `seed` gives the
+    same numbers on one version of numpy.
+
+    Sources: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13; Davison
+    and Hinkley, Bootstrap Methods (1997), section 3.8, for whole clusters; Kish, Survey Sampling
+    (1965), for the effective number; `wilson_interval` for Wilson.
+
+    Raises:
+        ValueError: no cases, different lengths, or an argument outside its range.
+    """
+    _check_level(level)
+    _check_lengths("verdicts", correct, "cluster keys", clusters)
+    if resamples < 1:
+        raise ValueError(f"resamples must be at least 1, got {resamples}")
+    groups: defaultdict[Hashable, list[float]] = defaultdict(list)
+    for mark, key in zip(correct, clusters, strict=True):
+        if not 0 <= mark <= 1:  # also catches NaN
+            raise ValueError(f"a verdict must lie in [0, 1], got {mark}")
+        groups[key].append(float(mark))
+    value = min(1.0, math.fsum(correct) / len(correct))
+
+    # Clusters with equal (sum, size) are interchangeable, so that drawing K clusters is one
+    # multinomial over the distinct kinds: exact, and a few columns instead of K.
+    kinds = Counter((math.fsum(group), len(group)) for group in groups.values())
+    ordered = sorted(kinds)
+    if len({total / size for total, size in ordered}) == 1:
+        effective = len(correct) ** 2 / sum(k * size**2 for (_, size), k in kinds.items())
+        low, high = _wilson(value, effective, level)
+        return Interval(value, low, high, len(correct), len(groups))
+
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    totals = np.array([total for total, _ in ordered])
+    sizes = np.array([size for _, size in ordered])
+    shares = np.array([kinds[kind] for kind in ordered]) / len(groups)
+    rows = max(1, 2_000_000 // len(ordered))  # at most 16 MB of int64 at a time
+    means = np.empty(resamples)
+    for start in range(0, resamples, rows):
+        drawn = rng.multinomial(len(groups), shares, size=min(rows, resamples - start))
+        means[start : start + rows] = (drawn @ totals) / (drawn @ sizes)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    # A very skewed sample or a handful of resamples can leave the estimate outside.
+    low, high = min(value, float(low)), max(value, float(high))
+    return Interval(value, low, high, len(correct), len(groups))
+
+
+def unigram_f1(a: str, b: str) -> float:
+    r"""Word overlap of two texts: F1 over their multisets of words, in [0, 1], symmetric.
+
+    Words are lower-cased runs of `\w`, single digits and letters included ("the answer is 7" and
+    "the answer is 8" differ); a Han or kana character is a word by itself. Two texts without a
+    word give 1, one such text gives 0. This is ROUGE-1 F1 without stemming (Lin, 2004).
+    """
+    left, right = (Counter(_WORD.findall(text.lower())) for text in (a, b))
+    total = left.total() + right.total()
+    if total == 0:
+        return 1.0
+    return 2 * (left & right).total() / total
+
+
+def text_length(text: str) -> int:
+    """Length in characters (code points), for the baseline in which the longer text wins."""
+    return len(text)
+
+
+def best_of_n(rewards: Sequence[float], labels: Sequence[float]) -> float:
+    """Label that one gets by keeping the candidate with the highest reward.
+
+    Candidates that tie for the top are equally likely, so the result is their mean label.
+
+    Raises:
+        ValueError: no candidates, different lengths, or a NaN reward.
+    """
+    _check_lengths("rewards", rewards, "labels", labels)
+    if any(math.isnan(reward) for reward in rewards):
+        raise ValueError("a reward is NaN")
+    top = max(rewards)
+    kept = [label for reward, label in zip(rewards, labels, strict=True) if reward == top]
+    return math.fsum(kept) / len(kept)
+
+
+def pairs_of_group(labels: Sequence[float]) -> list[tuple[int, int]]:
+    """All index pairs `(i, j)` with `labels[i] > labels[j]`, in lexicographic order.
+
+    Equal labels make no pair, so a group whose labels are all equal gives an empty list.
+    """
+    indices = range(len(labels))
+    return [(i, j) for i in indices for j in indices if labels[i] > labels[j]]
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """Summary of a sample: `min`, `p05`, `p25`, `p50`, `p75`, `p95` and `max`.
+
+    Linear interpolation between order statistics (definition 7 of Hyndman and Fan, The American
+    Statistician 50 (1996) 361-365; numpy's default).
+
+    Raises:
+        ValueError: no values, or one that is infinite or NaN.
+    """
+    if not len(values):
+        raise ValueError("no values to summarise")
+    if not all(map(math.isfinite, values)):
+        raise ValueError("a value is infinite or NaN")
+    ordered = sorted(map(float, values))
+    points = {"min": 0, "p05": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95, "max": 1}
+    summary = {}
+    for name, share in points.items():
+        position = share * (len(ordered) - 1)
+        below = math.floor(position)
+        above = min(below + 1, len(ordered) - 1)
+        summary[name] = ordered[below] + (position - below) * (ordered[above] - ordered[below])
+    return summary

@@ -1,0 +1,97 @@
+"""What every record stage does around its own work: open, check, window by window, commit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from polarctl import console
+from polarctl.config import Common, resolved, shard_of
+from polarctl.errors import UsageError
+from polarctl.io import Reader, RejectSink, expand, stdin_is_missing
+from polarctl.output import Output
+from polarctl.records import Record
+
+
+def inputs_of(stage: str, config: Common) -> list[str]:
+    """The input paths of a stage.
+
+    Raises:
+        UsageError: Nothing is piped in, or no such file.
+    """
+    if stdin_is_missing(config.input):
+        raise UsageError(
+            "no input: name a file or pipe records in", hint=f"polarctl {stage} --help"
+        )
+    return expand(config.input)
+
+
+def reader_of(
+    config: Common,
+    paths: list[str],
+    kind: str | Callable[[dict[str, Any]], str] | None,
+    *,
+    sink: RejectSink | None = None,
+    verify: Callable[[Record], None] | None = None,
+) -> Reader:
+    """A reader with the common options; bad records go to `sink` if `--rejects` is given."""
+    return Reader(
+        paths,
+        kind,
+        rejects=sink if config.rejects else None,
+        limit=config.limit,
+        shard=shard_of(config.shard) if config.shard else (0, 1),
+        verify=verify,
+    )
+
+
+def map_windows(
+    out: Output,
+    reader: Reader,
+    work: Callable[[list[Record]], Iterable[dict[str, Any]]],
+    *,
+    size: int,
+    title: str,
+) -> None:
+    """Run `work` over each window of rows and commit its records, passing over finished ones."""
+    with console.progress(title) as bar:
+        for window in reader.windows(size, done=out.done, digest=out.digest):
+            for record in work(window.records):
+                out.write(record)
+            out.commit(out.units + 1, window.digest)
+            bar.update(reader.rows)
+
+
+def dry_run(stage: str, config: Common, reader: Reader, **facts: Any) -> None:
+    """Check every input row and say what would be done; write nothing."""
+    good = sum(1 for _ in reader)
+    console.note(
+        f"{stage}: options and input are good: {good:,} records"
+        + (f", {reader.bad:,} bad rows" if reader.bad else ""),
+        config=resolved(config),
+        records=good,
+        bad=reader.bad,
+        **facts,
+    )
+    for key, value in {**resolved(config), **facts}.items():
+        console.note(f"  {key}: {value}")
+
+
+class CountRejects:
+    """A sink for dry runs: bad rows are said, not stored."""
+
+    def reject(self, where: str, reason: str, raw: Any = None) -> None:
+        """Say the place and the reason."""
+        console.warn(f"{where}: {reason}")
+
+
+def chunks(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
+    """Consecutive lists of at most `size` records."""
+    batch: list[Record] = []
+    for record in records:
+        batch.append(record)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

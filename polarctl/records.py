@@ -1,0 +1,415 @@
+"""The records that stages exchange, one JSON object a line.
+
+Each class is the contract of one kind of record; `schemas/*.schema.json` are exported from here
+(`polarctl schema NAME`) and a test holds the two equal. In memory a record stays a dict
+(`Record`), so that unknown fields pass through untouched; the classes check it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from polarctl.errors import RecordError, UsageError
+
+SCHEMA_VERSION = 1
+
+
+class Record(dict[str, Any]):
+    """A decoded line that remembers where it came from.
+
+    Attributes:
+        where: `file:line` of the line, for messages.
+    """
+
+    __slots__ = ("where",)
+
+    def __init__(self, fields: dict[str, Any], where: str | None = None):
+        super().__init__(fields)
+        self.where = where
+
+
+class TextPart(Struct):
+    """One part of a message's content in OpenAI's list form."""
+
+    type: Annotated[Literal["text"], Meta(description="Only text parts are supported.")]
+    text: Annotated[str, Meta(description="The text.")]
+
+
+class Message(Struct):
+    """One message of a conversation."""
+
+    role: Annotated[str, Meta(description="Who speaks: system, user, assistant, ...")]
+    content: Annotated[
+        str | list[TextPart], Meta(description="The text, or a list of text parts.")
+    ]
+
+
+Text = str | list[Message]
+Wrapper = Literal["sft", "pretrain"]
+
+_ID = Meta(description="Identity of the prompt; when absent, a hash of the prompt's text.")
+_PROMPT = Meta(description="The prompt: a string or a list of messages.")
+_REFERENCE = Meta(description="The reference trajectory: the answer to compare with.")
+_WRAPPER = Meta(
+    description="How prompt and answer are glued: `sft` (a newline between them, the default) for "
+    "instructions, `pretrain` (nothing between them) for text to be continued."
+)
+_POLICY = Meta(description="Name of the policy that wrote the text.")
+_CATEGORY = Meta(description="Group for the rows of a report: a domain, a subset, a source.")
+_LABEL = Meta(description="True quality, where known: 1 or 0, a grade, or a boolean.")
+
+
+class Prompt(Struct):
+    """A question or a piece of text to continue. Read by `sample` and `rft`."""
+
+    prompt: Annotated[Text, _PROMPT]
+    id: Annotated[str | UnsetType, _ID] = UNSET
+    reference: Annotated[Text | UnsetType, _REFERENCE] = UNSET
+    wrapper: Annotated[Wrapper | UnsetType, _WRAPPER] = UNSET
+    category: Annotated[str | UnsetType, _CATEGORY] = UNSET
+
+
+class Trajectory(Struct):
+    """What one policy wrote for one prompt. Written by `sample`, read by `pair`."""
+
+    prompt: Annotated[Text, _PROMPT]
+    output: Annotated[Text, Meta(description="What the policy wrote, after cleaning.")]
+    policy: Annotated[str, _POLICY]
+    id: Annotated[str | UnsetType, _ID] = UNSET
+    sample: Annotated[
+        int | UnsetType, Meta(description="Index of this sample among the policy's, from 0.")
+    ] = UNSET
+    wrapper: Annotated[Wrapper | UnsetType, _WRAPPER] = UNSET
+    finish_reason: Annotated[
+        Literal["stop", "length"] | UnsetType,
+        Meta(description="`stop`: the policy ended its text; `length`: it was cut by the limit."),
+    ] = UNSET
+    cleaned: Annotated[
+        list[Literal["loop", "incomplete"]] | UnsetType,
+        Meta(
+            description="What cleaning did: `loop` cut at a repetition, `incomplete` cut back to "
+            "the last whole sentence."
+        ),
+    ] = UNSET
+    num_tokens: Annotated[
+        int | UnsetType, Meta(description="Tokens generated, before cleaning.")
+    ] = UNSET
+    category: Annotated[str | UnsetType, _CATEGORY] = UNSET
+
+
+class Triple(Struct):
+    """A reference, a better and a worse candidate. Read by `pretrain`, `finetune`, `score`."""
+
+    prompt: Annotated[Text, _PROMPT]
+    reference: Annotated[Text, _REFERENCE]
+    chosen: Annotated[Text, Meta(description="The candidate that is closer to the reference.")]
+    rejected: Annotated[Text, Meta(description="The candidate that is farther from it.")]
+    id: Annotated[str | UnsetType, _ID] = UNSET
+    wrapper: Annotated[Wrapper | UnsetType, _WRAPPER] = UNSET
+    policy: Annotated[
+        str | UnsetType, Meta(description="Policy of `reference` and `chosen`.")
+    ] = UNSET
+    rejected_policy: Annotated[
+        str | UnsetType, Meta(description="Policy of `rejected`.")
+    ] = UNSET
+    category: Annotated[str | UnsetType, _CATEGORY] = UNSET
+
+
+class NamedCandidate(Struct):
+    """One candidate of a group."""
+
+    output: Annotated[Text, Meta(description="The candidate's text.")]
+    name: Annotated[str | UnsetType, Meta(description="Who wrote it, or any name.")] = UNSET
+    label: Annotated[float | bool | None | UnsetType, _LABEL] = UNSET
+
+
+class Candidate(Struct):
+    """What `score` reads: a single `output`, or a group of `candidates`, for one prompt."""
+
+    prompt: Annotated[Text, _PROMPT]
+    reference: Annotated[Text | UnsetType, _REFERENCE] = UNSET
+    output: Annotated[Text | UnsetType, Meta(description="The single candidate.")] = UNSET
+    candidates: Annotated[
+        list[NamedCandidate] | UnsetType, Meta(description="The group of candidates.")
+    ] = UNSET
+    label: Annotated[float | bool | None | UnsetType, _LABEL] = UNSET
+    id: Annotated[str | UnsetType, _ID] = UNSET
+    wrapper: Annotated[Wrapper | UnsetType, _WRAPPER] = UNSET
+    category: Annotated[str | UnsetType, _CATEGORY] = UNSET
+
+
+class Score(Struct):
+    """What `score` writes: the record it read and its reward or rewards."""
+
+    prompt: Annotated[Text, _PROMPT]
+    reward: Annotated[
+        float | UnsetType, Meta(description="Raw reward of `output`: unbounded, higher is closer.")
+    ] = UNSET
+    rewards: Annotated[
+        list[float] | UnsetType,
+        Meta(
+            description="Raw rewards in the order of `candidates`; for a triple, of `chosen` and "
+            "`rejected`."
+        ),
+    ] = UNSET
+    best: Annotated[
+        int | UnsetType, Meta(description="With `--best-of-n`: index of the highest reward.")
+    ] = UNSET
+    reference: Annotated[Text | UnsetType, _REFERENCE] = UNSET
+    output: Annotated[Text | UnsetType, Meta(description="The single candidate.")] = UNSET
+    candidates: Annotated[
+        list[NamedCandidate] | UnsetType, Meta(description="The group of candidates.")
+    ] = UNSET
+    chosen: Annotated[Text | UnsetType, Meta(description="Better candidate of a triple.")] = UNSET
+    rejected: Annotated[Text | UnsetType, Meta(description="Worse candidate of a triple.")] = UNSET
+    label: Annotated[float | bool | None | UnsetType, _LABEL] = UNSET
+    id: Annotated[str | UnsetType, _ID] = UNSET
+    policy: Annotated[str | UnsetType, _POLICY] = UNSET
+    rejected_policy: Annotated[
+        str | UnsetType, Meta(description="Policy of `rejected`.")
+    ] = UNSET
+    wrapper: Annotated[Wrapper | UnsetType, _WRAPPER] = UNSET
+    category: Annotated[str | UnsetType, _CATEGORY] = UNSET
+
+
+class Verdict(Struct):
+    """What `eval` says of one comparison: a better and a worse candidate for one prompt."""
+
+    id: Annotated[str, Meta(description="Identity of the prompt.")]
+    correct: Annotated[bool, Meta(description="The better candidate has the higher reward.")]
+    margin: Annotated[float, Meta(description="Reward of the better minus that of the worse.")]
+    rewards: Annotated[list[float], Meta(description="Rewards of the better and the worse.")]
+    baselines: Annotated[
+        dict[str, float],
+        Meta(description="Baseline name to 1 (right), 0.5 (cannot tell) or 0 (wrong)."),
+    ]
+    category: Annotated[str | UnsetType, _CATEGORY] = UNSET
+    better: Annotated[
+        str | UnsetType, Meta(description="Name of the better candidate.")
+    ] = UNSET
+    worse: Annotated[str | UnsetType, Meta(description="Name of the worse candidate.")] = UNSET
+
+
+class Estimate(Struct):
+    """A figure with its 95 % interval."""
+
+    value: Annotated[float, Meta(description="The figure.")]
+    low: Annotated[float, Meta(description="Lower end of the interval.")]
+    high: Annotated[float, Meta(description="Upper end of the interval.")]
+    n: Annotated[int, Meta(description="Cases behind the figure.")]
+    clusters: Annotated[
+        int | UnsetType, Meta(description="Distinct prompts: what the bootstrap resamples.")
+    ] = UNSET
+
+
+class Report(Struct):
+    """The summary that `eval` writes as report.json."""
+
+    metric: Annotated[str, Meta(description="What is measured: preference accuracy, ...")]
+    overall: Annotated[
+        dict[str, Estimate], Meta(description="Scorer (the model or a baseline) to figure.")
+    ]
+    categories: Annotated[
+        dict[str, dict[str, Estimate]], Meta(description="The same for every category.")
+    ]
+    margins: Annotated[
+        dict[str, float], Meta(description="Quantiles of the margins: min, p25, p50, p75, max.")
+    ]
+    best_of_n: Annotated[
+        dict[str, Estimate] | UnsetType,
+        Meta(description="Mean label of the candidate that each scorer ranks first (groups)."),
+    ] = UNSET
+    skipped: Annotated[
+        dict[str, int], Meta(description="Reason to number of records without a comparison.")
+    ] = {}
+
+
+class OutputFile(Struct):
+    """A file named by a manifest."""
+
+    sha256: Annotated[str, Meta(description="Hash of the file's bytes.")]
+    bytes: Annotated[int, Meta(description="Size in bytes.")]
+    path: Annotated[str | None | UnsetType, Meta(description="Path; null for a pipe.")] = UNSET
+    records: Annotated[int | UnsetType, Meta(description="Lines, for JSONL.")] = UNSET
+
+
+class InputFile(Struct):
+    """An input named by a manifest."""
+
+    path: Annotated[str, Meta(description="Path, or `-` for standard input.")]
+    bytes: Annotated[int | None, Meta(description="Size in bytes; null for a pipe.")]
+
+
+class Manifest(Struct):
+    """Provenance, beside every output. It is written last: its presence means complete."""
+
+    schema_version: Annotated[int, Meta(description="Version of these record schemas.")]
+    stage: Annotated[str, Meta(description="The subcommand that made the output.")]
+    version: Annotated[str, Meta(description="Version of polarctl.")]
+    config: Annotated[dict[str, Any], Meta(description="Every option, as resolved.")]
+    inputs: Annotated[list[InputFile], Meta(description="What was read.")]
+    outputs: Annotated[dict[str, OutputFile], Meta(description="File name to what was written.")]
+    counts: Annotated[dict[str, Any], Meta(description="What was counted: records, rejects, ...")]
+    choices: Annotated[
+        dict[str, dict[str, str]], Meta(description="Automatic choices: `{value, reason}`.")
+    ]
+    environment: Annotated[dict[str, str], Meta(description="Versions, platform, host, times.")]
+    fingerprint: Annotated[
+        dict[str, Any] | UnsetType, Meta(description="What a resume must find unchanged.")
+    ] = UNSET
+
+
+class PoolPolicy(Struct):
+    """One line of a policy-pool file. Read by `sample --pool`."""
+
+    policy: Annotated[str, Meta(description="Unique name of the policy, written to trajectories.")]
+    model: Annotated[str, Meta(description="Folder or Hub id of a causal language model.")]
+    kind: Annotated[
+        Literal["base", "chat"] | UnsetType,
+        Meta(
+            description="`base` continues the text (wrapper `pretrain`); `chat` answers through "
+            "the tokenizer's chat template (wrapper `sft`). Default: `chat` if the tokenizer has "
+            "a chat template, else `base`."
+        ),
+    ] = UNSET
+    temperature: Annotated[
+        float | UnsetType, Meta(gt=0, description="Sampling temperature; overrides the option.")
+    ] = UNSET
+    top_p: Annotated[
+        float | UnsetType, Meta(gt=0, le=1, description="Nucleus share; overrides the option.")
+    ] = UNSET
+    top_k: Annotated[
+        int | UnsetType,
+        Meta(ge=0, description="Most likely tokens kept, 0 for all; overrides the option."),
+    ] = UNSET
+    max_new_tokens: Annotated[
+        int | UnsetType, Meta(ge=1, description="Length limit in tokens; overrides the option.")
+    ] = UNSET
+    samples: Annotated[
+        int | UnsetType, Meta(ge=1, description="Samples per prompt; overrides the option.")
+    ] = UNSET
+
+
+KINDS: dict[str, type[Struct]] = {
+    "prompt": Prompt,
+    "trajectory": Trajectory,
+    "triple": Triple,
+    "candidate": Candidate,
+    "score": Score,
+    "verdict": Verdict,
+    "report": Report,
+    "manifest": Manifest,
+    "pool": PoolPolicy,
+}
+
+
+def check(fields: dict[str, Any], kind: type[Struct]) -> None:
+    """Raise RecordError when `fields` is no record of the kind.
+
+    The error has no place; whoever knows file and line adds it.
+    """
+    try:
+        msgspec.convert(fields, kind)
+    except msgspec.ValidationError as error:
+        raise RecordError(_readable(str(error))) from None
+    if kind is Candidate and ("output" in fields) == ("candidates" in fields):
+        raise RecordError("needs either `output` or `candidates`")
+    if kind is Candidate and "candidates" in fields and not fields["candidates"]:
+        raise RecordError("`candidates` is empty")
+
+
+def _readable(message: str) -> str:
+    """`Object missing required field `x`` -> `missing field `x``; `$.a[...]` -> field `a`."""
+    text = message.replace("Object missing required field", "missing field")
+    text, _, path = text.partition(" - at `$")
+    path = path.rstrip("`").lstrip(".")
+    text = text[0].lower() + text[1:]
+    return f"field `{path}`: {text}" if path else text
+
+
+def kind_of(fields: dict[str, Any]) -> str:
+    """The kind of record that the fields look like, for `validate` and `score`.
+
+    Raises:
+        RecordError: Nothing fits.
+    """
+    if "chosen" in fields and "rejected" in fields:
+        return "score" if "rewards" in fields else "triple"
+    if "reward" in fields or "rewards" in fields:
+        return "verdict" if "margin" in fields else "score"
+    if "candidates" in fields:
+        return "candidate"
+    if "output" in fields:
+        return "trajectory" if "policy" in fields else "candidate"
+    if "model" in fields and "policy" in fields:
+        return "pool"
+    if "prompt" in fields:
+        return "prompt"
+    raise RecordError("no known kind of record (no `prompt`, `output`, `chosen`, ...)")
+
+
+def find_kind(name: str) -> type[Struct]:
+    """The class of a kind by name.
+
+    Raises:
+        UsageError: No such kind; names the nearest.
+    """
+    if name not in KINDS:
+        import difflib
+
+        near = difflib.get_close_matches(name, KINDS, 1)
+        hint = f"did you mean `{near[0]}`?" if near else f"one of: {', '.join(KINDS)}"
+        raise UsageError(f"no schema named `{name}`", hint=hint)
+    return KINDS[name]
+
+
+def text_of(value: Any) -> str:
+    """A text field as plain text: a string as it is, messages' contents joined by newlines."""
+    from polarctl.encoding import content_text
+
+    return content_text(value)
+
+
+def prompt_id(fields: dict[str, Any]) -> str:
+    """The record's `id`, or 16 hex digits of a hash of its prompt."""
+    given = fields.get("id")
+    if isinstance(given, str) and given:
+        return given
+    prompt = fields["prompt"]
+    raw = prompt if isinstance(prompt, str) else msgspec.json.encode(prompt, order="sorted")
+    data = raw.encode("utf-8", "surrogatepass") if isinstance(raw, str) else raw
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def json_schema(name: str) -> dict[str, Any]:
+    """The JSON Schema (2020-12) of a kind, with its examples."""
+    kind = find_kind(name)
+    (schema,), definitions = msgspec.json.schema_components([kind], ref_template="#/$defs/{name}")
+    root = definitions.pop(kind.__name__)
+    del schema
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": f"{name}.schema.json",
+        **root,
+        **({"anyOf": _ONE_OF[name]} if name in _ONE_OF else {}),
+        "examples": list(examples(name)),
+        **({"$defs": definitions} if definitions else {}),
+    }
+
+
+_ONE_OF = {
+    "candidate": [{"required": ["output"]}, {"required": ["candidates"]}],
+    "score": [{"required": ["reward"]}, {"required": ["rewards"]}],
+}
+
+
+def examples(name: str) -> Iterator[dict[str, Any]]:
+    """The examples of a kind, kept in `polarctl/examples.py`."""
+    from polarctl.examples import EXAMPLES
+
+    yield from EXAMPLES[name]

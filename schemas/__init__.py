@@ -1,0 +1,1 @@
+"""JSON Schemas of the records that stages exchange, exported from `polarctl.records`."""

@@ -1,0 +1,38 @@
+"""Print the JSON Schema of a kind of record, or list the kinds.
+
+polarctl schema triple
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of `polarctl schema`."""
+
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Kind of record; none: list them.")
+    ] = None
+
+
+def run(config: Config) -> None:
+    """Write the schema, or the names of all, to stdout."""
+    from polarctl.output import stdout
+    from polarctl.records import KINDS, json_schema
+
+    if config.name is None:
+        lines = [f"{name}\t{_first_line(kind.__doc__)}" for name, kind in KINDS.items()]
+        text = "\n".join(lines)
+    else:
+        text = json.dumps(json_schema(config.name), indent=2, ensure_ascii=False)
+    stdout().write(text.encode() + b"\n")
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "").partition("\n")[0]

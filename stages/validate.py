@@ -1,0 +1,52 @@
+"""Check files against the record schemas and name every bad line.
+
+Reads any records. Prints one line per bad row on stderr; exit status 3 when there is any.
+
+polarctl validate triples.jsonl --kind triple
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of `polarctl validate`."""
+
+    input: Annotated[
+        tuple[str, ...],
+        typer.Argument(metavar="INPUT", help="Files or globs (.gz and .zst too); `-` for stdin."),
+    ] = ("-",)
+    kind: Annotated[
+        str | None, typer.Option(help="Kind of record; default: told from each line's fields.")
+    ] = None
+
+
+def run(config: Config) -> None:
+    """Read every row; raise RecordError when any is bad."""
+    from polarctl import console
+    from polarctl.errors import RecordError, UsageError
+    from polarctl.io import Reader, expand, stdin_is_missing
+    from polarctl.records import find_kind, kind_of
+
+    class Sink:
+        """Says each bad row at once."""
+
+        def reject(self, where: str, reason: str, raw: Any = None) -> None:
+            """Say the place and the reason."""
+            console.error(f"{where}: {reason}")
+
+    if config.kind is not None:
+        find_kind(config.kind)
+    if stdin_is_missing(config.input):
+        raise UsageError("no input: name a file or pipe records in", hint="polarctl validate -h")
+    for path in expand(config.input):
+        reader = Reader([path], config.kind or kind_of, rejects=Sink())
+        good = sum(1 for _ in reader)
+        if reader.bad:
+            raise RecordError(f"{reader.bad:,} of {reader.rows:,} records are bad", where=path)
+        console.note(f"{path}: {good:,} records, all good")
