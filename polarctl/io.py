@@ -229,9 +229,7 @@ def _placed(error: RecordError, where: str) -> RecordError:
     return RecordError(error.reason, where=where, hint=hint)
 
 
-def decode(
-    line: bytes, where: str, kind: str | Callable[[dict[str, Any]], str] | None
-) -> Record:
+def decode(line: bytes, where: str, kind: str | Callable[[dict[str, Any]], str] | None) -> Record:
     """One line as a checked record.
 
     Args:

@@ -211,7 +211,9 @@ class Output:
         good = self._file.cut_back(entries, "file")
         if self._rejects is not None:
             good = min(good, self._rejects.cut_back(entries, "rejects"))
-        last = entries[good - 1] if good else {"file": (0, ""), "rejects": (0, ""), "done": 0}
+        last: dict[str, Any] = (
+            entries[good - 1] if good else {"file": (0, ""), "rejects": (0, ""), "done": 0}
+        )
         self._truncate(last["file"][0], last["rejects"][0] if last["rejects"] else 0)
         self._journal.seek(0)
         lines = self._journal.read().splitlines(keepends=True)[: good + 1]

@@ -1,9 +1,9 @@
 """Plots of an evaluation or a training run, as PNG bytes.
 
 Every function returns the bytes of one PNG that is legible when shown 700 pixels wide. Equal inputs
-give equal bytes on one version of matplotlib: the user's style file is ignored and no date or
-software name is stored. Colours are those of Okabe and Ito (Color Universal Design, 2008), which
-readers with a colour-vision deficiency can tell apart; line styles differ as well.
+give equal bytes on one version of matplotlib: the user's style file is ignored, no date or software
+name is stored. Colours are Okabe and Ito's (Color Universal Design, 2008), for readers with any
+kind of colour vision; line styles differ as well.
 
 matplotlib is imported inside the functions (it takes seconds) and `pyplot`, with its global figure
 list, is not used at all. Labels are plain text: a `$` in a category name is not mathematics.

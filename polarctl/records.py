@@ -44,9 +44,7 @@ class Message(Struct):
     """One message of a conversation."""
 
     role: Annotated[str, Meta(description="Who speaks: system, user, assistant, ...")]
-    content: Annotated[
-        str | list[TextPart], Meta(description="The text, or a list of text parts.")
-    ]
+    content: Annotated[str | list[TextPart], Meta(description="The text, or a list of text parts.")]
 
 
 Text = str | list[Message]
@@ -111,12 +109,10 @@ class Triple(Struct):
     rejected: Annotated[Text, Meta(description="The candidate that is farther from it.")]
     id: Annotated[str | UnsetType, _ID] = UNSET
     wrapper: Annotated[Wrapper | UnsetType, _WRAPPER] = UNSET
-    policy: Annotated[
-        str | UnsetType, Meta(description="Policy of `reference` and `chosen`.")
-    ] = UNSET
-    rejected_policy: Annotated[
-        str | UnsetType, Meta(description="Policy of `rejected`.")
-    ] = UNSET
+    policy: Annotated[str | UnsetType, Meta(description="Policy of `reference` and `chosen`.")] = (
+        UNSET
+    )
+    rejected_policy: Annotated[str | UnsetType, Meta(description="Policy of `rejected`.")] = UNSET
     category: Annotated[str | UnsetType, _CATEGORY] = UNSET
 
 
@@ -170,9 +166,7 @@ class Score(Struct):
     label: Annotated[float | bool | None | UnsetType, _LABEL] = UNSET
     id: Annotated[str | UnsetType, _ID] = UNSET
     policy: Annotated[str | UnsetType, _POLICY] = UNSET
-    rejected_policy: Annotated[
-        str | UnsetType, Meta(description="Policy of `rejected`.")
-    ] = UNSET
+    rejected_policy: Annotated[str | UnsetType, Meta(description="Policy of `rejected`.")] = UNSET
     wrapper: Annotated[Wrapper | UnsetType, _WRAPPER] = UNSET
     category: Annotated[str | UnsetType, _CATEGORY] = UNSET
 
@@ -189,9 +183,7 @@ class Verdict(Struct):
         Meta(description="Baseline name to 1 (right), 0.5 (cannot tell) or 0 (wrong)."),
     ]
     category: Annotated[str | UnsetType, _CATEGORY] = UNSET
-    better: Annotated[
-        str | UnsetType, Meta(description="Name of the better candidate.")
-    ] = UNSET
+    better: Annotated[str | UnsetType, Meta(description="Name of the better candidate.")] = UNSET
     worse: Annotated[str | UnsetType, Meta(description="Name of the worse candidate.")] = UNSET
 
 
@@ -278,20 +270,24 @@ class PoolPolicy(Struct):
         ),
     ] = UNSET
     temperature: Annotated[
-        float | UnsetType, Meta(gt=0, description="Sampling temperature; overrides the option.")
+        Annotated[float, Meta(gt=0)] | UnsetType,
+        Meta(description="Sampling temperature; overrides the option."),
     ] = UNSET
     top_p: Annotated[
-        float | UnsetType, Meta(gt=0, le=1, description="Nucleus share; overrides the option.")
+        Annotated[float, Meta(gt=0, le=1)] | UnsetType,
+        Meta(description="Nucleus share; overrides the option."),
     ] = UNSET
     top_k: Annotated[
-        int | UnsetType,
-        Meta(ge=0, description="Most likely tokens kept, 0 for all; overrides the option."),
+        Annotated[int, Meta(ge=0)] | UnsetType,
+        Meta(description="Most likely tokens kept, 0 for all; overrides the option."),
     ] = UNSET
     max_new_tokens: Annotated[
-        int | UnsetType, Meta(ge=1, description="Length limit in tokens; overrides the option.")
+        Annotated[int, Meta(ge=1)] | UnsetType,
+        Meta(description="Length limit in tokens; overrides the option."),
     ] = UNSET
     samples: Annotated[
-        int | UnsetType, Meta(ge=1, description="Samples per prompt; overrides the option.")
+        Annotated[int, Meta(ge=1)] | UnsetType,
+        Meta(description="Samples per prompt; overrides the option."),
     ] = UNSET
 
 

@@ -144,7 +144,10 @@ def _table(table: Table) -> list[str]:
     lines = [f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">', "<table>"]
     if table.caption:
         lines.append(f"<caption>{_escape(table.caption)}</caption>")
-    head = (f'<th scope="col"{c}>{_escape(name)}</th>' for c, name in zip(css, table.columns))
+    head = (
+        f'<th scope="col"{attribute}>{_escape(name)}</th>'
+        for attribute, name in zip(css, table.columns, strict=True)
+    )
     lines += ["<thead>", f"<tr>{''.join(head)}</tr>", "</thead>", "<tbody>"]
     for row in table.rows:
         cells = []
