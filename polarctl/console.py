@@ -6,7 +6,6 @@ readable; `--json` turns every message into a JSON object a line.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -39,6 +38,8 @@ def configure(*, quiet: bool, verbose: bool, color: bool, json_lines: bool) -> N
 
 def _emit(kind: str, message: str, style: str = "", **fields: Any) -> None:
     if _state.json:
+        import json
+
         line = json.dumps({"level": kind, "message": message, **fields}, ensure_ascii=False)
     elif _state.color and style:
         line = f"\x1b[{style}m{message}\x1b[0m"
@@ -67,10 +68,12 @@ def warn(message: str, **fields: Any) -> None:
 
 def error(message: str, hint: str | None = None, **fields: Any) -> None:
     """Say why the program stops: `polarctl: ...`, then `hint: ...`."""
-    _emit("error", f"polarctl: {message}", "31", hint=hint, **fields) if _state.json else _emit(
-        "error", f"polarctl: {message}", "31"
-    )
-    if hint and not _state.json:
+    text = f"polarctl: {message}"
+    if _state.json:
+        _emit("error", text, hint=hint, **fields)
+        return
+    _emit("error", text, "31")
+    if hint:
         _emit("hint", f"hint: {hint}")
 
 
@@ -141,3 +144,12 @@ def progress(title: str, total: float | None = None, unit: str = "records") -> I
     )
     with bar:
         yield _RichProgress(bar, bar.add_task(title, total=total, text=""))
+
+
+def show(renderable: Any) -> None:
+    """Print a rich object (a table) on stderr. Hidden by `--quiet`; with `--json` left out."""
+    if _state.quiet or _state.json:
+        return
+    from rich.console import Console
+
+    Console(stderr=True, no_color=not _state.color).print(renderable)

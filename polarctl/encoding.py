@@ -116,7 +116,7 @@ class Encoder:
                 "add it to the vocabulary or choose another reward_token"
             )
         self._markers: dict[str, list[str]] = {}  # last character -> markers, longest first
-        for marker in sorted({separator, reward_token} | _special_tokens(tokenizer), key=len)[::-1]:
+        for marker in sorted({separator, reward_token, *_special_tokens(tokenizer)}, key=len)[::-1]:
             self._markers.setdefault(marker[-1], []).append(marker)
 
     def text(self, prompt: Text, reference: Text, output: Text, wrapper: str = "sft") -> str:
@@ -149,7 +149,7 @@ class Encoder:
         *,
         shared_prompt_budget: bool = True,
     ) -> list[Encoded]:
-        """Encode several candidates of one prompt and reference, each piece tokenized once.
+        """Encode candidates of one prompt and reference, which are tokenized once for all.
 
         By default the prompt is cut for all to the smallest of their budgets, as training does:
         the difference of two rewards then cannot come from unequal prompts.
@@ -190,11 +190,11 @@ class Encoder:
         return kept, len(ids) > limit
 
     def _detokenize(self, ids: list[int]) -> str:
-        return self._clean(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _join(self, prompt: str, trajectory: str, wrapper: str) -> str:
         bare = wrapper == "pretrain" or (trajectory == "" and self.empty == "training")
-        # Cleaned once more: a prompt ending in `<|rew` meets a trajectory beginning with `ard|>`.
+        # Cleaned when joined: a prompt may end in `<|rew` and a trajectory begin with `ard|>`.
         return self._clean(prompt + ("" if bare else "\n") + trajectory)
 
     def _clean(self, text: str) -> str:
@@ -216,8 +216,8 @@ class Encoder:
 
     def _final_ids(self, text: str) -> list[int]:
         ids = self.tokenizer.encode(text, add_special_tokens=True)
-        # Last defence, for a tokenizer that reads more than the exact string as a marker (one that
-        # lower-cases, say), which the cleaning of strings cannot see.
+        # Last defence: a tokenizer may read more than the exact string as a marker, which the
+        # cleaning of strings cannot see.
         if ids.count(self.reward_token_id) != 1 or ids.count(self._separator_id) > 1:
             raise ValueError(
                 f"the tokenizer reads a part of the text as `{self.separator}` or "
@@ -249,10 +249,10 @@ def content_text(value: Text) -> str:
 
 
 def _message_text(message: Any) -> str:
-    content: Any = message.get("content") if isinstance(message, Mapping) else None
+    content = message.get("content") if isinstance(message, Mapping) else None
     if isinstance(content, str):
         return content
-    parts = content if isinstance(content, Sequence) else [None]
+    parts: list[Any] = list(content) if isinstance(content, Sequence) else [None]
     if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in parts):
         raise ValueError("a message needs a `content`: a string or a list of text parts")
     return "".join(part["text"] for part in parts)

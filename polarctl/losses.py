@@ -22,9 +22,8 @@ def bradley_terry(chosen: Tensor, rejected: Tensor) -> Tensor:
         rejected: Rewards of the rejected trajectories. Shape: (B,).
 
     Returns:
-        Loss per pair, at least in float32: a difference of two near rewards does not survive
-        bfloat16.
-        Shape: (B,).
+        Loss per pair, at least in float32: the difference of near rewards does not survive
+        bfloat16. Shape: (B,).
 
     Raises:
         ValueError: The shapes differ.

@@ -173,11 +173,9 @@ def accuracy_bars(
     Raises:
         ValueError: no rows, or no judge in any of them.
     """
-    names = list(dict.fromkeys(name for _, judged in rows for name in judged))
-    if not names:
+    if not (names := list(dict.fromkeys(name for _, judged in rows for name in judged))):
         raise ValueError("no accuracies to plot")
-    shown = rows[:MAX_ROWS]
-    labels = []
+    shown, labels = rows[:MAX_ROWS], []
     for category, judged in shown:
         cases = max((interval.n for interval in judged.values()), default=0)
         labels.append(f"{_wrapped(category, 30)}\nn = {cases:,}")
@@ -209,8 +207,8 @@ def accuracy_bars(
         axes.set_yticks(centres, labels, linespacing=1.1)
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x")
-        left_out = len(rows) - len(shown)
-        note = f"\n{left_out:,} more categories are not drawn" if left_out else ""
+        more = len(rows) - len(shown)
+        note = f"\n{more:,} more categories are not drawn" if more else ""
         axes.set_xlabel(f"accuracy (%) with its confidence interval{note}")
         drawn = [name for name in names if name in handles]
         _head(figure, title, [handles[name] for name in drawn], drawn)

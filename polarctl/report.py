@@ -101,19 +101,20 @@ _CSS = """
   img { filter: brightness(.9); }
 }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 46rem; background: var(--paper);
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 50rem; background: var(--paper);
   color: var(--ink); font: 1rem/1.55 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { margin: 0; font-size: 1.7rem; line-height: 1.25; }
 h2 { margin: 2.5rem 0 .75rem; padding-bottom: .3rem; border-bottom: 1px solid var(--line);
   font-size: 1.25rem; }
 p { margin: .75rem 0; white-space: pre-line; }
 .subtitle { margin: .4rem 0 0; color: var(--soft); }
-.scroll { margin: 1rem 0; overflow-x: auto; }
+figure { margin: 1rem 0; }
+.scroll { overflow-x: auto; }
 table { min-width: 100%; border-collapse: collapse; font-size: .92rem; }
-caption { padding: 0 0 .5rem; color: var(--soft); text-align: left; }
+figcaption { padding: 0 0 .5rem; color: var(--soft); font-size: .92rem; }
 th, td { padding: .4rem .75rem; border-bottom: 1px solid var(--line); text-align: left;
   vertical-align: top; overflow-wrap: normal; }
-td:first-child, th:first-child { min-width: 7rem; overflow-wrap: anywhere; }
+td:first-child, th:first-child { min-width: 9rem; overflow-wrap: anywhere; }
 thead th { border-bottom-width: 2px; background: var(--shade); }
 tbody th { font-weight: 400; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
@@ -142,8 +143,6 @@ def _table(table: Table) -> list[str]:
     # Focusable, so that a table wider than the screen scrolls from the keyboard too.
     label = _escape(table.caption or "table")
     lines = [f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">', "<table>"]
-    if table.caption:
-        lines.append(f"<caption>{_escape(table.caption)}</caption>")
     head = (
         f'<th scope="col"{attribute}>{_escape(name)}</th>'
         for attribute, name in zip(css, table.columns, strict=True)
@@ -156,7 +155,10 @@ def _table(table: Table) -> list[str]:
             scope = ' scope="row"' if tag == "th" else ""
             cells.append(f"<{tag}{scope}{css[i]}>{_escape(cell)}</{tag}>")
         lines.append(f"<tr>{''.join(cells)}</tr>")
-    return [*lines, "</tbody>", "</table>", "</div>"]
+    lines += ["</tbody>", "</table>", "</div>"]
+    # Not a <caption>: that would scroll away sideways with the table.
+    caption = [f"<figcaption>{_escape(table.caption)}</figcaption>"] if table.caption else []
+    return ["<figure>", *caption, *lines, "</figure>"]
 
 
 def _section(section: Section) -> list[str]:
@@ -207,8 +209,8 @@ def terminal_table(table: Table) -> rich.table.Table:
     if table.caption:
         shown.title = text(table.caption)
     for name, numeric in zip(table.columns, table.numeric(), strict=True):
-        # A number that wraps is misread: names give way instead.
-        shown.add_column(text(name), justify="right" if numeric else "left", no_wrap=numeric)
+        # On a narrow terminal cells fold: an ellipsis would hide digits.
+        shown.add_column(text(name), justify="right" if numeric else "left", overflow="fold")
     for row in table.rows:
         shown.add_row(*map(text, row))
     return shown

@@ -1,14 +1,129 @@
-"""Placeholder for eval."""
+r"""Compare rewards with what is known: preference or discrimination accuracy with intervals.
+
+Reads scored records: triples (chosen is better than rejected) or groups with labels. With --model
+it scores plain triples and groups first. Writes a verdict per case; the table goes to stderr, the
+full report to --report.
+
+\b
+polarctl score triples.jsonl -m runs/rm | polarctl eval - -o verdicts.jsonl --report runs/report
+"""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
 
 from polarctl.config import Common
+
+WINDOW_ROWS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Common):
-    """Options."""
+    """Options of `polarctl eval`."""
+
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Reward model, for records without rewards."),
+    ] = None
+    report: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Write report.html, .json and plots here.")
+    ] = None
+    by: Annotated[str, typer.Option(metavar="FIELD", help="Field that groups the table.")] = (
+        "category"
+    )
+    min_accuracy: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Exit with status 5 when the accuracy is below this."),
+    ] = None
+    no_reference: Annotated[
+        bool, typer.Option("--no-reference", help="With --model: score without references.")
+    ] = False
+    batch_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of one forward pass, padding included.")
+    ] = 8192
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:I.")] = "auto"
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
 
 
 def run(config: Config) -> None:
-    """Run."""
+    """Judge every record of the input and report."""
+    from polarctl import console, eval_report, io, manifest, pipeline
+    from polarctl.errors import CheckFailed, RecordError
+    from polarctl.evaluation import Cases, summarise, verdicts
+    from polarctl.output import Output
+    from polarctl.records import Record
+    from polarctl.report import terminal_table
+    from polarctl.scoring import (
+        kind_of_scorable,
+        load_scorer,
+        require_reference,
+        score_records,
+    )
+
+    paths = pipeline.inputs_of("eval", config)
+    kind, verify = None, _require_rewards
+    if config.model is not None:
+        kind, verify = kind_of_scorable, None if config.no_reference else require_reference
+    if config.dry_run:
+        sink = pipeline.CountRejects()
+        reader = pipeline.reader_of(config, paths, kind, sink=sink, verify=verify)
+        pipeline.dry_run("eval", config, reader)
+        return
+    identity = {"model_identity": manifest.folder_identity(config.model)} if config.model else {}
+    cases = Cases()
+    with Output("eval", config, io.sizes(paths), identity) as out:
+        if out.complete:
+            return
+        scorer = config.model and load_scorer(
+            config.model,
+            device=config.device,
+            dtype=config.dtype,
+            batch_tokens=config.batch_tokens,
+        )
+        reader = pipeline.reader_of(config, paths, kind, sink=out, verify=verify)
+
+        def work(window: list[Record]) -> Any:
+            if scorer:
+                scored = score_records(window, scorer, no_reference=config.no_reference)
+                window = [
+                    Record(fields, old.where)
+                    for old, (fields, _) in zip(window, scored, strict=True)
+                ]
+            for record in window:
+                yield from verdicts(record, config.by, cases)
+
+        # Figures need every case, so an interrupted evaluation begins again.
+        for window in reader.windows(WINDOW_ROWS):
+            for verdict in work(window.records):
+                out.write(verdict)
+        if not cases.margins:
+            raise RecordError(
+                f"nothing to compare in {reader.rows:,} records",
+                hint="triples, or groups of candidates with different `label`s",
+            )
+        report = summarise(cases, config.seed)
+        out.counts.update(skipped=report["skipped"], overall=report["overall"])
+        if config.report:
+            source = ", ".join(paths) if paths != ["-"] else "standard input"
+            eval_report.write(config.report, report, cases.margins, source)
+            console.note(f"report: {config.report}/report.html")
+    tables = [eval_report.table(report), eval_report.best_of_n_table(report)]
+    for part in tables:
+        if part is not None:
+            console.show(terminal_table(part))
+    for reason, number in report["skipped"].items():
+        console.warn(f"{number:,} records left out: {reason}")
+    accuracy = report["overall"]["model"]["value"]
+    if config.min_accuracy is not None and accuracy < config.min_accuracy:
+        raise CheckFailed(f"accuracy {accuracy:.4f} is below {config.min_accuracy}")
+
+
+def _require_rewards(record: Any) -> None:
+    from polarctl.evaluation import rewards_of
+    from polarctl.records import Score, check
+
+    rewards_of(record)
+    check(record, Score)

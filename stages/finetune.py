@@ -1,14 +1,33 @@
-"""Placeholder for finetune."""
+r"""Fine-tune a reward model on triples ranked by people: reference > chosen > rejected.
+
+Reads triples, or any preference data with `prompt`, `chosen`, `rejected` and a column that serves
+as the reference. Writes a checkpoint folder. Prints the folder's path.
+
+\b
+polarctl finetune ranked.jsonl -m runs/rm -o runs/rm-tuned
+"""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from polarctl.config import Common
+import typer
+
+from polarctl.train_config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Common):
-    """Options."""
+class Config(TrainConfig):
+    """Options of `polarctl finetune`."""
+
+    reference_field: Annotated[
+        str, typer.Option(metavar="FIELD", help="Field of the records that holds the reference.")
+    ] = "reference"
 
 
 def run(config: Config) -> None:
-    """Run."""
+    """Train on the input."""
+    from polarctl import fit
+
+    fit.run("finetune", config, reference_field=config.reference_field, max_response_length=4096)

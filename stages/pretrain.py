@@ -1,14 +1,27 @@
-"""Placeholder for pretrain."""
+r"""Pre-train a reward model on unlabelled triples: tell policies apart.
+
+Reads triples (`prompt, reference, chosen, rejected`), in which reference and chosen are of one
+policy and rejected is of another. Writes a checkpoint folder that transformers loads as a sequence
+classifier. Prints the folder's path.
+
+\b
+polarctl pair trajectories.jsonl | polarctl pretrain -m models/base -o runs/rm
+"""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 
-from polarctl.config import Common
+from polarctl.train_config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Common):
-    """Options."""
+class Config(TrainConfig):
+    """Options of `polarctl pretrain`."""
 
 
 def run(config: Config) -> None:
-    """Run."""
+    """Train on the input."""
+    from polarctl import fit
+
+    fit.run("pretrain", config, reference_field="reference", max_response_length=5120)

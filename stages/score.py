@@ -1,14 +1,89 @@
-"""Placeholder for score."""
+r"""Score candidates with a reward model: how close is each to its reference.
+
+Reads candidates (`prompt, reference, output`, or a group `candidates: [...]`) or triples. Writes
+the same records with `reward`, or `rewards` in the order of the candidates.
+
+\b
+polarctl score candidates.jsonl -m runs/rm | polarctl eval - --report runs/report
+"""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
 
 from polarctl.config import Common
+
+WINDOW_ROWS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Common):
-    """Options."""
+    """Options of `polarctl score`."""
+
+    model: Annotated[str, typer.Option("--model", "-m", help="Reward model: a folder or a Hub id.")]
+    best_of_n: Annotated[
+        bool, typer.Option("--best-of-n", help="Add `best`: index of a group's highest reward.")
+    ] = False
+    no_reference: Annotated[
+        bool, typer.Option("--no-reference", help="Score against an empty reference.")
+    ] = False
+    batch_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of one forward pass, padding included.")
+    ] = 8192
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:I.")] = "auto"
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
 
 
 def run(config: Config) -> None:
-    """Run."""
+    """Score every record of the input."""
+    from polarctl import console, io, manifest, pipeline
+    from polarctl.output import Output
+    from polarctl.scoring import (
+        kind_of_scorable,
+        load_scorer,
+        require_reference,
+        score_records,
+    )
+
+    paths = pipeline.inputs_of("score", config)
+    verify = None if config.no_reference else require_reference
+    if config.dry_run:
+        reader = pipeline.reader_of(
+            config, paths, kind_of_scorable, sink=pipeline.CountRejects(), verify=verify
+        )
+        pipeline.dry_run("score", config, reader)
+        return
+    identity = {"model_identity": manifest.folder_identity(config.model)}
+    with Output("score", config, io.sizes(paths), identity) as out:
+        if out.complete:
+            return
+        scorer = load_scorer(
+            config.model,
+            device=config.device,
+            dtype=config.dtype,
+            batch_tokens=config.batch_tokens,
+        )
+        reader = pipeline.reader_of(config, paths, kind_of_scorable, sink=out, verify=verify)
+        counts = out.counts
+        for key in ("rewards", "truncated", "tokens"):
+            counts.setdefault(key, 0)
+
+        def work(window: list[Any]) -> Any:
+            scored = score_records(
+                window, scorer, no_reference=config.no_reference, best=config.best_of_n
+            )
+            for record, details in scored:
+                counts["rewards"] += len(details)
+                counts["tokens"] += sum(d.tokens for d in details)
+                counts["truncated"] += sum(bool(d.truncated) for d in details)
+                yield record
+
+        pipeline.map_windows(out, reader, work, size=WINDOW_ROWS, title="score")
+        if counts["truncated"]:
+            console.warn(
+                f"{counts['truncated']:,} of {counts['rewards']:,} inputs were longer than the "
+                "model's template and were cut"
+            )

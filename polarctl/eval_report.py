@@ -1,0 +1,85 @@
+"""The report of an evaluation: table, JSON, plots, one self-contained page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from polarctl import manifest
+from polarctl.evaluation import interval_of
+from polarctl.report import Image, Report, Section, Table, format_interval, render_html
+
+SCORERS = {"model": "model", "length": "longer wins", "overlap": "word overlap (F1)"}
+
+
+def table(report: Mapping[str, Any]) -> Table:
+    """Accuracy of the model and of the baselines, overall and by category."""
+    names = list(report["overall"])
+    rows = [_row("all", report["overall"], names)]
+    rows += [_row(category, row, names) for category, row in report["categories"].items()]
+    return Table(
+        ("category", "cases", *(SCORERS.get(name, name) for name in names)),
+        rows,
+        f"{report['metric']}, 95 % intervals over prompts",
+    )
+
+
+def _row(label: str, figures: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    cases = str(next(iter(figures.values()))["n"])
+    return [label, cases, *(format_interval(interval_of(figures[name])) for name in names)]
+
+
+def best_of_n_table(report: Mapping[str, Any]) -> Table | None:
+    """Mean label of the candidate that each scorer ranks first, or None without groups."""
+    figures = report.get("best_of_n")
+    if not figures:
+        return None
+    groups = next(iter(figures.values()))["n"]
+    return Table(
+        ("ranked by", "mean label of the first"),
+        [
+            [SCORERS.get(name, name), format_interval(interval_of(figure))]
+            for name, figure in figures.items()
+        ],
+        f"best of n, {groups} groups",
+    )
+
+
+def write(folder: str, report: Mapping[str, Any], margins: Sequence[float], source: str) -> None:
+    """Write report.json, report.html, margins.png and accuracy.png into a folder.
+
+    Args:
+        folder: Where; made if missing.
+        report: A `polarctl.records.Report` record.
+        margins: The margins behind it.
+        source: What was evaluated, in words.
+    """
+    from polarctl import plots
+
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    histogram = plots.margin_histogram(margins, title="Margins: better minus worse")
+    rows = [("all", report["overall"]), *report["categories"].items()][: plots.MAX_ROWS]
+    bars = plots.accuracy_bars(
+        [(name, {k: interval_of(v) for k, v in figures.items()}) for name, figures in rows],
+        title=report["metric"],
+    )
+    sections = [
+        Section("Accuracy", table=table(report), images=[Image(bars, "Accuracy by category")]),
+        Section("Margins", images=[Image(histogram, "Histogram of reward margins")]),
+    ]
+    best = best_of_n_table(report)
+    if best is not None:
+        sections.insert(1, Section("Best of n", table=best))
+    if report["skipped"]:
+        skipped = [[reason, str(number)] for reason, number in report["skipped"].items()]
+        sections.append(Section("Left out", table=Table(("reason", "records"), skipped)))
+    page = render_html(Report(report["metric"].capitalize(), source, sections))
+    manifest.write_atomic(target / "margins.png", histogram)
+    manifest.write_atomic(target / "accuracy.png", bars)
+    manifest.write_atomic(target / "report.html", page.encode())
+    options = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS
+    manifest.write_atomic(target / "report.json", orjson.dumps(dict(report), option=options))

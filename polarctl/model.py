@@ -1,0 +1,268 @@
+"""The reward model: a causal LM's backbone and a scalar head, in the architecture's own class.
+
+A checkpoint is a plain `...ForSequenceClassification` with one label and the problem type
+"regression", so transformers, vLLM, SGLang and TRL load it without any code of ours. Its
+`config.json` carries the input template under `polar` and the id of the reward token.
+
+Shapes: B sequences, T tokens.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from polarctl import console
+from polarctl.encoding import Encoder
+from polarctl.errors import MissingError, UsageError
+
+MAX_LENGTH = 16384
+SEPARATOR, REWARD_TOKEN = "<|reward|>", "[UNUSED_TOKEN_130]"
+
+
+@dataclass
+class RewardModel:
+    """A sequence classifier with one label, its tokenizer and its template.
+
+    Attributes:
+        model: The transformers model; `model.base_model` is the backbone, `model.score` the head.
+        tokenizer: Its tokenizer.
+        encoder: Text to token ids, as the checkpoint was trained.
+    """
+
+    model: Any
+    tokenizer: Any
+    encoder: Encoder
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    def save(self, folder: str | Path) -> None:
+        """Write config, weights and tokenizer; files get the permissions of the umask."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        umask = os.umask(0)
+        os.umask(umask)
+        for file in Path(folder).iterdir():
+            if file.is_file():  # safetensors writes 0600
+                file.chmod(0o666 & ~umask)
+
+
+def pad(sequences: Sequence[Sequence[int]], pad_id: int, device: Any) -> tuple[Tensor, Tensor]:
+    """Right-pad token ids.
+
+    Returns:
+        Ids and mask, both Shape: (B, T), on `device`.
+    """
+    length = max(map(len, sequences))
+    ids = torch.full((len(sequences), length), pad_id)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = torch.as_tensor(sequence)
+        mask[row, : len(sequence)] = 1
+    return ids.to(device), mask.to(device)
+
+
+def rewards(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """Rewards of right-padded sequences, read at each one's last token.
+
+    Args:
+        model: A `...ForSequenceClassification` (or its wrapper for distribution).
+        ids: Token ids. Shape: (B, T).
+        mask: 1 for tokens, 0 for padding. Shape: (B, T).
+
+    Returns:
+        Shape: (B,), float32.
+    """
+    hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+    last = mask.sum(1) - 1
+    at_reward = hidden[torch.arange(len(ids), device=ids.device), last]
+    return model.score(at_reward).squeeze(-1).float()
+
+
+# -- loading --------------------------------------------------------------------------------------
+
+
+def load_tokenizer(path: str) -> Any:
+    """A tokenizer from a folder or the Hub.
+
+    Raises:
+        MissingError: There is none.
+    """
+    try:
+        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for this
+        raise MissingError(
+            f"{path}: no tokenizer that can be loaded ({_first_line(error)})",
+            hint="save the tokenizer into the model's folder, or pass --tokenizer",
+        ) from None
+
+
+def load_config(path: str) -> Any:
+    """A model's config from a folder, a config file or the Hub.
+
+    Raises:
+        MissingError: There is none, or it needs code from the folder.
+    """
+    try:
+        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:
+        raise MissingError(
+            f"{path}: no model that can be loaded ({_first_line(error)})",
+            hint="a folder with config.json and model.safetensors, or a Hub id",
+        ) from None
+
+
+def load(path: str, *, device: str = "cpu", dtype: Any = torch.float32) -> RewardModel:
+    """A trained reward model.
+
+    Raises:
+        MissingError: No model, tokenizer or reward head there.
+    """
+    config = load_config(path)
+    tokenizer = load_tokenizer(path)
+    if getattr(config, "num_labels", None) != 1 or not _is_classifier(config):
+        raise MissingError(
+            f"{path}: has no reward head", hint="`polarctl pretrain` and `finetune` make one"
+        )
+    model = _classifier(path, config, dtype, head=True)
+    return RewardModel(model.to(device).eval(), tokenizer, _encoder(path, config, tokenizer))
+
+
+def create(
+    *,
+    base: str | None = None,
+    config_path: str | None = None,
+    tokenizer_path: str | None = None,
+    max_length: int | None = None,
+    max_response_length: int | None = None,
+    default_response_length: int = 4096,
+    cut_side: str = "right",
+    device: str = "cpu",
+    dtype: Any = torch.float32,
+    seed: int = 0,
+) -> RewardModel:
+    """A reward model to be trained.
+
+    A causal LM gets a zero head and the two template tokens; a reward model goes on as it is; a
+    config alone gives random weights.
+
+    Args:
+        base: Folder or Hub id of a causal LM or of a reward model.
+        config_path: Instead of `base`: a config for random weights.
+        tokenizer_path: Tokenizer, where the model has none or another is wanted.
+        max_length: Tokens of one input; default: 16384 or what the model can take.
+        max_response_length: Tokens of one response, or None for the default.
+        default_response_length: That default; a quarter of `max_length` where that is less.
+        cut_side: Where long responses are cut.
+        device: Where the weights go.
+        dtype: Their precision.
+        seed: Seed of random weights.
+
+    Raises:
+        UsageError: Neither or both of `base` and `config_path`; lengths that do not fit.
+        MissingError: Model or tokenizer is not there.
+    """
+    if (base is None) == (config_path is None):
+        raise UsageError("pass either `--model` or `--init-from-config`")
+    source = base or config_path
+    assert source is not None
+    config = load_config(source)
+    if base is not None and _is_classifier(config) and getattr(config, "polar", None):
+        return load(base, device=device, dtype=dtype)
+    tokenizer = load_tokenizer(tokenizer_path or source)
+    _add_tokens(tokenizer)
+    config.num_labels, config.problem_type = 1, "regression"
+    config.pad_token_id = tokenizer.pad_token_id
+    torch.manual_seed(seed)
+    if base is None:
+        config.vocab_size = max(config.vocab_size, len(tokenizer))
+        model = _from_config(config, dtype)
+    else:
+        model = _classifier(base, config, dtype, head=False)
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(tokenizer))
+    torch.nn.init.zeros_(model.score.weight)  # the first loss is ln 2
+    longest = getattr(config, "max_position_embeddings", None) or MAX_LENGTH
+    total = min(max_length or MAX_LENGTH, longest)
+    template = {
+        "separator": SEPARATOR,
+        "reward_token": REWARD_TOKEN,
+        "max_length": total,
+        "max_response_length": max_response_length or min(default_response_length, total // 4),
+        "cut_side": cut_side,
+    }
+    model.config.polar = template
+    model.config.reward_token_id = tokenizer.convert_tokens_to_ids(REWARD_TOKEN)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return RewardModel(model.to(device), tokenizer, _encoder(source, model.config, tokenizer))
+
+
+def _is_classifier(config: Any) -> bool:
+    return any("SequenceClassification" in name for name in config.architectures or [])
+
+
+def _classifier(path: str, config: Any, dtype: Any, *, head: bool) -> Any:
+    try:
+        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=False,
+            output_loading_info=True,
+            use_safetensors=True,
+        )
+    except Exception as error:
+        raise MissingError(
+            f"{path}: the model cannot be loaded ({_first_line(error)})",
+            hint="a folder with config.json and model.safetensors, or a Hub id",
+        ) from None
+    missing = set(info["missing_keys"]) - (set() if head else {"score.weight"})
+    if missing:
+        raise MissingError(
+            f"{path}: weights are missing: {', '.join(sorted(missing)[:3])}"
+            + (f" and {len(missing) - 3} more" if len(missing) > 3 else ""),
+            hint="`polarctl pretrain` and `finetune` write the reward head `score.weight`",
+        )
+    return model
+
+
+def _from_config(config: Any, dtype: Any) -> Any:
+    model = transformers.AutoModelForSequenceClassification.from_config(config)
+    return model.to(dtype)
+
+
+def _add_tokens(tokenizer: Any) -> None:
+    tokens = [t for t in (SEPARATOR, REWARD_TOKEN) if t not in tokenizer.get_vocab()]
+    tokenizer.add_tokens(tokens, special_tokens=True)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is not None:
+            tokenizer.pad_token = tokenizer.eos_token
+        else:
+            tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    tokenizer.padding_side = "right"
+
+
+def _encoder(path: str, config: Any, tokenizer: Any) -> Encoder:
+    template = getattr(config, "polar", None)
+    if template is None:
+        template = {}
+        console.choice("template", "official", f"`{path}` names none in its config.json")
+    try:
+        return Encoder(tokenizer, **template)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{path}: its template does not work: {error}") from None
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0].rstrip(".")[:200] if text else type(error).__name__

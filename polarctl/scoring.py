@@ -1,0 +1,189 @@
+"""Rewards for records: single candidates, groups and triples, whatever engine computes them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from polarctl.errors import PolarctlError, RecordError
+from polarctl.records import Record
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to score. Text fields are strings or messages."""
+
+    prompt: Any
+    reference: Any
+    output: Any
+    wrapper: str = "sft"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A raw reward, the tokens that were read for it, and which pieces had to be cut."""
+
+    reward: float
+    tokens: int
+    truncated: tuple[str, ...]
+
+
+class Scorer(Protocol):
+    """An engine that scores."""
+
+    def score(self, items: Sequence[Item]) -> list[Scored]:
+        """Rewards in the order of the items."""
+
+
+class ModelScorer:
+    """Scores with a reward model in this process, in batches sorted by length.
+
+    Args:
+        model: A `polarctl.model.RewardModel`.
+        batch_tokens: Padded tokens of one forward pass at most (a longer sequence goes alone).
+    """
+
+    def __init__(self, model: Any, batch_tokens: int = 8192):
+        self.model, self.batch_tokens = model, batch_tokens
+
+    def score(self, items: Sequence[Item]) -> list[Scored]:
+        """Rewards in the order of the items.
+
+        Raises:
+            PolarctlError: The model gave a reward that is no finite number.
+        """
+        import torch
+
+        from polarctl.model import pad, rewards
+
+        encoded = [e for group in _by_prompt(items) for e in self._encode(group)]
+        result: list[float] = [math.nan] * len(items)
+        for batch in token_batches([len(e.ids) for e in encoded], self.batch_tokens):
+            ids, mask = pad(
+                [encoded[i].ids for i in batch],
+                self.model.tokenizer.pad_token_id,
+                self.model.device,
+            )
+            with torch.inference_mode():
+                values = rewards(self.model.model, ids, mask).tolist()
+            for index, value in zip(batch, values, strict=True):
+                result[index] = value
+        if not all(map(math.isfinite, result)):
+            raise PolarctlError(
+                "the model gave a reward that is not finite",
+                hint="--dtype float32, or look at the model's training",
+            )
+        return [
+            Scored(value, len(e.ids), _cut(e)) for value, e in zip(result, encoded, strict=True)
+        ]
+
+    def _encode(self, group: list[Item]) -> list[Any]:
+        """Token ids of candidates that share prompt and reference, each as if it were alone."""
+        first = group[0]
+        found: list[Any] = self.model.encoder.report_group(
+            first.prompt,
+            first.reference,
+            [item.output for item in group],
+            first.wrapper,
+            shared_prompt_budget=False,
+        )
+        return found
+
+
+def _by_prompt(items: Sequence[Item]) -> Iterator[list[Item]]:
+    """Runs of items that differ in their output alone."""
+    for _, group in itertools.groupby(items, lambda i: (i.prompt, i.reference, i.wrapper)):
+        yield list(group)
+
+
+def load_scorer(path: str, *, device: str, dtype: str, batch_tokens: int) -> ModelScorer:
+    """A reward model as a scorer, from the options that every scoring stage has.
+
+    Args:
+        path: Folder or Hub id.
+        device: `--device`.
+        dtype: `--dtype`.
+        batch_tokens: `--batch-tokens`.
+    """
+    from polarctl import launch, model
+
+    launch.quiet_libraries()
+    where = launch.device_of(device)
+    loaded = model.load(path, device=where, dtype=launch.dtype_of(dtype, where))
+    return ModelScorer(loaded, batch_tokens)
+
+
+def _cut(encoded: Any) -> tuple[str, ...]:
+    names = ("prompt", "reference", "output")
+    return tuple(name for name in names if getattr(encoded, f"truncated_{name}"))
+
+
+def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Indices in batches of like length, each at most `budget` padded tokens (or one sequence)."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if batch and (len(batch) + 1) * lengths[index] > budget:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def kind_of_scorable(fields: dict[str, Any]) -> str:
+    """`triple` for records with chosen and rejected, else `candidate`."""
+    return "triple" if "chosen" in fields and "rejected" in fields else "candidate"
+
+
+def outputs_of(record: dict[str, Any]) -> list[Any]:
+    """The candidates of a record: its group, its pair (chosen, rejected), or its one output."""
+    if "candidates" in record:
+        return [candidate["output"] for candidate in record["candidates"]]
+    if "chosen" in record:
+        return [record["chosen"], record["rejected"]]
+    return [record["output"]]
+
+
+def require_reference(record: Record) -> None:
+    """Raise RecordError for a record without a reference."""
+    if "reference" not in record:
+        raise RecordError(
+            "missing field `reference`",
+            hint="POLAR compares with a reference; --no-reference scores without",
+        )
+
+
+def score_records(
+    records: Sequence[Record], scorer: Scorer, *, no_reference: bool = False, best: bool = False
+) -> Iterable[tuple[dict[str, Any], list[Scored]]]:
+    """The same records with `reward` (one output) or `rewards` (a group or a triple).
+
+    Args:
+        records: Records with a reference (or `no_reference`).
+        scorer: The engine.
+        no_reference: Score against an empty reference.
+        best: Add `best`, the index of the highest reward of a group (the first of equals).
+
+    Returns:
+        Pairs of the new record and what is known of each of its rewards.
+    """
+    items = [
+        Item(r["prompt"], "" if no_reference else r["reference"], output, r.get("wrapper", "sft"))
+        for r in records
+        for output in outputs_of(r)
+    ]
+    scored = iter(scorer.score(items))
+    for record in records:
+        mine = [next(scored) for _ in outputs_of(record)]
+        values = [s.reward for s in mine]
+        result: dict[str, Any] = dict(record)
+        if "candidates" in record or "chosen" in record:
+            result["rewards"] = values
+            if best:
+                result["best"] = values.index(max(values))
+        else:
+            result["reward"] = values[0]
+        yield result, mine
