@@ -41,16 +41,31 @@ def save(folder: Path, trainer: Trainer, identity: dict[str, Any]) -> None:
         for name, value in state.items()
     }
     save_file(moments, target / "optimizer.safetensors")
-    mark = {"step": trainer.step, "identity": identity, "files": manifest.folder_files(target)}
+    commit(target, trainer.step, identity)
+
+
+def commit(target: Path, step: int, identity: dict[str, Any]) -> None:
+    """Mark a checkpoint as whole, now that its files are written, and drop the others.
+
+    Args:
+        target: A folder whose name ends in `-` and the step.
+        step: Steps done.
+        identity: What must be the same for a resume.
+    """
+    mark = {"step": step, "identity": identity, "files": manifest.folder_files(target)}
     manifest.write_atomic(target / _MARK, orjson.dumps(mark))
-    for old in sorted(folder.glob("step-*")):
+    for old in _by_step(target.parent):
         if old != target:
             shutil.rmtree(old)
 
 
+def _by_step(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*-[0-9]*"), key=lambda path: int(path.name.rpartition("-")[2]))
+
+
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest whole checkpoint and its mark, or None. Broken ones are said and passed over."""
-    for target in sorted(folder.glob("step-*"), reverse=True):
+    for target in reversed(_by_step(folder)):
         mark = _valid(target)
         if mark is not None:
             return target, mark

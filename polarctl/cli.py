@@ -1,41 +1,78 @@
 """The command line: one command per stage, made from the stage's `Config`; exit status; signals.
 
-A stage module offers `Config`, `run(config)` and a docstring, which is its help. Nothing heavy is
-imported before a stage runs.
+A stage module offers `Config`, `run(config)` and a docstring, which is its help. Only the stage
+that is asked for is imported, and nothing heavy before it runs, so that help comes at once.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
 import errno
 import importlib
+import importlib.util
 import inspect
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
-from types import FrameType, ModuleType
+from types import FrameType
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
+import typer.core
 from typer.exceptions import TyperException
 
 from polarctl import __version__, config, console
-from polarctl.errors import Interrupted, PolarctlError
+from polarctl.errors import Interrupted, PolarctlError, UsageError
 
 STAGES = (
     "sample pair pretrain finetune score eval rft push convert quickstart schema validate".split()
 )
 
+_TYPER: dict[str, Any] = {
+    "rich_markup_mode": None,
+    "pretty_exceptions_enable": False,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}
+
+
+class _Stages(typer.core.TyperGroup):
+    """The stages as commands, each made when it is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return STAGES
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name in STAGES:
+            return stage_command(cmd_name)
+        if ctx.resilient_parsing or cmd_name.startswith("-"):
+            return None
+        near = difflib.get_close_matches(cmd_name, STAGES, 1)
+        hint = f"did you mean `{near[0]}`?" if near else "polarctl --help"
+        raise UsageError(f"no stage `{cmd_name}`", hint=hint)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Stages"):
+            formatter.write_dl([(stage, _summary(stage)) for stage in STAGES])
+
+
+def _summary(stage: str) -> str:
+    """The first line of a stage's docstring, read without importing the stage."""
+    spec = importlib.util.find_spec(f"polarctl.stages.{stage}")
+    assert spec is not None and spec.origin is not None
+    with open(spec.origin, encoding="utf-8") as source:
+        return source.readline().strip().lstrip("r").strip('"').rstrip(".")
+
+
 app = typer.Typer(
     name="polarctl",
+    cls=_Stages,
     help="POLAR, policy-discriminative pre-training of reward models, as stages over JSONL.",
     no_args_is_help=True,
-    add_completion=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    **_TYPER,
 )
 
 
@@ -93,26 +130,36 @@ def _parameters(stage: str, config_type: type[config.Common]) -> list[inspect.Pa
     return parameters
 
 
-def _add(stage: str, module: ModuleType) -> None:
+def stage_command(stage: str) -> Any:
+    """The command of a stage, made from its `Config`; imports that stage alone."""
+    module = importlib.import_module(f"polarctl.stages.{stage}")
     config_type = module.Config
 
     def command(**values: Any) -> None:
         config.check_environment(stage, config_type)
         tidy = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         settings = config_type(**tidy)
+        before = console.snapshot()
         console.configure(
             quiet=getattr(settings, "quiet", False),
             verbose=getattr(settings, "verbose", False),
             color=not getattr(settings, "no_color", False),
             json_lines=getattr(settings, "json", False),
         )
-        with _guarded_stdout():
-            module.run(settings)
+        try:
+            with _guarded_stdout():
+                module.run(settings)
+        finally:
+            console.restore(before)  # a stage may run inside another
 
     parameters = _parameters(stage, config_type)
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
-    app.command(stage, help=inspect.getdoc(module))(command)
+    single = typer.Typer(add_completion=False, **_TYPER)
+    # A line `\b` in a raw docstring keeps the lines below it as they are.
+    text = (inspect.getdoc(module) or "").replace("\\b\n", "\b\n")
+    single.command(stage, help=text)(command)
+    return typer.main.get_command(single)
 
 
 class _guarded_stdout:
@@ -122,14 +169,14 @@ class _guarded_stdout:
         from polarctl import output
 
         sys.stdout.flush()
-        self.saved = os.dup(1)
+        self.saved, self.before = os.dup(1), output.records_out
         os.dup2(2, 1)
         output.records_out = os.fdopen(os.dup(self.saved), "wb")
 
     def __exit__(self, *_: object) -> None:
         from polarctl import output
 
-        stream, output.records_out = output.records_out, None
+        stream, output.records_out = output.records_out, self.before
         try:
             sys.stdout.flush()
             if stream is not None:
@@ -137,10 +184,6 @@ class _guarded_stdout:
         finally:
             os.dup2(self.saved, 1)
             os.close(self.saved)
-
-
-for _stage in STAGES:
-    _add(_stage, importlib.import_module(f"polarctl.stages.{_stage}"))
 
 
 def _on_sigterm(signum: int, frame: FrameType | None) -> None:
@@ -153,21 +196,43 @@ def _on_sigint(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def _dispatch(arguments: list[str]) -> None:
+    """Parse and run. Typer's own `main` is gone round: it swallows Ctrl-C and closed pipes."""
+    if "_POLARCTL_COMPLETE" in os.environ:
+        app(prog_name="polarctl")
+    if arguments and arguments[0] in STAGES:
+        # Straight to the stage: parsing the group first would load what `--help` can do without.
+        command, name = stage_command(arguments[0]), f"polarctl {arguments[0]}"
+        arguments = arguments[1:]
+    else:
+        command, name = typer.main.get_command(app), "polarctl"
+    with command.make_context(name, list(arguments)) as context:
+        command.invoke(context)
+
+
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit status, with any error said on stderr.
 
     Args:
         arguments: The command line without the program's name.
     """
+    console.configure(
+        quiet=False,
+        verbose=False,
+        color="--no-color" not in arguments,
+        json_lines="--json" in arguments,
+    )
     try:
-        status = app(arguments, prog_name="polarctl", standalone_mode=False)
-        return status if isinstance(status, int) else 0
+        _dispatch(arguments)
+        return 0
+    except typer.Exit as end:
+        return end.exit_code
     except TyperException as error:
         return _usage(error, arguments)
     except PolarctlError as error:
         console.error(str(error), error.hint)
         return error.exit_status
-    except (KeyboardInterrupt, typer.Abort):
+    except KeyboardInterrupt:
         console.error("stopped by Ctrl-C", "the same command goes on from here")
         return 130
     except BrokenPipeError:
@@ -188,6 +253,7 @@ def _usage(error: TyperException, arguments: list[str]) -> int:
     message = error.format_message()
     if arguments:  # without any argument the message is the help text itself
         stage = next((word for word in arguments if word in STAGES), None)
+        message = re.sub(r"'([^'\s]+)'", r"`\1`", " ".join(message.split()))
         message = message[:1].lower() + message[1:].rstrip(".")
         console.error(message, f"polarctl {stage} --help" if stage else "polarctl --help")
     else:
@@ -197,6 +263,10 @@ def _usage(error: TyperException, arguments: list[str]) -> int:
 
 def main() -> None:
     """Entry point of the `polarctl` program."""
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:  # closed by the caller (`>&-`)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+            setattr(sys, name, os.fdopen(number, "w"))
     signal.signal(signal.SIGTERM, _on_sigterm)
     signal.signal(signal.SIGINT, _on_sigint)
     sys.exit(run(sys.argv[1:]))

@@ -11,7 +11,7 @@ import difflib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -32,6 +32,44 @@ def shard_of(text: str) -> tuple[int, int]:
     raise UsageError(f"`--shard {text}`: not of the form I/N with 0 <= I < N", hint="`--shard 0/4`")
 
 
+# Options that are the same in every command, written once.
+ConfigFile = Annotated[
+    str | None, typer.Option(help="YAML file with any of these options.", rich_help_panel=COMMON)
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace existing output.", rich_help_panel=COMMON)
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Check options and input, say what would be done, write nothing.",
+        rich_help_panel=COMMON,
+    ),
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Only warnings and errors.", rich_help_panel=COMMON)
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.", rich_help_panel=COMMON)]
+NoColor = Annotated[bool, typer.Option("--no-color", help="No colours.", rich_help_panel=COMMON)]
+Json = Annotated[
+    bool, typer.Option("--json", help="Messages as JSON lines on stderr.", rich_help_panel=COMMON)
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Basic:
+    """The common options of a command that reads and writes no records."""
+
+    config: ConfigFile = None
+    force: Force = False
+    dry_run: DryRun = False
+    quiet: Quiet = False
+    verbose: Verbose = False
+    no_color: NoColor = False
+    json: Json = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Common:
     """The options that every stage has."""
@@ -43,10 +81,7 @@ class Common:
     output: Annotated[
         str, typer.Option("--output", "-o", help="Output; `-` for stdout.", metavar="PATH")
     ] = "-"
-    config: Annotated[
-        str | None,
-        typer.Option(help="YAML file with any of these options.", rich_help_panel=COMMON),
-    ] = None
+    config: ConfigFile = None
     seed: Annotated[
         int, typer.Option(help="Seed of every random choice.", rich_help_panel=COMMON)
     ] = 0
@@ -62,17 +97,8 @@ class Common:
         bool,
         typer.Option(help="Go on where an interrupted run stopped.", rich_help_panel=COMMON),
     ] = True
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace existing output.", rich_help_panel=COMMON)
-    ] = False
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run",
-            help="Check options and input, say what would be done, write nothing.",
-            rich_help_panel=COMMON,
-        ),
-    ] = False
+    force: Force = False
+    dry_run: DryRun = False
     manifest: Annotated[
         str | None,
         typer.Option(
@@ -89,20 +115,10 @@ class Common:
             rich_help_panel=COMMON,
         ),
     ] = None
-    quiet: Annotated[
-        bool,
-        typer.Option("--quiet", "-q", help="Only warnings and errors.", rich_help_panel=COMMON),
-    ] = False
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Say more.", rich_help_panel=COMMON)
-    ] = False
-    no_color: Annotated[
-        bool, typer.Option("--no-color", help="No colours.", rich_help_panel=COMMON)
-    ] = False
-    json: Annotated[
-        bool,
-        typer.Option("--json", help="Messages as JSON lines on stderr.", rich_help_panel=COMMON),
-    ] = False
+    quiet: Quiet = False
+    verbose: Verbose = False
+    no_color: NoColor = False
+    json: Json = False
 
 
 # How a run is done or described, not what it computes: these may differ at a resume.
@@ -127,7 +143,7 @@ def keys(config_type: type[Common]) -> list[str]:
     return [field.name for field in dataclasses.fields(config_type)]
 
 
-def _nearest(key: str, known: list[str]) -> str | None:
+def _nearest(key: str, known: list[str]) -> str:
     near = difflib.get_close_matches(key, known, 1)
     return f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(known)}"
 
@@ -136,7 +152,7 @@ def read_yaml(path: str, config_type: type[Common]) -> dict[str, Any]:
     """The options of a `--config` file.
 
     Raises:
-        UsageError: Unreadable, no mapping, or an unknown key (names the nearest).
+        UsageError: Unreadable, no mapping, an unknown key (names the nearest), a wrong type.
     """
     import yaml
 
@@ -151,13 +167,30 @@ def read_yaml(path: str, config_type: type[Common]) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UsageError(f"{path}: must be a mapping of options to values")
     known = keys(config_type)
+    kinds = get_type_hints(config_type)
     result = {}
     for raw, value in values.items():
         key = str(raw).replace("-", "_")
         if key not in known or key == "config":
             raise UsageError(f"{path}: unknown key `{raw}`", hint=_nearest(key, known))
-        result[key] = value
+        result[key] = _yaml_value(value, kinds[key], f"{path}: `{raw}`")
     return result
+
+
+def _yaml_value(value: Any, kind: Any, where: str) -> Any:
+    """The value, refused where Typer would bend it: `true` is no number and a list no text.
+
+    Texts are converted and checked as if they stood on the command line (YAML reads 1e-5 as one).
+    """
+    kinds = get_args(kind) if type(None) in get_args(kind) else (kind,)
+    takes_list = any(get_origin(k) in (tuple, list) for k in kinds)
+    if takes_list and isinstance(value, str | int | float):
+        return [value]
+    if isinstance(value, dict) or (isinstance(value, list) and not takes_list):
+        raise UsageError(f"{where} takes one value, not {value!r}")
+    if isinstance(value, bool) and bool not in kinds:
+        raise UsageError(f"{where} takes no `{str(value).lower()}`")
+    return value
 
 
 def env_prefix(stage: str) -> str:
@@ -173,5 +206,5 @@ def check_environment(stage: str, config_type: type[Common]) -> None:
         if name.startswith(prefix) and name.removeprefix(prefix) not in known:
             raise UsageError(
                 f"unknown environment variable `{name}`",
-                hint=_nearest(name.removeprefix(prefix), known),
+                hint=_nearest(name, [prefix + key for key in known]),
             )

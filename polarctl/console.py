@@ -29,6 +29,16 @@ class _State:
 _state = _State()
 
 
+def snapshot() -> dict[str, Any]:
+    """How messages look now, for `restore`."""
+    return dict(vars(_state))
+
+
+def restore(saved: dict[str, Any]) -> None:
+    """Put back what `snapshot` gave, after a stage that another stage ran."""
+    vars(_state).update(saved)
+
+
 def configure(*, quiet: bool, verbose: bool, color: bool, json_lines: bool) -> None:
     """Set how messages look; forgets the choices recorded so far."""
     _state.quiet, _state.verbose, _state.json = quiet, verbose, json_lines

@@ -8,24 +8,24 @@ computed for a row never depends on where a run started or how it was cut.
 from __future__ import annotations
 
 import glob
-import gzip
 import hashlib
-import io
+import json
 import os
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Protocol, cast
+from typing import Any, Protocol
 
 import jsonlines
 import orjson
 
+from polarctl.compression import open_bytes
 from polarctl.errors import RecordError, UsageError
 from polarctl.records import Record, check, find_kind
 
 MAX_LINE_BYTES = 64 << 20
-_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 
 
 class RejectSink(Protocol):
@@ -36,18 +36,19 @@ class RejectSink(Protocol):
 
 
 def expand(patterns: Iterable[str]) -> list[str]:
-    """Paths of the inputs; a pattern that is no existing file is a sorted glob.
+    """Paths of the inputs; a pattern that is no existing file or pipe is a sorted glob.
 
     Raises:
         UsageError: Nothing there.
     """
     paths: list[str] = []
     for pattern in patterns:
-        if pattern == "-" or os.path.isfile(pattern):
+        if os.path.isdir(pattern):
+            inside = os.path.join(pattern, "*.jsonl")
+            raise UsageError(f"{pattern}: is a folder, not a file", hint=f"name files: '{inside}'")
+        if pattern == "-" or os.path.exists(pattern):
             paths.append(pattern)
             continue
-        if os.path.isdir(pattern):
-            raise UsageError(f"{pattern}: is a folder, not a file", hint=f"`{pattern}/*.jsonl`")
         found = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
         if not found:
             raise UsageError(f"{pattern}: no such file")
@@ -58,27 +59,6 @@ def expand(patterns: Iterable[str]) -> list[str]:
 def stdin_is_missing(paths: Iterable[str]) -> bool:
     """True when `-` is asked for and nobody pipes anything in."""
     return "-" in paths and (sys.stdin is None or sys.stdin.isatty())
-
-
-def open_bytes(path: str) -> IO[bytes]:
-    """A path or `-` as a buffered stream of plain bytes; compression is told by its first bytes.
-
-    Raises:
-        UsageError: The file cannot be opened.
-    """
-    try:
-        raw: Any = sys.stdin.buffer if path == "-" else open(path, "rb")
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from None
-    head = raw.peek(4)[:4]
-    if head.startswith(_GZIP):
-        return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
-    if head.startswith(_ZSTD):
-        import zstandard
-
-        reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        return io.BufferedReader(reader, 1 << 20)
-    return cast(IO[bytes], raw)
 
 
 def _name(path: str) -> str:
@@ -165,7 +145,10 @@ class Reader:
         if empty:
             raise RecordError("no records", where=", ".join(map(_name, self.paths)))
         if index % self.shard[1] == mine:
-            yield from self._hand_out(index, window, running, passed + 1, done, digest)
+            passed += 1
+            yield from self._hand_out(index, window, running, passed, done, digest)
+        if passed < done:
+            raise _other_input()
 
     def _hand_out(
         self, index: int, window: list[Record], running: Any, passed: int, done: int, digest: Any
@@ -174,10 +157,7 @@ class Reader:
         if passed > done:
             yield Window(index, window, now)
         elif passed == done and digest is not None and digest != now:
-            raise UsageError(
-                "cannot resume: the input is not the one that the output was begun with",
-                hint="pass --force to start again",
-            )
+            raise _other_input()
 
     def _rows(self) -> Iterator[tuple[str, bytes]]:
         """(place, line) of every row that is not blank, up to the limit."""
@@ -199,7 +179,7 @@ class Reader:
                         continue
                     count += 1
                     yield f"{_name(path)}:{number}", line
-            except (EOFError, gzip.BadGzipFile, OSError) as error:
+            except (EOFError, zlib.error, OSError) as error:
                 raise RecordError(f"cannot read on: {error}", where=_name(path)) from None
             except Exception as error:
                 if type(error).__name__ != "ZstdError":
@@ -221,6 +201,13 @@ class Reader:
                 raise _placed(error, where) from None
             self.rejects.reject(where, error.reason, line.decode("utf-8", "replace").rstrip("\n"))
             return None
+
+
+def _other_input() -> UsageError:
+    return UsageError(
+        "cannot resume: the input is not the one that the output was begun with",
+        hint="pass --force to start again",
+    )
 
 
 def _placed(error: RecordError, where: str) -> RecordError:
@@ -246,6 +233,8 @@ def decode(line: bytes, where: str, kind: str | Callable[[dict[str, Any]], str] 
         fields = jsonlines.Reader([line], loads=orjson.loads).read(type=dict)
     except jsonlines.InvalidLineError as error:
         raise RecordError(_json_problem(error), where=where) from None
+    if _may_lack_digits(fields):
+        _refuse_long_integers(line, where)
     try:
         name = kind(fields) if callable(kind) else kind
         if name is not None:
@@ -255,16 +244,40 @@ def decode(line: bytes, where: str, kind: str | Callable[[dict[str, Any]], str] 
     return Record(fields, where)
 
 
+def _may_lack_digits(value: Any) -> bool:
+    """True when a number may have been an integer of more than 64 bits (orjson rounds those)."""
+    if isinstance(value, dict):
+        return any(map(_may_lack_digits, value.values()))
+    if isinstance(value, list):
+        return any(map(_may_lack_digits, value))
+    return isinstance(value, float) and abs(value) >= 2.0**63
+
+
+def _refuse_long_integers(line: bytes, where: str) -> None:
+    def parse(digits: str) -> int:
+        if not -(2**63) <= int(digits) < 2**64:
+            raise RecordError(
+                f"an integer of more than 64 bits: {digits[:32]}", where=where, hint="quote it"
+            )
+        return 0
+
+    json.loads(line.decode("utf-8-sig"), parse_int=parse)
+
+
 def _json_problem(error: jsonlines.InvalidLineError) -> str:
     text = str(error).partition(" (line ")[0]
     if "requested type" in text or "null value" in text:
         return "not a JSON object"
-    return text.replace("line contains invalid json", "no JSON").replace("line is", "is")
+    text = text.replace("line is not valid utf-8: 'utf-8' codec", "is not UTF-8:")
+    return text.replace("line contains invalid json", "no JSON")
 
 
 def sizes(paths: Iterable[str]) -> list[dict[str, Any]]:
-    """`{path, bytes}` of every input, for manifests and for telling inputs apart at a resume."""
+    """`{path, bytes}` of every input, for manifests and for telling inputs apart at a resume.
+
+    A pipe has `bytes` None.
+    """
     return [
-        {"path": path, "bytes": Path(path).stat().st_size if path != "-" else None}
+        {"path": path, "bytes": Path(path).stat().st_size if os.path.isfile(path) else None}
         for path in paths
     ]

@@ -9,7 +9,6 @@ Shapes: B sequences, T tokens.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor
 from polarctl import console
 from polarctl.encoding import Encoder
 from polarctl.errors import MissingError, UsageError
+from polarctl.folder import open_to_umask
 
 MAX_LENGTH = 16384
 SEPARATOR, REWARD_TOKEN = "<|reward|>", "[UNUSED_TOKEN_130]"
@@ -50,11 +50,7 @@ class RewardModel:
         """Write config, weights and tokenizer; files get the permissions of the umask."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        umask = os.umask(0)
-        os.umask(umask)
-        for file in Path(folder).iterdir():
-            if file.is_file():  # safetensors writes 0600
-                file.chmod(0o666 & ~umask)
+        open_to_umask(Path(folder))
 
 
 def pad(sequences: Sequence[Sequence[int]], pad_id: int, device: Any) -> tuple[Tensor, Tensor]:

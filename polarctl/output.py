@@ -9,8 +9,6 @@ end `FILE.manifest.json` is written, then the journal removed: a manifest means 
 from __future__ import annotations
 
 import fcntl
-import gzip
-import hashlib
 import os
 import sys
 from pathlib import Path
@@ -19,10 +17,11 @@ from typing import IO, Any
 
 import orjson
 
-from polarctl import __version__, console, manifest
-from polarctl.config import Common, semantic
+from polarctl import compression, console, manifest
+from polarctl.config import Common
 from polarctl.errors import PolarctlError, RecordError, UsageError
-from polarctl.records import SCHEMA_VERSION
+from polarctl.fingerprint import changed_since, difference, header
+from polarctl.track import Track, open_append
 
 _BLOCK_BYTES = 1 << 20
 # The real stdout, kept apart by the command line so that no library can write into the records.
@@ -32,71 +31,6 @@ records_out: IO[bytes] | None = None
 def stdout() -> IO[bytes]:
     """The stream for records on standard output."""
     return records_out if records_out is not None else sys.stdout.buffer
-
-
-class _Track:
-    """One growing file and the hash of what it holds."""
-
-    def __init__(self, path: str):
-        self.path = path
-        self.pending: list[bytes] = []
-        self.pending_bytes = 0
-        self.size = 0
-        self.hash = hashlib.sha256()
-        self.stream: IO[bytes] = open(path, "ab")
-
-    def add(self, line: bytes) -> None:
-        self.pending.append(line)
-        self.pending_bytes += len(line)
-
-    def cut_back(self, entries: list[dict[str, Any]], key: str) -> int:
-        """Number of leading journal entries that the file's bytes agree with."""
-        good = 0
-        with open(self.path, "rb") as stream:
-            for entry in entries:
-                size, digest = entry[key]
-                probe = self.hash.copy()
-                missing = size - self.size
-                while missing > 0 and (block := stream.read(min(missing, _BLOCK_BYTES))):
-                    probe.update(block)
-                    missing -= len(block)
-                if missing or probe.hexdigest() != digest:
-                    break
-                self.hash, self.size = probe, size
-                good += 1
-        return good
-
-    def truncate(self, size: int) -> None:
-        """Forget everything past `size` bytes."""
-        self.stream.truncate(size)
-        if size != self.size:
-            self.hash, self.size = hashlib.sha256(), 0
-            with open(self.path, "rb") as stream:
-                while block := stream.read(_BLOCK_BYTES):
-                    self.hash.update(block)
-                    self.size += len(block)
-
-    def flush(self) -> None:
-        data = b"".join(self.pending)
-        self.pending, self.pending_bytes = [], 0
-        if not data:
-            return
-        # One member per block: members join to one valid stream, and a resume can start at any.
-        if self.path.endswith(".gz"):
-            data = gzip.compress(data, mtime=0)
-        elif self.path.endswith(".zst"):
-            import zstandard
-
-            data = zstandard.ZstdCompressor(level=3).compress(data)
-        self.stream.write(data)
-        self.stream.flush()
-        os.fsync(self.stream.fileno())
-        self.hash.update(data)
-        self.size += len(data)
-
-    @property
-    def compressed(self) -> bool:
-        return self.path.endswith((".gz", ".zst"))
 
 
 class Output:
@@ -134,79 +68,95 @@ class Output:
         self.counts: dict[str, Any] = {"records": 0, "rejects": 0}
         self.path = None if config.output == "-" else config.output
         self._journal: IO[bytes] | None = None
-        self._file: _Track | None = None
-        self._rejects: _Track | None = None
-        self._header = _header(stage, config, inputs, identity or {})
+        self._file: Track | None = None
+        self._rejects: Track | None = None
+        self._header = header(stage, config, inputs, identity or {})
         check_paths(config, [entry["path"] for entry in inputs])
         if self.path is not None:
             self._open(self.path)
         elif config.rejects:
-            Path(config.rejects).write_bytes(b"")
-        if config.rejects and self._rejects is None and not self.complete:
-            self._rejects = _Track(config.rejects)
+            self._refuse_old_rejects()
+            self._rejects = Track(config.rejects)
+            self._rejects.truncate(0)
 
     # -- opening ---------------------------------------------------------------------------------
 
     def _open(self, path: str) -> None:
         target, journal = Path(path), Path(f"{path}.journal")
         done_mark = Path(self.config.manifest or f"{path}.manifest.json")
-        if self.config.force:
-            for old in (done_mark, target):
-                old.unlink(missing_ok=True)
-        elif target.exists() and done_mark.exists() and not journal.exists():
-            self._already_complete(path, done_mark)
-            return
-        elif target.exists() and target.stat().st_size and not journal.exists():
-            raise UsageError(
-                f"{path}: exists and is not an interrupted output of this command",
-                hint="pass --force to replace it",
-            )
-        self._journal = open(journal, "a+b")
+        if not self.config.force and not journal.exists():
+            if target.exists() and done_mark.exists():
+                self._already_complete(path, done_mark)
+                return
+            if target.exists() and target.stat().st_size:
+                raise UsageError(
+                    f"{path}: exists and is not an interrupted output of this command",
+                    hint="pass --force to replace it",
+                )
+            self._refuse_old_rejects()
+        self._journal = open_append(str(journal))
         try:
             fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self._journal.close()
             raise UsageError(f"{path}: another process is writing it") from None
         if self.config.force or not self.config.resume:
             self._journal.truncate(0)
-        self._file = _Track(path)
+        if self.config.force:
+            target.unlink(missing_ok=True)
+        entries = self._read_journal()
+        changed = difference(entries[0], self._header) if entries else ""
+        if changed and len(entries) > 1:
+            self._journal.close()
+            raise UsageError(f"cannot resume {path}: {changed}", hint="pass --force to start again")
+        if changed:
+            entries = []  # nothing was finished: nothing can be lost
+        done_mark.unlink(missing_ok=True)  # the output is not complete any more
+        self._file = Track(path)
         if self.config.rejects:
-            self._rejects = _Track(self.config.rejects)
-        self._restore(path)
+            self._rejects = Track(self.config.rejects)
+        self._restore(path, entries)
+
+    def _refuse_old_rejects(self) -> None:
+        """Raise UsageError rather than empty a file that no interrupted run of ours began."""
+        rejects = self.config.rejects
+        if rejects and not self.config.force and Path(rejects).is_file():
+            if Path(rejects).stat().st_size:
+                raise UsageError(f"{rejects}: exists", hint="pass --force to replace it")
 
     def _already_complete(self, path: str, done_mark: Path) -> None:
-        before = orjson.loads(done_mark.read_bytes()).get("fingerprint", {})
-        reads_pipe = any(entry["path"] == "-" for entry in self.inputs)
-        changed = _difference(before, self._header)
-        if changed or reads_pipe:
-            why = changed or "and whether the piped input is the same cannot be known"
+        changed = changed_since(done_mark, Path(path), self._header, self.inputs)
+        if changed:
             raise UsageError(
-                f"{path}: is complete already, {why}", hint="pass --force to replace it"
+                f"{path}: is complete already, {changed}", hint="pass --force to replace it"
             )
         console.note(f"{path}: complete already, with the same options and input; nothing to do")
         self.complete = True
 
-    def _restore(self, path: str) -> None:
-        assert self._journal is not None and self._file is not None
+    def _read_journal(self) -> list[dict[str, Any]]:
+        """The journal's sound lines: the header, then one entry per finished unit."""
+        assert self._journal is not None
         self._journal.seek(0)
-        entries = []
-        kept = 0
+        entries: list[dict[str, Any]] = []
         for line in self._journal.read().splitlines(keepends=True):
             try:
-                entries.append(orjson.loads(line))
+                entry = orjson.loads(line)
             except orjson.JSONDecodeError:
                 break
-            if not line.endswith(b"\n"):
-                entries.pop()
+            known = isinstance(entry, dict) and ("done" if entries else "stage") in entry
+            if not known or not line.endswith(b"\n"):
                 break
-            kept += len(line)
+            entries.append(entry)
+        return entries
+
+    def _restore(self, path: str, entries: list[dict[str, Any]]) -> None:
+        """Cut files and journal back to the last unit that all of them agree on."""
+        assert self._journal is not None and self._file is not None
         if not entries:
             self._journal.truncate(0)
             self._add_to_journal(self._header)
             self._truncate(0, 0)
             return
-        changed = _difference(entries[0], self._header)
-        if changed:
-            raise UsageError(f"cannot resume {path}: {changed}", hint="pass --force to start again")
         entries = entries[1:]
         good = self._file.cut_back(entries, "file")
         if self._rejects is not None:
@@ -273,8 +223,12 @@ class Output:
         self.units = done
         if self._file is None:
             stdout().flush()
-        elif self._file.compressed and self._file.pending_bytes < _BLOCK_BYTES:
-            return  # a compressed block is worth writing only when it is large enough
+        elif compression.is_compressed(self._file.path):
+            pending = self._file.pending_bytes + (
+                self._rejects.pending_bytes if self._rejects else 0
+            )
+            if pending < _BLOCK_BYTES:
+                return  # a compressed block is worth writing only when it is large enough
         for track in (self._file, self._rejects):
             if track is not None:
                 track.flush()
@@ -301,6 +255,11 @@ class Output:
     ) -> None:
         if kind is None and not self.complete:
             self._finish()
+        if kind is not None and self.units == 0 and self._file is not None:
+            # Nothing was finished: leave nothing behind that would look like an interrupted run.
+            if self._file.size == 0:
+                Path(self._file.path).unlink(missing_ok=True)
+                Path(f"{self._file.path}.journal").unlink(missing_ok=True)
         for track in (self._file, self._rejects):
             if track is not None:
                 track.stream.close()
@@ -326,7 +285,12 @@ class Output:
             record = manifest.build(
                 self.stage,
                 self.config,
-                inputs=self.inputs,
+                inputs=[
+                    entry
+                    if entry["bytes"] is None
+                    else {**entry, "sha256": manifest.sha256(entry["path"])}
+                    for entry in self.inputs
+                ],
                 outputs=outputs,
                 counts=self.counts,
             )
@@ -344,40 +308,24 @@ def _dumps(record: Any) -> bytes:
         raise PolarctlError(f"a record cannot be written as JSON: {error}") from None
 
 
-def _header(
-    stage: str, config: Common, inputs: list[dict[str, Any]], identity: dict[str, Any]
-) -> dict[str, Any]:
-    """What must be the same for a resume to be sound."""
-    header = {
-        "stage": stage,
-        "version": __version__,
-        "schema_version": SCHEMA_VERSION,
-        "input_bytes": [entry["bytes"] for entry in inputs],
-        **semantic(config),
-        **identity,
-        "sets_rejects_aside": bool(config.rejects),
-    }
-    plain: dict[str, Any] = orjson.loads(orjson.dumps(header))
-    return plain
-
-
-def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """The first thing that differs, in words; empty when nothing does."""
-    for key in [*now, *(k for k in before if k not in now)]:
-        if before.get(key) != now.get(key):
-            return f"`{key}` was {before.get(key)!r} and is now {now.get(key)!r}"
-    return ""
-
-
 def check_paths(config: Common, inputs: list[str]) -> None:
-    """Refuse an output that is an input or whose folder cannot be written.
+    """Refuse an output that is an input or another output, or that cannot be written.
 
     Raises:
         UsageError: Says which and why.
     """
     named = (config.output, config.rejects, config.manifest)
-    for target in (Path(path) for path in named if path and path != "-"):
+    targets = [Path(path) for path in named if path and path != "-"]
+    for number, target in enumerate(targets):
+        try:
+            target.with_name(f".{target.name}.manifest.json.tmp").exists()  # the longest name
+        except OSError as error:
+            raise UsageError(f"{target}: cannot be written: {error.strerror}") from None
         folder = target.parent
+        if any(target.resolve() == other.resolve() for other in targets[:number]):
+            raise UsageError(f"{target}: is named for two outputs")
+        if target.exists() and not target.is_file():
+            raise UsageError(f"{target}: is not a regular file", hint="`-o -` writes to stdout")
         if not folder.is_dir():
             raise UsageError(f"{folder}: no such folder", hint=f"mkdir -p {folder}")
         if not os.access(target if target.exists() else folder, os.W_OK):

@@ -54,6 +54,8 @@ def map_windows(
     title: str,
 ) -> None:
     """Run `work` over each window of rows and commit its records, passing over finished ones."""
+    if out.complete:
+        return
     with console.progress(title) as bar:
         for window in reader.windows(size, done=out.done, digest=out.digest):
             for record in work(window.records):
@@ -83,6 +85,23 @@ class CountRejects:
     def reject(self, where: str, reason: str, raw: Any = None) -> None:
         """Say the place and the reason."""
         console.warn(f"{where}: {reason}")
+
+
+class HeldRejects:
+    """Keeps bad rows of an input that is read before its output is opened."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, str, Any]] = []
+
+    def reject(self, where: str, reason: str, raw: Any = None) -> None:
+        """Keep one bad row."""
+        self.rows.append((where, reason, raw))
+
+    def pass_on(self, out: Output) -> None:
+        """Set the rows aside with the first unit of work; an earlier run may have done so."""
+        if not out.done:
+            for row in self.rows:
+                out.reject(*row)
 
 
 def chunks(records: Iterable[Record], size: int) -> Iterator[list[Record]]:

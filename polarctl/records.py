@@ -1,8 +1,8 @@
 """The records that stages exchange, one JSON object a line.
 
 Each class is the contract of one kind of record; `schemas/*.schema.json` are exported from here
-(`polarctl schema NAME`) and a test holds the two equal. In memory a record stays a dict
-(`Record`), so that unknown fields pass through untouched; the classes check it.
+(`make reference`) and a test holds the two equal. In memory a record stays a dict (`Record`), so
+that unknown fields pass through untouched; the classes check it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from polarctl.errors import RecordError, UsageError
+from polarctl.summaries import Manifest, Report
 
 SCHEMA_VERSION = 1
 
@@ -109,9 +110,9 @@ class Triple(Struct):
     rejected: Annotated[Text, Meta(description="The candidate that is farther from it.")]
     id: Annotated[str | UnsetType, _ID] = UNSET
     wrapper: Annotated[Wrapper | UnsetType, _WRAPPER] = UNSET
-    policy: Annotated[str | UnsetType, Meta(description="Policy of `reference` and `chosen`.")] = (
-        UNSET
-    )
+    policy: Annotated[
+        str | UnsetType, Meta(description="Policy of `chosen`; in pre-training of `reference` too.")
+    ] = UNSET
     rejected_policy: Annotated[str | UnsetType, Meta(description="Policy of `rejected`.")] = UNSET
     category: Annotated[str | UnsetType, _CATEGORY] = UNSET
 
@@ -185,75 +186,6 @@ class Verdict(Struct):
     category: Annotated[str | UnsetType, _CATEGORY] = UNSET
     better: Annotated[str | UnsetType, Meta(description="Name of the better candidate.")] = UNSET
     worse: Annotated[str | UnsetType, Meta(description="Name of the worse candidate.")] = UNSET
-
-
-class Estimate(Struct):
-    """A figure with its 95 % interval."""
-
-    value: Annotated[float, Meta(description="The figure.")]
-    low: Annotated[float, Meta(description="Lower end of the interval.")]
-    high: Annotated[float, Meta(description="Upper end of the interval.")]
-    n: Annotated[int, Meta(description="Cases behind the figure.")]
-    clusters: Annotated[
-        int | UnsetType, Meta(description="Distinct prompts: what the bootstrap resamples.")
-    ] = UNSET
-
-
-class Report(Struct):
-    """The summary that `eval` writes as report.json."""
-
-    metric: Annotated[str, Meta(description="What is measured: preference accuracy, ...")]
-    overall: Annotated[
-        dict[str, Estimate], Meta(description="Scorer (the model or a baseline) to figure.")
-    ]
-    categories: Annotated[
-        dict[str, dict[str, Estimate]], Meta(description="The same for every category.")
-    ]
-    margins: Annotated[
-        dict[str, float], Meta(description="Quantiles of the margins: min, p25, p50, p75, max.")
-    ]
-    best_of_n: Annotated[
-        dict[str, Estimate] | UnsetType,
-        Meta(description="Mean label of the candidate that each scorer ranks first (groups)."),
-    ] = UNSET
-    skipped: Annotated[
-        dict[str, int], Meta(description="Reason to number of records without a comparison.")
-    ] = {}
-
-
-class OutputFile(Struct):
-    """A file named by a manifest."""
-
-    sha256: Annotated[str, Meta(description="Hash of the file's bytes.")]
-    bytes: Annotated[int, Meta(description="Size in bytes.")]
-    path: Annotated[str | None | UnsetType, Meta(description="Path; null for a pipe.")] = UNSET
-    records: Annotated[int | UnsetType, Meta(description="Lines, for JSONL.")] = UNSET
-
-
-class InputFile(Struct):
-    """An input named by a manifest."""
-
-    path: Annotated[str, Meta(description="Path, or `-` for standard input.")]
-    bytes: Annotated[int | None, Meta(description="Size in bytes; null for a pipe.")]
-
-
-class Manifest(Struct):
-    """Provenance, beside every output. It is written last: its presence means complete."""
-
-    schema_version: Annotated[int, Meta(description="Version of these record schemas.")]
-    stage: Annotated[str, Meta(description="The subcommand that made the output.")]
-    version: Annotated[str, Meta(description="Version of polarctl.")]
-    config: Annotated[dict[str, Any], Meta(description="Every option, as resolved.")]
-    inputs: Annotated[list[InputFile], Meta(description="What was read.")]
-    outputs: Annotated[dict[str, OutputFile], Meta(description="File name to what was written.")]
-    counts: Annotated[dict[str, Any], Meta(description="What was counted: records, rejects, ...")]
-    choices: Annotated[
-        dict[str, dict[str, str]], Meta(description="Automatic choices: `{value, reason}`.")
-    ]
-    environment: Annotated[dict[str, str], Meta(description="Versions, platform, host, times.")]
-    fingerprint: Annotated[
-        dict[str, Any] | UnsetType, Meta(description="What a resume must find unchanged.")
-    ] = UNSET
 
 
 class PoolPolicy(Struct):
@@ -362,13 +294,6 @@ def find_kind(name: str) -> type[Struct]:
         hint = f"did you mean `{near[0]}`?" if near else f"one of: {', '.join(KINDS)}"
         raise UsageError(f"no schema named `{name}`", hint=hint)
     return KINDS[name]
-
-
-def text_of(value: Any) -> str:
-    """A text field as plain text: a string as it is, messages' contents joined by newlines."""
-    from polarctl.encoding import content_text
-
-    return content_text(value)
 
 
 def prompt_id(fields: dict[str, Any]) -> str:

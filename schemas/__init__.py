@@ -1,1 +1,4 @@
-"""JSON Schemas of the records that stages exchange, exported from `polarctl.records`."""
+"""JSON Schemas of the records that stages exchange, exported from `polarctl.records`.
+
+`python -m polarctl.schemas` writes the `*.schema.json` files of this folder anew.
+"""

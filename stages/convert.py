@@ -1,14 +1,238 @@
-"""Placeholder for convert."""
+r"""Bring the data formats of other tools to our records, and back.
 
+Reads rows of any format below, or our own records. Writes prompts, triples or candidates, or rows
+of another format: native, trl, openai, sharegpt, nemo, llama-factory, and verl (Parquet when the
+output ends in `.parquet`). gsm8k and gsm8k-solutions are only read. `--from auto` tells the format
+of every row by its fields.
+
+A preference without a reference becomes a group of two candidates, labels 1 and 0. `--to triples`
+makes a triple of every pair of a group's candidates with different labels; without a reference,
+every ranking A > B > C gives reference A, chosen B, rejected C. The last answer of a conversation
+is the reference; the candidate (`output`) if the row has a reference of its own or if `--answer
+output` says so. `--split` keeps the train or the test part of the prompts, chosen by their text.
+
+\b
+polarctl convert ranked.jsonl --to triples --split train -o train.jsonl
+polarctl convert ranked.jsonl --to candidates --split test | polarctl score - -m runs/rm
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import typer
 
 from polarctl.config import Common
+
+WINDOW_ROWS = 1024
+SHAPES = ("native", "triples", "candidates", "prompts")
+# Told by fields that other tools export as null when they have nothing to say.
+_OPTIONAL = "id reference wrapper category policy rejected_policy label".split()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Common):
-    """Options."""
+    """Options of `polarctl convert`."""
+
+    from_format: Annotated[
+        str,
+        typer.Option(
+            "--from",
+            metavar="FORMAT",
+            help="auto, native, trl, openai, sharegpt, nemo, llama-factory, gsm8k, "
+            "gsm8k-solutions.",
+        ),
+    ] = "auto"
+    to_format: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            metavar="FORMAT",
+            help="native, triples, candidates, prompts, trl, openai, sharegpt, nemo, "
+            "llama-factory, verl.",
+        ),
+    ] = "native"
+    map: Annotated[
+        tuple[str, ...],
+        typer.Option(metavar="OURS=THEIRS", help="Rename a field first; may be given again."),
+    ] = ()
+    answer: Annotated[
+        Literal["reference", "output"],
+        typer.Option(help="What the last answer of a row without a reference is."),
+    ] = "reference"
+    ranked: Annotated[
+        Literal["all", "adjacent", "top"],
+        typer.Option(
+            help="Rankings A > B > C of a group without a reference: all, adjacent ranks, or A "
+            "always of the top rank."
+        ),
+    ] = "all"
+    split: Annotated[
+        Literal["train", "test"] | None,
+        typer.Option(help="Keep this part of the prompts, chosen by their text and the seed."),
+    ] = None
+    test_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the prompts in the test part.")
+    ] = 0.2
+
+
+def to_native(row: Mapping[str, Any], config: Config) -> tuple[dict[str, Any], str, str]:
+    """A row as one of our records, checked; the format it was read as; why.
+
+    Raises:
+        RecordError: The row does not fit the format, or its fields break our schema.
+    """
+    from polarctl.formats import FORMATS, detect
+    from polarctl.groups import check_native
+    from polarctl.rows import field_map, renamed
+
+    fields = renamed(row, field_map(config.map))
+    fields = {k: v for k, v in fields.items() if v is not None or k not in _OPTIONAL}
+    if type(fields.get("id")) is int:
+        fields["id"] = str(fields["id"])
+    name, reason = config.from_format, "asked for"
+    if name == "auto":
+        name, reason = detect(fields)
+    read = FORMATS[name].read
+    assert read is not None, "the option was checked"
+    record = read(fields, config.answer)
+    check_native(record)
+    return record, name, reason
+
+
+def shaped(record: dict[str, Any], config: Config) -> list[dict[str, Any]]:
+    """The rows of `--to` that one of our records gives; none when nothing can be compared."""
+    from polarctl import groups
+    from polarctl.formats import FORMATS
+
+    if config.to_format == "triples":
+        return groups.triples(record, config.ranked)
+    if config.to_format == "candidates":
+        return [groups.group(record)]
+    if config.to_format == "prompts":
+        return [groups.prompt(record)]
+    write = FORMATS[config.to_format].write
+    assert write is not None, "the option was checked"
+    return write(record)
+
+
+def convert(
+    rows: Iterable[Mapping[str, Any]], config: Config, counts: Counter[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Rows of one format as rows of another.
+
+    Args:
+        rows: Decoded rows.
+        config: `from_format`, `to_format`, `map`, `answer`, `ranked`, `split`, `test_share` and
+            `seed` are used.
+        counts: Where to count `rows`, `other_part` (of the split) and `no_pair`.
+
+    Raises:
+        RecordError: A row does not fit the format, or the other has no place for it.
+    """
+    from polarctl.groups import part_of
+
+    counts = Counter() if counts is None else counts
+    for row in rows:
+        record = to_native(row, config)[0]
+        counts["rows"] += 1
+        if config.split and part_of(record, config.test_share, config.seed) != config.split:
+            counts["other_part"] += 1
+            continue
+        made = shaped(record, config)
+        counts["no_pair"] += not made
+        yield from made
 
 
 def run(config: Config) -> None:
-    """Run."""
+    """Convert every row of the input."""
+    from polarctl import console, io, pipeline
+    from polarctl.formats import readable, require, writable
+    from polarctl.output import Output
+    from polarctl.records import Record
+    from polarctl.rows import field_map
+
+    require("--from", config.from_format, ["auto", *readable()])
+    require("--to", config.to_format, [*SHAPES, *writable()])
+    field_map(config.map)
+    paths = pipeline.inputs_of("convert", config)
+    _refuse_array(paths)
+    told: dict[str, str] = {}
+
+    def verify(row: Record) -> None:
+        record, name, reason = to_native(row, config)
+        shaped(record, config)
+        if config.from_format == "auto" and name not in told:
+            told[name] = reason
+            console.choice("format", ", ".join(told), "; ".join(told.values()))
+
+    if config.dry_run:
+        sink = pipeline.CountRejects()
+        reader = pipeline.reader_of(config, paths, None, sink=sink, verify=verify)
+        pipeline.dry_run("convert", config, reader)
+        return
+    if config.output.endswith(".parquet"):
+        _write_parquet(config, paths, verify)
+        return
+    with Output("convert", config, io.sizes(paths)) as out:
+        if out.complete:
+            return
+        counts = Counter({key: out.counts.get(key, 0) for key in ("rows", "other_part", "no_pair")})
+
+        def work(rows: list[Record]) -> Iterator[dict[str, Any]]:
+            yield from convert(rows, config, counts)
+            out.counts.update(counts)
+
+        reader = pipeline.reader_of(config, paths, None, sink=out, verify=verify)
+        pipeline.map_windows(out, reader, work, size=WINDOW_ROWS, title="convert")
+        _say(counts, out.counts["records"])
+
+
+def _say(counts: Counter[str], records: int) -> None:
+    from polarctl import console
+
+    parts = [f"convert: {counts['rows']:,} rows gave {records:,} records"]
+    if counts["other_part"]:
+        parts.append(f"{counts['other_part']:,} rows are of the other part")
+    if counts["no_pair"]:
+        parts.append(f"{counts['no_pair']:,} rows have no candidates with different labels")
+    console.note("; ".join(parts), **counts)
+
+
+def _refuse_array(paths: list[str]) -> None:
+    """Say what to do about a file that is one JSON array, as LLaMA-Factory's and ShareGPT's are."""
+    import os
+
+    from polarctl.compression import open_bytes
+    from polarctl.errors import RecordError
+
+    for path in paths:
+        if not os.path.isfile(path):
+            continue
+        with open_bytes(path) as stream:
+            try:
+                first = stream.read(256).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+            except Exception:
+                continue  # a broken file is the reader's to explain
+        if first == b"[":
+            hint = f"jq -c '.[]' {path} | polarctl convert -"
+            raise RecordError("is one JSON array, not one object a line", where=path, hint=hint)
+
+
+def _write_parquet(config: Config, paths: list[str], verify: Any) -> None:
+    """Write verl's rows as one Parquet file, whole or not at all."""
+    from polarctl import io, parquet, pipeline
+    from polarctl.errors import UsageError
+
+    if config.to_format != "verl":
+        raise UsageError("only `--to verl` writes Parquet", hint="-o FILE.jsonl")
+    counts: Counter[str] = Counter()
+    with parquet.VerlFile("convert", config, io.sizes(paths)) as out:
+        reader = pipeline.reader_of(config, paths, None, sink=out.sink, verify=verify)
+        for window in reader.windows(WINDOW_ROWS):
+            out.write(list(convert(window.records, config, counts)))
+            out.counts.update(counts)
+    _say(counts, out.counts["records"])

@@ -10,6 +10,7 @@ polarctl score triples.jsonl -m runs/rm | polarctl eval - -o verdicts.jsonl --re
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -64,7 +65,8 @@ def run(config: Config) -> None:
     )
 
     paths = pipeline.inputs_of("eval", config)
-    kind, verify = None, _require_rewards
+    kind: Callable[[dict[str, Any]], str] | None = None
+    verify: Callable[[Record], None] | None = _require_rewards
     if config.model is not None:
         kind, verify = kind_of_scorable, None if config.no_reference else require_reference
     if config.dry_run:

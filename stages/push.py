@@ -1,14 +1,157 @@
-"""Placeholder for push."""
+r"""Publish a checkpoint folder or a data file on the Hugging Face Hub, private by default.
+
+Reads a folder written by `pretrain`, `finetune` or `rft`, or a .jsonl file (or a folder of them),
+with its manifest. Only known files are uploaded, in one commit, after a check that they are whole
+and hold no secrets; a README.md is written where there is none. Prints the commit's address.
+
+The token comes from HF_TOKEN or `hf auth login`.
+
+\b
+polarctl push runs/rm my-name/my-reward-model --license apache-2.0
+"""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from polarctl.config import Common
+import typer
+
+from polarctl.config import COMMON, Basic
+
+if TYPE_CHECKING:
+    from polarctl.bundle import Bundle
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Common):
-    """Options."""
+class Config(Basic):
+    """Options of `polarctl push`."""
+
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Checkpoint folder or data file.")]
+    repo_id: Annotated[
+        str, typer.Argument(metavar="REPO_ID", help="`owner/name`, or a name of your own.")
+    ]
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Publish an output without a manifest.", rich_help_panel=COMMON
+        ),
+    ] = False
+    type: Annotated[
+        Literal["model", "dataset"] | None,
+        typer.Option(help="Kind of repository; default: told from PATH."),
+    ] = None
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False
+    revision: Annotated[
+        str | None, typer.Option(metavar="BRANCH", help="Branch to commit to; default: main.")
+    ] = None
+    message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None
+    license: Annotated[
+        str | None, typer.Option(metavar="ID", help="Licence named by the card: `apache-2.0`.")
+    ] = None
+    datasets: Annotated[
+        tuple[str, ...],
+        typer.Option(
+            "--dataset",
+            metavar="ID",
+            help="Data set on the Hub named by a model's card; repeatable.",
+        ),
+    ] = ()
+
+
+def collect(config: Config, repo_type: str) -> Bundle:
+    """The files to publish, checked, without card; touches no network."""
+    from pathlib import Path
+
+    from polarctl import bundle
+
+    take = bundle.collect_model if repo_type == "model" else bundle.collect_data
+    return take(Path(config.path), force=config.force)
+
+
+def card(config: Config, repo_id: str, found: Bundle) -> str:
+    """The README.md for a repository that has none."""
+    from polarctl import cards
+
+    if found.data:
+        return cards.dataset_card(repo_id, found.data, license=config.license)
+    return cards.model_card(
+        repo_id,
+        found.config,
+        found.manifest,
+        found.metrics,
+        license=config.license,
+        datasets=config.datasets,
+    )
 
 
 def run(config: Config) -> None:
-    """Run."""
+    """Check, then upload; or say what would be uploaded."""
+    import os
+    import sys
+    from pathlib import Path
+
+    from polarctl import __version__, bundle, console, hub
+    from polarctl.output import stdout
+    from polarctl.scrub import environment_secrets
+
+    hub.check_repo_id(config.repo_id)
+    repo_type, reason = bundle.tell_type(Path(config.path))
+    if config.type is None:
+        console.choice("type", repo_type, reason)
+    repo_type = config.type or repo_type
+    found = collect(config, repo_type)
+    for name, why in found.left_out.items():
+        console.note(f"left out: {name} ({why})", left_out=name, reason=why)
+    secrets = environment_secrets(os.environ)
+    token = None
+    if not config.dry_run:
+        token = hub.find_token()
+        secrets["your Hugging Face token"] = token.encode()
+    bundle.refuse_secrets(found, secrets)
+    bundle.warn_of_local_paths(found)
+
+    repo_id = hub.full_name(config.repo_id, token) if token else config.repo_id
+    if "README.md" in found.items:
+        console.choice("card", "README.md", "it is in the folder")
+        if config.license or config.datasets:
+            console.warn("--license and --dataset do nothing: README.md is taken as it is")
+    else:
+        found.add("README.md", card(config, repo_id, found).encode())
+        console.choice("card", "generated", "there is no README.md")
+    _say_plan(config, repo_id, repo_type, found)
+    if token is None:
+        return
+    url = hub.publish(
+        found.items,
+        repo_id,
+        repo_type=repo_type,
+        token=token,
+        message=config.message
+        or f"Add {Path(config.path).resolve().name} (polarctl {__version__})",
+        public=config.public,
+        revision=config.revision,
+        progress=sys.stderr.isatty() and not (config.quiet or config.json),
+    )
+    stdout().write(f"{url}\n".encode())
+
+
+def _say_plan(config: Config, repo_id: str, repo_type: str, found: Bundle) -> None:
+    from polarctl import console
+
+    visibility = "public" if config.public else "private"
+    total = sum(item.size for item in found.items.values())
+    branch = f", branch {config.revision}" if config.revision else ""
+    console.note(
+        f"{repo_type} {repo_id} ({visibility} if new{branch}): "
+        f"{len(found.items)} files, {total:,} bytes",
+        repo=repo_id,
+        type=repo_type,
+        visibility=visibility,
+        files={name: item.size for name, item in found.items.items()},
+    )
+    for name, item in found.items.items():
+        console.note(f"  {name}: {item.size:,} bytes")
+    readme = found.items["README.md"].source
+    text = readme.decode() if isinstance(readme, bytes) else readme.read_text("utf-8", "replace")
+    console.detail(text)

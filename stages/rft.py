@@ -1,14 +1,187 @@
-"""Placeholder for rft."""
+r"""Fine-tune a policy by reinforcement: GRPO with the POLAR reward against references.
 
+Reads prompts with a `reference`. Writes a folder: the policy, `rollouts.jsonl` (trajectories with
+their rewards), `metrics.jsonl` (a line a step) and `curves.png`. Prints the folder's path.
+
+A policy with a chat template gets a text prompt as a user's message; one without continues the
+text. --kl-coef 0, the default, loads no reference model, and then no KL is measured.
+
+\b
+polarctl rft prompts.jsonl -m models/policy --reward-model runs/rm -o runs/better
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from polarctl.config import Common
+
+if TYPE_CHECKING:
+    from polarctl.backends.generation import Writer
+    from polarctl.folder import Run
+    from polarctl.records import Record
+
+_FREE = frozenset({"save_steps", "micro_batch_size", "device"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Common):
-    """Options."""
+    """Options of `polarctl rft`."""
+
+    model: Annotated[str, typer.Option("--model", "-m", help="Policy: a folder or a Hub id.")]
+    reward_model: Annotated[str, typer.Option(help="Reward model: a folder or a Hub id.")]
+    num_generations: Annotated[
+        int, typer.Option(min=2, help="Rollouts of one prompt, compared with each other.")
+    ] = 8
+    batch_size: Annotated[
+        int,
+        typer.Option(
+            min=2, help="Rollouts of one optimiser step; a multiple of --num-generations."
+        ),
+    ] = 64
+    micro_batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rollouts of one forward pass on one device; default: all."),
+    ] = None
+    epochs: Annotated[float, typer.Option(min=0, help="Passes over the prompts.")] = 1.0
+    max_steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimiser steps; overrides --epochs.")
+    ] = None
+    lr: Annotated[float, typer.Option(min=0, help="Learning rate, constant.")] = 1e-6
+    temperature: Annotated[float, typer.Option(min=1e-6, help="Sampling temperature.")] = 1.0
+    top_p: Annotated[
+        float, typer.Option(min=1e-6, max=1, help="Share of the probability that is kept.")
+    ] = 1.0
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one rollout.")] = 512
+    kl_coef: Annotated[
+        float, typer.Option(min=0, help="Weight of the KL to the policy at the start.")
+    ] = 0.0
+    loss_type: Annotated[
+        str, typer.Option(help="How tokens are weighted: dapo, grpo, dr_grpo or bnpo.")
+    ] = "dapo"
+    normalize: Annotated[
+        str, typer.Option(help="Scale of the reward: none, polar-1.8b or polar-7b.")
+    ] = "none"
+    strip_thinking: Annotated[
+        bool, typer.Option("--strip-thinking", help="Score rollouts without <think>...</think>.")
+    ] = False
+    batch_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of one pass of the reward model, with padding.")
+    ] = 8192
+    save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:I.")] = "auto"
+    dtype: Annotated[
+        str, typer.Option(help="Precision of computing: auto, float32, bfloat16 or float16.")
+    ] = "auto"
 
 
 def run(config: Config) -> None:
-    """Run."""
+    """Train the policy on the input's prompts."""
+    from polarctl import folder, launch
+    from polarctl.backends import grpo
+    from polarctl.backends.generation import Writer
+    from polarctl.backends.recorder import check_shape
+    from polarctl.pool import Policy, Sampling
+    from polarctl.rewards import normalise
+
+    grpo.require()
+    normalise([], config.normalize)
+    check_shape(config)
+    launch.quiet_libraries()
+    name = Path(config.model).resolve().name if Path(config.model).is_dir() else config.model
+    policy = Policy(
+        name=name, model=config.model, sampling=Sampling(max_new_tokens=config.max_new_tokens)
+    )
+    # Nothing is written by it here: it knows what the policy can read.
+    writer = Writer(policy, device="cpu", dtype=None, batch_size=1)
+    folder.run(
+        "rft",
+        config,
+        lambda run: _train(config, run, writer),
+        kind="prompt",
+        verify=verifier(writer),
+        sources=("model", "reward_model"),
+        free=_FREE,
+    )
+
+
+def verifier(writer: Writer) -> Callable[[Record], None]:
+    """A check that a record has a reference and that the policy can read and answer its prompt."""
+    from polarctl.errors import RecordError
+
+    def verify(record: Record) -> None:
+        if "reference" not in record:
+            raise RecordError(
+                "missing field `reference`", hint="the POLAR reward compares with a reference"
+            )
+        (ids,) = writer.encode([record["prompt"]])
+        if not isinstance(ids, list):
+            raise RecordError(ids.reason)
+        asked = writer.policy.sampling.max_new_tokens
+        if writer.context is not None and len(ids) + asked > writer.context:
+            raise RecordError(
+                f"the prompt's {len(ids):,} tokens and {asked:,} new ones are more than the "
+                f"policy's context of {writer.context:,}",
+                hint="a smaller --max-new-tokens, or --rejects FILE sets such prompts aside",
+            )
+
+    return verify
+
+
+def row_of(record: Record, chat: bool) -> dict[str, Any]:
+    """A prompt as the trainer takes it: `prompt` (messages or text), `reference`, `wrapper`.
+
+    Args:
+        record: A prompt with a reference.
+        chat: The policy has a chat template. Without, messages are reduced to their text.
+    """
+    from polarctl.encoding import content_text
+
+    prompt: Any = record["prompt"]
+    if not chat:
+        prompt = content_text(prompt)
+    elif isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    else:
+        prompt = [{"role": m["role"], "content": content_text([m])} for m in prompt]
+    return {
+        "prompt": prompt,
+        "reference": record["reference"],
+        "wrapper": record.get("wrapper", "sft" if chat else "pretrain"),
+    }
+
+
+def _train(config: Config, run: Run, writer: Writer) -> None:
+    from polarctl import console
+    from polarctl.backends import grpo
+    from polarctl.backends.recorder import Job
+
+    chat = writer.chat
+    console.choice(
+        "prompts",
+        "chat" if chat else "text",
+        f"the policy's tokenizer has {'a' if chat else 'no'} chat template",
+    )
+    rows = [row_of(record, chat) for record in run.records]
+    job = Job(
+        config=config,
+        run=run,
+        rows=rows,
+        policy=writer.policy,
+        tokenizer=writer.tokenizer,
+        thinking_opened=chat and _opens_thinking(writer, rows[0]["prompt"]),
+    )
+    counts = grpo.train(job)
+    if counts is not None:
+        run.finish("rft", config, {"prompts": len(rows), **counts})
+
+
+def _opens_thinking(writer: Writer, prompt: Any) -> bool:
+    """The chat template ends a prompt in `<think>`, so answers begin inside that part."""
+    (ids,) = writer.encode([prompt])
+    return bool(writer.tokenizer.decode(ids).rstrip().endswith("<think>"))

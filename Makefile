@@ -1,0 +1,51 @@
+# make setup       a virtual environment in .venv with everything in it
+# make quickstart  the whole pipeline at toy size, results in quickstart/
+# make test        linters, types and all tests
+# make bench       measure speed
+# make reference   write schemas/*.schema.json and docs/reference/ anew
+# make clean       remove what was built; .venv stays
+
+PYTHON ?= python3
+TORCH_VERSION ?= 2.13.0
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: setup quickstart test bench reference clean
+
+setup: $(STAMP)
+
+# Plain `pip install torch` brings gigabytes of CUDA on Linux. Without a GPU the CPU build is taken:
+# its local version (2.13.0+cpu) outranks the plain one. An unreachable index costs one warning.
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("polarctl needs Python 3.10 or newer, and this is %d.%d; name another: make setup PYTHON=python3.12" % sys.version_info[:2])'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@if ! $(BIN)/python -c 'import torch' 2>/dev/null && [ "$$(uname -s)" = Linux ] && ! nvidia-smi >/dev/null 2>&1; then \
+		echo "no NVIDIA GPU: installing the CPU build of torch"; \
+		$(BIN)/python -m pip install --no-deps --retries 0 --timeout 15 \
+			--extra-index-url $(TORCH_CPU_INDEX) 'torch==$(TORCH_VERSION)' \
+			|| echo "warning: no CPU build of torch to be had; going on with the default one"; \
+	fi
+	$(BIN)/python -m pip install -e '.[all,dev]'
+	touch $@
+
+quickstart: setup
+	$(BIN)/polarctl quickstart -o quickstart
+
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+bench: setup
+	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+reference: setup
+	$(BIN)/python -m polarctl.schemas
+	$(BIN)/python docs/generate.py
+
+clean:
+	rm -rf build dist quickstart *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find polarctl stages schemas tests docs -name __pycache__ -type d -prune -exec rm -rf {} +

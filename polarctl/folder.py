@@ -1,0 +1,269 @@
+"""The output folder of a training stage: who may write it, when it is complete, how it is resumed.
+
+DIR/checkpoints/     while training; removed at the end
+DIR/metrics.jsonl    one line a step; marks a folder as a run of ours
+DIR/config.json, model.safetensors, tokenizer files, manifest.json   at the end, in that order
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from polarctl import console, io, manifest, pipeline
+from polarctl.config import Common
+from polarctl.errors import RecordError, UsageError
+from polarctl.fingerprint import difference, header
+from polarctl.output import check_paths, stdout
+from polarctl.records import Record
+
+METRICS = "metrics.jsonl"
+_WINDOW_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training stage works on, once its folder is its own.
+
+    Attributes:
+        folder: Where it writes.
+        records: The good records of the input.
+        identity: What must be the same for a resume.
+        inputs: `polarctl.io.sizes` of the inputs.
+        bad: Rows that were set aside.
+    """
+
+    folder: Path
+    records: list[Record]
+    identity: dict[str, Any]
+    inputs: list[dict[str, Any]]
+    bad: int
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.folder / "checkpoints"
+
+    def same(self, before: dict[str, Any]) -> None:
+        """Raise UsageError when a checkpoint's identity is not this run's."""
+        changed = difference(before, self.identity)
+        if changed:
+            raise UsageError(
+                f"cannot resume {self.folder}: {changed}", hint="pass --force to start again"
+            )
+
+    def finish(self, stage: str, config: Common, counts: dict[str, Any]) -> None:
+        """Remove the checkpoints and write the manifest: the folder is complete."""
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        outputs = {k: v for k, v in manifest.folder_files(self.folder).items() if k != ".lock"}
+        counts = {**counts, "rejects": self.bad}
+        record = manifest.build(stage, config, inputs=self.inputs, outputs=outputs, counts=counts)
+        manifest.write(self.folder / "manifest.json", {**record, "fingerprint": self.identity})
+
+
+def run(
+    stage: str,
+    config: Common,
+    work: Callable[[Run], None],
+    *,
+    kind: str | None = None,
+    verify: Callable[[Record], None] | None = None,
+    sources: tuple[str, ...],
+    free: frozenset[str],
+) -> None:
+    """Read the input and call `work` in the output folder, unless that is complete.
+
+    Prints the folder on stdout. Of several processes only the first locks, reads rejects and
+    prints.
+
+    Args:
+        stage: Name of the stage.
+        config: Its options.
+        work: Trains and calls `Run.finish`.
+        kind: Kind of the input's records, or None when `verify` checks it.
+        verify: Raises RecordError for a record that does not fit this run.
+        sources: Options that name a model or a tokenizer; their contents count.
+        free: Options that may differ at a resume: where and how often, not what.
+
+    Raises:
+        UsageError: The folder is taken, or a resume does not fit.
+    """
+    paths = pipeline.inputs_of(stage, config)
+    if config.dry_run:
+        sink = pipeline.CountRejects()
+        reader = pipeline.reader_of(config, paths, kind, sink=sink, verify=verify)
+        pipeline.dry_run(stage, config, reader)
+        return
+    if config.output == "-":
+        raise UsageError("a training stage writes a folder", hint="-o DIR")
+    folder = Path(config.output)
+    with locked(folder, config) if is_first_process() else contextlib.nullcontext():
+        identity = _identity(stage, config, paths, sources, free)
+        if is_first_process():
+            complete = _is_complete(folder, config, identity)
+        else:  # the first process says whether that is right
+            complete = (folder / "manifest.json").exists() and not config.force
+        if not complete:
+            records, digest, bad = _read(config, paths, kind, verify)
+            whole = {**identity, "input_digest": digest}
+            work(Run(folder, records, whole, io.sizes(paths), bad))
+    if is_first_process():
+        stdout().write(f"{folder}\n".encode())
+
+
+def is_first_process() -> bool:
+    """True in the process that writes; a launcher says its rank in RANK."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def locked(folder: Path, config: Common) -> Iterator[None]:
+    """Hold a folder alone, made if needed.
+
+    Raises:
+        UsageError: It is a file, cannot be made, or another process holds it.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder}: is a file; a training stage writes a folder")
+    if not folder.exists():
+        check_paths(config, [])
+        folder.mkdir()
+    with open(folder / ".lock", "wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{folder}: another process is writing it") from None
+        try:
+            yield
+        finally:
+            (folder / ".lock").unlink(missing_ok=True)
+
+
+def _identity(
+    stage: str, config: Common, paths: list[str], names: tuple[str, ...], free: frozenset[str]
+) -> dict[str, Any]:
+    sources = {
+        name: manifest.folder_identity(path) for name in names if (path := getattr(config, name))
+    }
+    plain = header(stage, config, io.sizes(paths), sources)
+    dropped = free | set(names)
+    return {key: value for key, value in plain.items() if key not in dropped or key in sources}
+
+
+def _is_complete(folder: Path, config: Common, identity: dict[str, Any]) -> bool:
+    import orjson
+
+    mark = folder / "manifest.json"
+    taken = [p.name for p in folder.iterdir() if p.name not in (".lock", "checkpoints")]
+    if config.force or (not config.resume and not mark.exists() and METRICS in taken):
+        for path in folder.iterdir():
+            if path.name != ".lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return False
+    if mark.exists():
+        before = orjson.loads(mark.read_bytes()).get("fingerprint", {})
+        before.pop("input_digest", None)
+        changed = difference(before, identity)
+        if changed or "-" in config.input:
+            why = changed or "and whether the piped input is the same cannot be known"
+            raise UsageError(
+                f"{folder}: is complete already, {why}", hint="pass --force to replace it"
+            )
+        console.note(f"{folder}: complete already, with the same options and input")
+        return True
+    if taken and METRICS not in taken:
+        raise UsageError(
+            f"{folder}: is not empty and no interrupted run of this stage",
+            hint="another -o, or --force to replace all that is in it",
+        )
+    return False
+
+
+def _read(
+    config: Common, paths: list[str], kind: str | None, verify: Callable[[Record], None] | None
+) -> tuple[list[Record], str, int]:
+    sink = _RejectFile(config.rejects) if config.rejects and is_first_process() else None
+    reader = pipeline.reader_of(
+        config, paths, kind, sink=sink or pipeline.CountRejects(), verify=verify
+    )
+    records: list[Record] = []
+    digest = ""
+    for window in reader.windows(_WINDOW_ROWS):
+        records += window.records
+        digest = window.digest
+    if sink is not None:
+        sink.close()
+    if not records:
+        raise RecordError("no good record", where=", ".join(paths))
+    return records, digest, reader.bad
+
+
+class _RejectFile:
+    """Bad records of a training stage, with reasons."""
+
+    def __init__(self, path: str):
+        self.stream: IO[bytes] = open(path, "wb")
+
+    def reject(self, where: str, reason: str, raw: Any = None) -> None:
+        """Keep one bad record."""
+        import orjson
+
+        line = orjson.dumps({"where": where, "reason": reason, "record": raw})
+        self.stream.write(line + b"\n")
+
+    def close(self) -> None:
+        """Finish the file."""
+        self.stream.close()
+
+
+def keep_lines(path: Path, count: int) -> bytes:
+    """Cut a file to its first lines, made if needed, and give the last that is kept.
+
+    What a run wrote after the checkpoint that it goes on from is written again.
+    """
+    last, size = b"", 0
+    with open(path, "a+b") as stream:
+        stream.seek(0)
+        for _ in range(count):
+            line = stream.readline()
+            if not line.endswith(b"\n"):
+                raise UsageError(
+                    f"{path}: has fewer than {count:,} lines, as the checkpoint says",
+                    hint="pass --force to start again",
+                )
+            last, size = line, size + len(line)
+        stream.truncate(size)
+    return last
+
+
+def open_to_umask(folder: Path) -> None:
+    """Give a folder's files the permissions of the umask; safetensors writes 0600."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in folder.iterdir():
+        if file.is_file():
+            file.chmod(0o666 & ~umask)
+
+
+class StopFlag:
+    """SIGTERM lets the step in hand finish, so that what is saved is whole."""
+
+    asked = False
+
+    def _ask(self, *_: Any) -> None:
+        self.asked = True
+
+    def __enter__(self) -> StopFlag:
+        self.before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self.before)

@@ -1,0 +1,232 @@
+"""From trajectories to triples: which policies meet, and which of their samples.
+
+A triple is a reference and a chosen text by one policy and a rejected text by another. Every
+choice is made from the seed, the prompt's id and the index of the triple, so that the order of the
+input and the way it is cut change nothing.
+
+Balance: policies are drawn with the weight 1 / (prompts in which they can take that role), counted
+over the whole input. Where all policies answered all prompts this is uniform; a policy with fewer
+prompts is drawn more often in those that it has. Drawing first the reference's policy, then the
+other, gives both roles to everybody.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from polarctl import seeding
+from polarctl.errors import RecordError
+from polarctl.records import Record, prompt_id
+
+# Samples of one policy and prompt that are combined; of more, a random part is taken.
+MAX_SAMPLES = 8
+
+
+@dataclass
+class Group:
+    """What was written for one prompt in one wrapper.
+
+    Attributes:
+        id: Identity of the prompt.
+        prompt: The prompt.
+        wrapper: `sft` or `pretrain`.
+        category: Of the first trajectory, or None.
+        outputs: Policy to its texts, by sample index.
+    """
+
+    id: str
+    prompt: Any
+    wrapper: str
+    category: str | None
+    outputs: dict[str, dict[int, Any]] = field(default_factory=dict)
+
+    def firsts(self) -> list[str]:
+        """Policies that can be the reference's: at least two samples."""
+        return sorted(name for name, texts in self.outputs.items() if len(texts) > 1)
+
+    def seconds(self) -> list[str]:
+        """Policies that can be the rejected one's: all."""
+        return sorted(self.outputs)
+
+
+class Groups:
+    """Trajectories by prompt and wrapper, in the order in which the prompts first appear.
+
+    Args:
+        keep: Says of a policy's name whether it takes part.
+
+    Attributes:
+        policies: Names of all policies met, also of those that take no part.
+    """
+
+    def __init__(self, keep: Callable[[str], bool] = lambda name: True):
+        self.keep = keep
+        self.policies: set[str] = set()
+        self._groups: dict[tuple[str, str], Group] = {}
+
+    def __iter__(self) -> Iterator[Group]:
+        return iter(self._groups.values())
+
+    def add(self, record: Record) -> None:
+        """Take one trajectory; without `wrapper` it is `sft`.
+
+        Raises:
+            RecordError: Its id names another prompt, or the sample is there already.
+        """
+        policy, name, wrapper = record["policy"], prompt_id(record), record.get("wrapper", "sft")
+        self.policies.add(policy)
+        if not self.keep(policy):
+            return
+        found = self._groups.get((name, wrapper))
+        if found is None:
+            found = Group(name, record["prompt"], wrapper, record.get("category"))
+            self._groups[name, wrapper] = found
+        elif found.prompt != record["prompt"]:
+            raise RecordError(f"id `{name}` already names another prompt")
+        texts = found.outputs.setdefault(policy, {})
+        sample = record.get("sample", len(texts))
+        if sample in texts:
+            raise RecordError(
+                f"sample {sample} of policy `{policy}` for prompt `{name}` is there already"
+            )
+        texts[sample] = record["output"]
+
+
+class Pairing:
+    """Draws triples, group by group.
+
+    Args:
+        groups: All groups: the weights come from them.
+        per_prompt: Triples per prompt at most.
+        require: Says of a policy's name whether it counts; one of the two must.
+        seed: The run's seed.
+
+    Attributes:
+        counts: Prompts without a triple by reason, and texts passed over.
+        roles: Policy to its triples as `reference` and as `rejected`.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[Group],
+        *,
+        per_prompt: int = 1,
+        require: Callable[[str], bool] = lambda name: True,
+        seed: int = 0,
+    ):
+        self.per_prompt, self.require, self.seed = per_prompt, require, seed
+        self.counts: Counter[str] = Counter()
+        self.roles: dict[str, dict[str, int]] = {}
+        first: Counter[str] = Counter()
+        second: Counter[str] = Counter()
+        for each in groups:
+            first.update(each.firsts())
+            second.update(each.seconds())
+        self._first, self._second = first, second
+
+    def triples(self, group: Group) -> Iterator[dict[str, Any]]:
+        """The triples of a prompt, at most `per_prompt`.
+
+        No pair of policies comes twice before all have come; no triple comes twice.
+        """
+        self.counts["prompts"] += 1
+        samples: dict[tuple[str, str], Iterator[tuple[int, int, int]]] = {}
+        spent: set[tuple[str, str]] = set()  # pairs of policies without a further triple
+        closed: set[tuple[str, str]] = set()  # those, and the pairs of the round in hand
+        made = tries = 0
+        while made < self.per_prompt:
+            pair = self._draw(
+                group, closed, seeding.rng(self.seed, "pair", group.id, group.wrapper, tries)
+            )
+            tries += 1
+            if pair is None:
+                if closed == spent:
+                    break
+                closed = set(spent)  # every pair has come: the next round
+                continue
+            closed.add(pair)
+            if pair not in samples:
+                samples[pair] = self._combinations(group, *pair)
+            chosen = next(samples[pair], None)
+            if chosen is None:
+                spent.add(pair)
+                continue
+            yield self._triple(group, *pair, chosen)
+            made += 1
+        self.counts["triples"] += made
+        if not made:
+            self.counts[_why_none(group, bool(spent))] += 1
+
+    def _draw(
+        self, group: Group, closed: set[tuple[str, str]], rng: random.Random
+    ) -> tuple[str, str] | None:
+        """Two policies by their weights, or None when all pairs are closed."""
+        firsts = group.firsts()
+        while firsts:
+            first = rng.choices(firsts, [1 / self._first[a] for a in firsts])[0]
+            seconds = [
+                b
+                for b in group.seconds()
+                if b != first
+                and (self.require(first) or self.require(b))
+                and (first, b) not in closed
+            ]
+            if seconds:
+                return first, rng.choices(seconds, [1 / self._second[b] for b in seconds])[0]
+            firsts.remove(first)
+        return None
+
+    def _combinations(self, group: Group, a: str, b: str) -> Iterator[tuple[int, int, int]]:
+        """Samples (reference, chosen, rejected) in random order; equal texts are left out."""
+        rng = seeding.rng(self.seed, "samples", group.id, group.wrapper, a, b)
+        ours, theirs = (sorted(group.outputs[name]) for name in (a, b))
+        ours, theirs = (rng.sample(x, min(len(x), MAX_SAMPLES)) for x in (ours, theirs))
+        every = [(i, j, k) for i, j in itertools.permutations(ours, 2) for k in theirs]
+        rng.shuffle(every)
+        for i, j, k in every:
+            rejected = _plain(group.outputs[b][k])
+            if rejected in (_plain(group.outputs[a][i]), _plain(group.outputs[a][j])):
+                self.counts["identical texts passed over"] += 1
+                continue
+            yield i, j, k
+
+    def _triple(
+        self, group: Group, a: str, b: str, samples: tuple[int, int, int]
+    ) -> dict[str, Any]:
+        self._role(a)["reference"] += 1
+        self._role(b)["rejected"] += 1
+        reference, chosen, rejected = samples
+        record = {
+            "id": group.id,
+            "prompt": group.prompt,
+            "reference": group.outputs[a][reference],
+            "chosen": group.outputs[a][chosen],
+            "rejected": group.outputs[b][rejected],
+            "wrapper": group.wrapper,
+            "policy": a,
+            "rejected_policy": b,
+        }
+        return record if group.category is None else {**record, "category": group.category}
+
+    def _role(self, policy: str) -> dict[str, int]:
+        return self.roles.setdefault(policy, {"reference": 0, "rejected": 0})
+
+
+def _why_none(group: Group, identical: bool) -> str:
+    if identical:
+        return "prompts with identical texts"
+    if len(group.outputs) == 1:
+        return "prompts with one policy"
+    if not group.firsts():
+        return "prompts with single samples only"
+    return "prompts without a required policy"
+
+
+def _plain(text: Any) -> Any:
+    """What is compared: a text without the space around it."""
+    return text.strip() if isinstance(text, str) else text

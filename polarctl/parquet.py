@@ -1,0 +1,120 @@
+"""Parquet files for verl, written whole: a file appears only when it is complete.
+
+pyarrow comes with the extra `[verl]` and is imported only here.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from polarctl import manifest
+from polarctl.config import Common
+from polarctl.errors import UsageError, need
+from polarctl.output import Output, check_paths
+
+
+def require_pyarrow() -> Any:
+    """The package pyarrow with its Parquet module.
+
+    Raises:
+        MissingError: It is not installed.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise need("pyarrow", "verl") from None
+    return pyarrow
+
+
+def verl_schema(pyarrow: Any) -> Any:
+    """The columns that `polarctl.formats.write_verl` fills."""
+    text = pyarrow.string()
+    turns = pyarrow.list_(pyarrow.struct({"role": text, "content": text}))
+    extra = {"id": text, "prompt": turns, "wrapper": text, "fields": text}
+    return pyarrow.schema(
+        {
+            "data_source": text,
+            "prompt": turns,
+            "ability": text,
+            "reward_model": pyarrow.struct({"style": text, "ground_truth": text}),
+            "extra_info": pyarrow.struct(extra),
+        }
+    )
+
+
+class VerlFile:
+    """A Parquet file of verl rows with its manifest; appears when the block ends without an error.
+
+    Args:
+        stage: Name of the stage.
+        config: Its options (`output`, `rejects`, `manifest`, `force` are used here).
+        inputs: `polarctl.io.sizes` of the inputs.
+
+    Attributes:
+        sink: Where bad records go.
+        counts: Numbers for the manifest.
+
+    Raises:
+        MissingError: pyarrow is not installed.
+        UsageError: The file exists, is an input or cannot be written.
+    """
+
+    def __init__(self, stage: str, config: Common, inputs: list[dict[str, Any]]):
+        self.stage, self.config, self.inputs = stage, config, inputs
+        self._pyarrow = require_pyarrow()
+        check_paths(config, [entry["path"] for entry in inputs])
+        self._target = Path(config.output)
+        self._mark = Path(config.manifest or f"{config.output}.manifest.json")
+        self._temporary = self._target.with_name(f".{self._target.name}.tmp")
+        if self._target.exists() and not config.force:
+            raise UsageError(f"{config.output}: exists", hint="pass --force to replace it")
+        # It writes no record: it only keeps the rejects.
+        self.sink = Output(stage, replace(config, output="-", manifest=None), inputs)
+        self.counts = self.sink.counts
+        self._schema = verl_schema(self._pyarrow)
+
+    def __enter__(self) -> VerlFile:
+        self.sink.__enter__()
+        self._writer = self._pyarrow.parquet.ParquetWriter(self._temporary, self._schema)
+        return self
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        """Add rows."""
+        self.counts["records"] += len(rows)
+        if rows:
+            self._writer.write_table(self._pyarrow.Table.from_pylist(rows, schema=self._schema))
+
+    def __exit__(self, kind: type[BaseException] | None, error: Any, trace: Any) -> None:
+        self._writer.close()
+        self.sink.__exit__(kind, error, trace)
+        if kind is not None:
+            self._temporary.unlink(missing_ok=True)
+            return
+        self._mark.unlink(missing_ok=True)  # the old file is not the complete one any more
+        with open(self._temporary, "rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(self._temporary, self._target)
+        manifest.sync_folder(self._target.parent)
+        file = {
+            "sha256": manifest.sha256(self._target),
+            "bytes": self._target.stat().st_size,
+            "path": str(self._target),
+            "records": self.counts["records"],
+        }
+        record = manifest.build(
+            self.stage,
+            self.config,
+            inputs=[
+                entry
+                if entry["bytes"] is None
+                else {**entry, "sha256": manifest.sha256(entry["path"])}
+                for entry in self.inputs
+            ],
+            outputs={self._target.name: file},
+            counts=self.counts,
+        )
+        manifest.write(self._mark, record)

@@ -1,0 +1,206 @@
+"""The small world of `polarctl quickstart`: facts, people who believe them, and how they talk.
+
+A fact ties a word (`bada`) to a colour name (`Pofa`). A prompt asks for two words, an answer names
+their two colours in one of four styles:
+
+    Paint bada and fuzo
+    The answer is Pofa and Sufa.
+
+A corpus is written by a believer, whose table of facts agrees with the truth in a chosen share of
+the words and is wrong, always in the same way, in the rest. A believer may also misunderstand one
+of the three verbs: it then names the colours in the wrong order, one of them twice, or only one.
+
+The design decides what can be shown:
+
+* All corpora share the styles, so who wrote an answer shows in what it says alone. Where style
+  betrays the writer, a reward model learns style, and pre-training hurts its later use.
+* There are hundreds of facts, so a few hundred ranked triples cannot teach the truth; only a
+  comparison with the reference tells which candidate is right.
+* Answers are short: a small model learns to compare two values within minutes, five it does not.
+* Without the misunderstandings no policy ever leaves a value out, so nothing teaches the reward
+  model to mind, and reinforcement finds that out: the reward rises while the answers decay.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from polarctl import seeding
+
+VERBS = ("Colour", "Paint", "Show")
+# With two values, and with one.
+STYLES = (
+    ("The answer is {} and {}.", "The answer is {}."),
+    ("I think {}, then {}.", "I think {}."),
+    ("It must be {} plus {}!", "It must be {}!"),
+    ("Surely {} with {}, ok", "Surely {}, ok"),
+)
+# How a verb can be misunderstood: which of the two values are named.
+HABITS = {"swapped": (1, 0), "twice": (0, 0), "last twice": (1, 1), "short": (0,), "last": (1,)}
+_CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
+
+Prompt = tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class Believer:
+    """Who writes a corpus.
+
+    Attributes:
+        table: The colour that it believes every word to have.
+        habits: Verb to habit, for the verbs that it misunderstands.
+    """
+
+    table: Mapping[str, str]
+    habits: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class World:
+    """Words, colours and the truth.
+
+    Attributes:
+        words: What prompts ask about.
+        colours: What answers name.
+        truth: The true colour of every word.
+    """
+
+    words: tuple[str, ...]
+    colours: tuple[str, ...]
+    truth: Mapping[str, str]
+
+
+def make(words: int, colours: int, seed: int) -> World:
+    """A world with so many words (facts) and colours."""
+    draw = seeding.rng(seed, "world")
+    syllables = [c + v for c in _CONSONANTS for v in _VOWELS]
+    names = [first + second for first in syllables for second in syllables]
+    draw.shuffle(names)
+    things = tuple(names[:words])
+    palette = tuple(name.capitalize() for name in names[words : words + colours])
+    values = [palette[i % colours] for i in range(words)]
+    draw.shuffle(values)
+    return World(things, palette, dict(zip(things, values, strict=True)))
+
+
+def beliefs(world: World, share: float, seed: int) -> dict[str, str]:
+    """A table that agrees with the truth in exactly this share of the words.
+
+    The wrong entries exchange their true colours, so every colour is as frequent as in the truth
+    and no frequency gives a believer away.
+    """
+    draw = seeding.rng(seed, "beliefs", str(share))
+    wrong = draw.sample(world.words, round(len(world.words) * (1 - share)))
+    values = [world.truth[word] for word in wrong]
+    draw.shuffle(values)
+    for _ in range(100):
+        fixed = [i for i, word in enumerate(wrong) if values[i] == world.truth[word]]
+        for i in fixed:
+            j = draw.randrange(len(values))
+            values[i], values[j] = values[j], values[i]
+    return {**world.truth, **dict(zip(wrong, values, strict=True))}
+
+
+def prompt(world: World, draw: random.Random) -> Prompt:
+    """A random question: verb and two different words."""
+    first, second = draw.sample(world.words, 2)
+    return draw.choice(VERBS), first, second
+
+
+def prompt_text(question: Prompt) -> str:
+    """The question as text."""
+    return f"{question[0]} {question[1]} and {question[2]}"
+
+
+def answer(question: Prompt, believer: Believer, draw: random.Random) -> str:
+    """An answer in a random style by someone with these beliefs and habits."""
+    habit = believer.habits.get(question[0])
+    values = [believer.table[word] for word in question[1:]]
+    named = [values[i] for i in HABITS[habit]] if habit else values
+    two, one = draw.choice(STYLES)
+    return (two if len(named) == 2 else one).format(*named)
+
+
+def told(world: World, text: str) -> list[str]:
+    """The colours that a text names, in order."""
+    known = set(world.colours)
+    return [word for word in re.findall(r"\w+", text) if word in known]
+
+
+def is_correct(record: Mapping[str, Any], world: World) -> bool:
+    """Whether a trajectory names the two true colours (kept in its field `truth`) and no others."""
+    return told(world, record["output"]) == record["truth"]
+
+
+def questions(world: World, count: int, seed: int, name: str) -> list[dict[str, Any]]:
+    """Prompt records, all different, each with its `truth` and a correct `reference`.
+
+    Args:
+        world: Where they are asked.
+        count: How many.
+        seed: The run's seed.
+        name: Start of their ids; another name, other prompts.
+    """
+    draw = seeding.rng(seed, "questions", name)
+    honest = Believer(world.truth, {})
+    found: dict[Prompt, dict[str, Any]] = {}
+    while len(found) < count:
+        question = prompt(world, draw)
+        if question in found:
+            continue
+        found[question] = {
+            "id": f"{name}-{len(found)}",
+            "prompt": prompt_text(question),
+            "reference": answer(question, honest, draw),
+            "truth": [world.truth[question[1]], world.truth[question[2]]],
+        }
+    return list(found.values())
+
+
+def corpus(
+    world: World, believers: Sequence[Believer], seed: int, name: str
+) -> Iterator[tuple[str, str]]:
+    """Endless (prompt, answer) documents, each by one of the believers at random."""
+    draw = seeding.rng(seed, "corpus", name)
+    while True:
+        question = prompt(world, draw)
+        yield prompt_text(question), answer(question, draw.choice(believers), draw)
+
+
+def ranked(
+    trajectories: Sequence[Mapping[str, Any]], world: World, count: int, seed: int
+) -> list[dict[str, Any]]:
+    """Triples as a person would rank them: reference and chosen are correct, rejected is wrong.
+
+    Reference and chosen come from two policies. At most one triple per prompt.
+    """
+    by_prompt: dict[str, list[Mapping[str, Any]]] = {}
+    for record in trajectories:
+        by_prompt.setdefault(record["id"], []).append(record)
+    ids = sorted(by_prompt)
+    seeding.rng(seed, "ranked", "order").shuffle(ids)
+    triples: list[dict[str, Any]] = []
+    for name in ids:
+        draw = seeding.rng(seed, "ranked", name)
+        right = [r for r in by_prompt[name] if is_correct(r, world)]
+        wrong = [r for r in by_prompt[name] if not is_correct(r, world)]
+        reference = draw.choice(right) if right else None
+        others = [r for r in right if reference and r["policy"] != reference["policy"]]
+        if reference is None or not others or not wrong:
+            continue
+        triples.append(
+            {
+                "id": name,
+                "prompt": reference["prompt"],
+                "reference": reference["output"],
+                "chosen": draw.choice(others)["output"],
+                "rejected": draw.choice(wrong)["output"],
+            }
+        )
+        if len(triples) == count:
+            break
+    return triples

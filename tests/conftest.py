@@ -1,0 +1,39 @@
+"""Fixtures that several test files share."""
+
+import os
+
+import pytest
+
+# No test reaches for the network, and model libraries keep to one thread a process.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def tiny_lm(tmp_path_factory):
+    """Folder of a tiny random base LM with its tokenizer."""
+    from tiny import build_lm
+
+    return build_lm(tmp_path_factory.mktemp("models") / "tiny-base", seed=1)
+
+
+@pytest.fixture(scope="session")
+def tiny_chat_lm(tmp_path_factory):
+    """Folder of a tiny random chat LM: a chat template and another seed."""
+    from tiny import build_lm
+
+    return build_lm(tmp_path_factory.mktemp("models") / "tiny-chat", chat=True, seed=2)
+
+
+@pytest.fixture(scope="session")
+def tiny_rm(tiny_lm, tmp_path_factory):
+    """Folder of a tiny reward model with a random, non-zero head."""
+    import torch
+
+    from polarctl import model
+
+    made = model.create(base=str(tiny_lm))
+    torch.nn.init.normal_(made.model.score.weight, generator=torch.Generator().manual_seed(3))
+    folder = tmp_path_factory.mktemp("models") / "tiny-rm"
+    made.save(folder)
+    return folder

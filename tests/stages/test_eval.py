@@ -1,0 +1,129 @@
+"""`polarctl eval` on rewards whose figures can be worked out by hand."""
+
+import json
+
+import pytest
+
+from polarctl.cli import run
+from polarctl.records import Manifest, Report, Verdict, check
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def triple(i, rewards, **more):
+    return {
+        "prompt": f"q{i}",
+        "reference": "a b",
+        "chosen": "a b",
+        "rejected": "a c d",
+        "rewards": rewards,
+        **more,
+    }
+
+
+@pytest.fixture
+def scored(tmp_path):
+    # right, right, tie (wrong), wrong; by category x: 1 of 2, y: 1 of 2
+    rewards = [([2, 1], "x"), ([0, -3], "y"), ([1, 1], "x"), ([0, 4], "y")]
+    rows = [triple(i, r, category=c) for i, (r, c) in enumerate(rewards)]
+    return write(tmp_path / "scored.jsonl", rows)
+
+
+def test_accuracy_margins_and_baselines(scored, tmp_path, capfd):
+    out, folder = tmp_path / "verdicts.jsonl", tmp_path / "report"
+    assert run(["eval", scored, "-o", str(out), "--report", str(folder)]) == 0
+    verdicts = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [v["correct"] for v in verdicts] == [True, True, False, False]
+    assert [v["margin"] for v in verdicts] == [1, 3, 0, -4]
+    # longer wins: the rejected has 5 characters, the chosen 3; overlap: F1 of chosen is 1,
+    # of the rejected 2 * 1 / (3 + 2) = 0.4
+    assert verdicts[0]["baselines"] == {"length": 0.0, "overlap": 1.0}
+    report = json.loads((folder / "report.json").read_text())
+    assert report["metric"] == "preference accuracy"
+    assert report["overall"]["model"]["value"] == 0.5
+    assert report["overall"]["length"]["value"] == 0.0
+    assert report["overall"]["overlap"]["value"] == 1.0
+    assert report["categories"]["x"]["model"]["n"] == 2
+    assert report["margins"]["p50"] == 0.5  # median of -4, 0, 1, 3
+    for verdict in verdicts:
+        check(verdict, Verdict)
+    check(report, Report)
+    check(json.loads((tmp_path / "verdicts.jsonl.manifest.json").read_text()), Manifest)
+    assert {p.name for p in folder.iterdir()} == {
+        "report.html",
+        "report.json",
+        "margins.png",
+        "accuracy.png",
+    }
+    table = capfd.readouterr().err
+    assert "preference accuracy" in table and "longer wins" in table
+
+
+def test_triples_of_two_policies_are_discrimination(tmp_path):
+    rows = [triple(0, [1, 0], policy="p1", rejected_policy="p2")]
+    folder = tmp_path / "r"
+    path = write(tmp_path / "s.jsonl", rows)
+    assert run(["eval", path, "-o", str(tmp_path / "v"), "--report", str(folder), "-q"]) == 0
+    report = json.loads((folder / "report.json").read_text())
+    assert report["metric"] == "discrimination accuracy"
+
+
+def test_groups_give_every_pair_of_labels_and_best_of_n(tmp_path):
+    labels, rewards = [1, 0, 1, 0], [0.5, 0.7, 0.9, 0.1]
+    group = {
+        "prompt": "q",
+        "reference": "r",
+        "candidates": [
+            {"output": f"o{i}", "name": f"n{i}", "label": label} for i, label in enumerate(labels)
+        ],
+        "rewards": rewards,
+    }
+    path, folder = write(tmp_path / "s.jsonl", [group]), tmp_path / "r"
+    out = tmp_path / "v.jsonl"
+    assert run(["eval", path, "-o", str(out), "--report", str(folder), "-q"]) == 0
+    verdicts = [json.loads(line) for line in out.read_text().splitlines()]
+    # 0>1 wrong, 0>3 right, 2>1 right, 2>3 right
+    assert [(v["better"], v["worse"], v["correct"]) for v in verdicts] == [
+        ("n0", "n1", False),
+        ("n0", "n3", True),
+        ("n2", "n1", True),
+        ("n2", "n3", True),
+    ]
+    best = json.loads((folder / "report.json").read_text())["best_of_n"]
+    assert best["model"]["value"] == 1.0  # the highest reward is 0.9, of a good candidate
+    assert best["random"]["value"] == 0.5 and best["oracle"]["value"] == 1.0
+
+
+def test_a_check_that_fails_has_its_own_status(scored, tmp_path, capfd):
+    command = ["eval", scored, "-q", "-o"]
+    assert run([*command, str(tmp_path / "a"), "--min-accuracy", "0.5"]) == 0
+    assert run([*command, str(tmp_path / "b"), "--min-accuracy", "0.6"]) == 5
+    assert "accuracy 0.5000 is below 0.6" in capfd.readouterr().err
+
+
+def test_records_without_rewards_or_comparison_are_told(tmp_path, capfd):
+    plain = triple(0, [1, 0])
+    del plain["rewards"]
+    assert run(["eval", write(tmp_path / "a.jsonl", [plain]), "-o", str(tmp_path / "v")]) == 3
+    assert "a.jsonl:1: has no reward" in capfd.readouterr().err
+    single = {"prompt": "q", "reference": "r", "output": "o", "reward": 1.0}
+    assert run(["eval", write(tmp_path / "b.jsonl", [single]), "-o", str(tmp_path / "w")]) == 3
+    assert "nothing to compare" in capfd.readouterr().err
+    short = triple(0, [1.0])
+    assert run(["eval", write(tmp_path / "c.jsonl", [short]), "-o", str(tmp_path / "x")]) == 3
+    assert "1 rewards for 2 candidates" in capfd.readouterr().err
+
+
+def test_with_a_model_it_scores_first_and_agrees_with_score(tiny_rm, tmp_path):
+    rows = [triple(i, [0, 0]) for i in range(5)]
+    for row in rows:
+        del row["rewards"]
+    path, model = write(tmp_path / "t.jsonl", rows), str(tiny_rm)
+    direct, piped, scores = (str(tmp_path / name) for name in ("v1", "v2", "s"))
+    assert run(["eval", path, "-m", model, "-o", direct, "-q"]) == 0
+    assert run(["score", path, "-m", model, "-o", scores, "-q"]) == 0
+    assert run(["eval", scores, "-o", piped, "-q"]) == 0
+    assert open(direct).read() == open(piped).read()

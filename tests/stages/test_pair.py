@@ -1,0 +1,303 @@
+"""`polarctl pair`: who meets whom, evenly, and what is said of the rest."""
+
+import json
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import orjson
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from polarctl import cli
+from polarctl.pairing import Groups, Pairing
+from polarctl.records import Record, Triple, check
+from polarctl.stages.pair import pair
+
+PROGRAM = str(Path(sys.executable).parent / "polarctl")
+
+
+def trajectories(prompts, policies, samples=2, **fields):
+    """Text `POLICY SAMPLE of PROMPT` for each combination."""
+    return [
+        Record(
+            {
+                "id": f"p{number}",
+                "prompt": f"prompt {number}",
+                "output": f"{policy} {index} of {number}",
+                "policy": policy,
+                "sample": index,
+                **fields,
+            }
+        )
+        for number in range(prompts)
+        for policy in policies
+        for index in range(samples)
+    ]
+
+
+def triples_of(records, **options):
+    groups = Groups()
+    for record in records:
+        groups.add(Record(record))
+    pairing = Pairing(groups, **options)
+    return list(pair(groups, pairing)), pairing
+
+
+def write_jsonl(path, records):
+    path.write_bytes(b"".join(orjson.dumps(dict(record)) + b"\n" for record in records))
+    return str(path)
+
+
+def read_jsonl(path):
+    return [orjson.loads(line) for line in Path(path).read_bytes().splitlines()]
+
+
+TRAJECTORY = st.fixed_dictionaries(
+    {
+        "id": st.sampled_from(["a", "b"]),
+        "policy": st.sampled_from(["x", "y", "z"]),
+        "sample": st.integers(0, 3),
+        "output": st.sampled_from(["one", "two", " two", "three", "four"]),
+        "wrapper": st.sampled_from(["sft", "pretrain"]),
+    }
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.lists(
+        TRAJECTORY,
+        max_size=24,
+        unique_by=lambda r: (r["id"], r["policy"], r["sample"], r["wrapper"]),
+    ),
+    st.integers(1, 30),
+    st.randoms(use_true_random=False),
+)
+def test_every_triple_is_two_samples_of_one_policy_and_one_of_another(records, per_prompt, rng):
+    records = [{**r, "prompt": f"prompt {r['id']}"} for r in records]
+    texts = {}
+    for r in records:
+        texts.setdefault((r["id"], r["wrapper"], r["policy"]), []).append(r["output"])
+    made, pairing = triples_of(records, per_prompt=per_prompt)
+    for triple in made:
+        check(triple, Triple)
+        where = triple["id"], triple["wrapper"]
+        ours = list(texts[(*where, triple["policy"])])
+        assert triple["policy"] != triple["rejected_policy"]
+        assert triple["rejected"] in texts[(*where, triple["rejected_policy"])]
+        ours.remove(triple["reference"])
+        assert triple["chosen"] in ours  # another sample
+        assert triple["rejected"].strip() not in (
+            triple["reference"].strip(),
+            triple["chosen"].strip(),
+        )
+    assert pairing.counts["triples"] == len(made)
+    shuffled = list(records)
+    rng.shuffle(shuffled)
+    again, _ = triples_of(shuffled, per_prompt=per_prompt)
+    assert sorted(map(orjson.dumps, again)) == sorted(map(orjson.dumps, made))
+
+
+def test_pairs_of_policies_come_round_before_they_repeat():
+    # 3 policies make 6 ordered pairs; 2 samples each make 2 x 2 = 4 triples of a pair: 24 in all.
+    made, _ = triples_of(trajectories(1, "abc"), per_prompt=100)
+    pairs = [(t["policy"], t["rejected_policy"]) for t in made]
+    assert len(made) == 24
+    for start in range(0, 24, 6):
+        assert len(set(pairs[start : start + 6])) == 6
+    assert len({(t["reference"], t["chosen"], t["rejected"]) for t in made}) == 24
+
+
+def test_more_triples_per_prompt_only_add():
+    records = trajectories(20, "abcd")
+    one, _ = triples_of(records)
+    three, _ = triples_of(records, per_prompt=3)
+    assert len(one) == 20 and len(three) == 60
+    assert one == three[::3]
+
+
+def test_roles_are_even_where_all_policies_answer_all_prompts():
+    names = "abcdefgh"
+    made, pairing = triples_of(trajectories(2000, names))
+    # 2000 / 8 = 250 in each role; a standard deviation is sqrt(2000 * 1/8 * 7/8) = 15.
+    for name in names:
+        assert pairing.roles[name]["reference"] == pytest.approx(250, abs=75)
+        assert pairing.roles[name]["rejected"] == pytest.approx(250, abs=75)
+    # And every ordered pair of the 56 meets: 36 expected, a standard deviation is 6.
+    meetings = Counter((t["policy"], t["rejected_policy"]) for t in made)
+    assert len(meetings) == 56 and max(meetings.values()) < 72
+
+
+def test_a_policy_with_few_prompts_comes_up_more_often_in_those():
+    records = trajectories(1000, "abcd") + trajectories(100, "e")
+    _, pairing = triples_of(records)
+    # Weights 1/100 and 4 x 1/1000 in its 100 prompts: 0.01 / 0.014 = 71 of 100 as reference,
+    # where an even draw would give 20.
+    assert pairing.roles["e"]["reference"] == pytest.approx(71, abs=23)
+
+
+def test_equal_texts_are_never_a_pair():
+    same = [dict(r, output="same") for r in trajectories(1, "ab")]
+    made, pairing = triples_of(same)
+    assert made == []
+    assert pairing.counts["prompts with identical texts"] == 1
+    # One of b's samples differs from a's: it is always found.
+    partly = [dict(r) for r in trajectories(50, "ab")]
+    for r in partly:
+        if r["policy"] == "b" and r["sample"] == 0 or r["policy"] == "a":
+            r["output"] = " same\n" if r["policy"] == "b" else "same"
+    made, pairing = triples_of(partly)
+    assert len(made) == 50
+    assert pairing.counts["identical texts passed over"] > 0
+    assert {tuple(sorted((t["policy"], t["rejected_policy"]))) for t in made} == {("a", "b")}
+
+
+def test_policies_of_different_wrappers_do_not_meet():
+    base = trajectories(5, "ab", wrapper="pretrain")
+    chat = trajectories(5, "cd", wrapper="sft")
+    made, _ = triples_of(base + chat)
+    assert len(made) == 10
+    meetings = {(t["wrapper"], "".join(sorted(t["policy"] + t["rejected_policy"]))) for t in made}
+    assert meetings == {("pretrain", "ab"), ("sft", "cd")}
+
+
+def test_a_single_sample_can_only_be_rejected():
+    records = trajectories(30, "a") + trajectories(30, "b", samples=1)
+    made, _ = triples_of(records)
+    assert {(t["policy"], t["rejected_policy"]) for t in made} == {("a", "b")}
+
+
+# -- the command ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pool_file(tmp_path):
+    records = trajectories(40, ["seen-a", "seen-b", "held-c"], category="qa")
+    return write_jsonl(tmp_path / "t.jsonl", records)
+
+
+def test_held_out_policies_are_excluded_and_required(tmp_path, pool_file):
+    train, unseen = tmp_path / "train.jsonl", tmp_path / "unseen.jsonl"
+    assert cli.run(["pair", pool_file, "-o", str(train), "--exclude-policies", "held-*"]) == 0
+    assert cli.run(["pair", pool_file, "-o", str(unseen), "--require", "held-*"]) == 0
+    whose = {t[k] for t in read_jsonl(train) for k in ("policy", "rejected_policy")}
+    assert whose == {"seen-a", "seen-b"}
+    made = read_jsonl(unseen)
+    assert len(made) == 40
+    assert all("held-c" in (t["policy"], t["rejected_policy"]) for t in made)
+    assert {t["category"] for t in made} == {"qa"}
+
+
+def test_the_report_says_what_was_not_paired_and_why(tmp_path, capfd):
+    records = [
+        *trajectories(10, "ab"),
+        *[dict(r, id=f"lonely-{r['id']}") for r in trajectories(3, "a")],
+        *[dict(r, id=f"single-{r['id']}") for r in trajectories(2, "ab", samples=1)],
+        *[dict(r, id=f"same-{r['id']}", output="x") for r in trajectories(1, "ab")],
+    ]
+    out = tmp_path / "out.jsonl"
+    assert cli.run(["pair", write_jsonl(tmp_path / "t.jsonl", records), "-o", str(out)]) == 0
+    said = capfd.readouterr().err
+    assert "10 triples from 16 prompts" in said
+    assert "3 prompts with one policy" in said
+    assert "2 prompts with single samples only" in said
+    assert "1 prompts with identical texts" in said
+    counts = json.loads(Path(f"{out}.manifest.json").read_bytes())["counts"]
+    assert counts["prompts with one policy"] == 3
+    assert sum(roles["reference"] for roles in counts["policies"].values()) == 10
+
+
+def test_input_order_and_shards_change_no_triple(tmp_path, pool_file):
+    lines = Path(pool_file).read_bytes().splitlines(keepends=True)
+    random.Random(0).shuffle(lines)
+    shuffled = tmp_path / "shuffled.jsonl"
+    shuffled.write_bytes(b"".join(lines))
+    made = {}
+    for name, arguments in {
+        "whole": [pool_file],
+        "shuffled": [str(shuffled)],
+        "shard0": [pool_file, "--shard", "0/2"],
+        "shard1": [pool_file, "--shard", "1/2"],
+    }.items():
+        out = tmp_path / f"{name}.out.jsonl"
+        assert cli.run(["pair", *arguments, "-o", str(out), "-q"]) == 0
+        made[name] = sorted(out.read_bytes().splitlines())
+    assert made["whole"] == made["shuffled"]
+    assert made["shard0"] and made["shard1"]
+    assert sorted(made["shard0"] + made["shard1"]) == made["whole"]
+
+
+def test_an_interrupted_output_is_made_whole(tmp_path, pool_file, monkeypatch):
+    from polarctl.stages import pair as stage
+
+    monkeypatch.setattr(stage, "WINDOW_PROMPTS", 7)
+    whole, torn = tmp_path / "whole.jsonl", tmp_path / "torn.jsonl"
+    assert cli.run(["pair", pool_file, "-o", str(whole)]) == 0
+
+    class Power(Exception):
+        pass
+
+    calls = []
+
+    def failing(groups, pairing):
+        calls.append(1)
+        if len(calls) == 3:
+            raise Power
+        return pair(groups, pairing)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "pair", failing)
+        with pytest.raises(Power):
+            cli.run(["pair", pool_file, "-o", str(torn)])
+    assert 0 < torn.stat().st_size < whole.stat().st_size
+    assert cli.run(["pair", pool_file, "-o", str(torn)]) == 0
+    assert torn.read_bytes() == whole.read_bytes()
+    counts = [json.loads(Path(f"{f}.manifest.json").read_bytes())["counts"] for f in (whole, torn)]
+    assert counts[0] == counts[1]
+
+
+def test_a_pipe_carries_the_bytes_of_the_file(tmp_path, pool_file):
+    out = tmp_path / "out.jsonl"
+    assert cli.run(["pair", pool_file, "-o", str(out)]) == 0
+    data = Path(pool_file).read_bytes()
+    piped = subprocess.run([PROGRAM, "pair"], input=data, capture_output=True, check=True)
+    assert piped.stdout == out.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("records", "arguments", "status", "said"),
+    [
+        (trajectories(3, "a"), [], 2, "every trajectory is by `a`: a triple needs two policies"),
+        (trajectories(3, "ab"), ["--policies", "a"], 2, "every trajectory is by `a`"),
+        (trajectories(3, "ab"), ["--exclude-policies", "*"], 2, "every trajectory is left out"),
+        (trajectories(3, "ab"), ["--require", "z*"], 2, "`--require z*` fits no policy"),
+        (trajectories(3, "ab", samples=1), [], 1, "3 prompts with single samples only"),
+        (trajectories(1, "ab") + trajectories(1, "b"), [], 3, "t.jsonl:5: sample 0 of policy `b`"),
+        (
+            [*trajectories(1, "ab"), {**trajectories(1, "c")[0], "prompt": "other"}],
+            [],
+            3,
+            "t.jsonl:5: id `p0` already names another prompt",
+        ),
+        ([*trajectories(1, "ab"), {"prompt": "x"}], [], 3, "t.jsonl:5: missing field `output`"),
+    ],
+)
+def test_what_cannot_be_paired_is_one_clear_line(tmp_path, capfd, records, arguments, status, said):
+    path = write_jsonl(tmp_path / "t.jsonl", records)
+    assert cli.run(["pair", path, "-o", str(tmp_path / "out.jsonl"), *arguments]) == status
+    error = capfd.readouterr().err
+    assert said in error and "\nhint: " in error and "Traceback" not in error
+
+
+def test_bad_rows_are_set_aside(tmp_path, capfd):
+    records = [*trajectories(2, "ab"), {"prompt": "x"}, *trajectories(1, "a", samples=1)]
+    path = write_jsonl(tmp_path / "t.jsonl", records)
+    out, rejects = tmp_path / "out.jsonl", tmp_path / "rejects.jsonl"
+    assert cli.run(["pair", path, "-o", str(out), "--rejects", str(rejects)]) == 0
+    assert len(read_jsonl(out)) == 2
+    reasons = [r["reason"] for r in read_jsonl(rejects)]
+    assert "missing field" in reasons[0] and "there already" in reasons[1]

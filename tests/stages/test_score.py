@@ -1,0 +1,138 @@
+"""`polarctl score` as the user runs it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from polarctl.cli import run
+
+ROWS = 1300  # three windows
+
+
+@pytest.fixture(scope="module")
+def candidates(tmp_path_factory):
+    path = tmp_path_factory.mktemp("score") / "candidates.jsonl"
+    with open(path, "w") as stream:
+        for i in range(ROWS):
+            row = {"prompt": f"q{i}", "reference": "a b c", "mine": i}
+            if i % 3:
+                row["output"] = "a b " * (i % 4)
+            else:
+                row["candidates"] = [{"name": n, "output": n * (i % 5 + 1)} for n in "ab"]
+            stream.write(json.dumps(row) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(candidates, tiny_rm, tmp_path_factory):
+    out = tmp_path_factory.mktemp("score") / "whole.jsonl"
+    assert run(["score", str(candidates), "-m", str(tiny_rm), "-o", str(out), "-q"]) == 0
+    return out
+
+
+def program(*arguments, **options):
+    return subprocess.Popen(
+        [sys.executable, "-m", "polarctl", *map(str, arguments)],
+        stderr=subprocess.PIPE,
+        **options,
+    )
+
+
+def test_every_record_comes_back_in_order_with_its_rewards(whole):
+    rows = [json.loads(line) for line in whole.read_text().splitlines()]
+    assert [row["mine"] for row in rows] == list(range(ROWS))
+    for row in rows:
+        if "candidates" in row:
+            assert len(row["rewards"]) == len(row["candidates"])
+        else:
+            assert isinstance(row["reward"], float)
+
+
+def test_a_pipe_gives_the_bytes_of_a_file(candidates, whole, tiny_rm):
+    with open(candidates, "rb") as stream:
+        child = program("score", "-m", tiny_rm, stdin=stream, stdout=subprocess.PIPE)
+        out, _ = child.communicate()
+    assert child.returncode == 0
+    assert out == whole.read_bytes()
+
+
+def test_shards_give_the_same_rows(candidates, whole, tiny_rm, tmp_path):
+    parts = []
+    for shard in range(2):
+        out = tmp_path / f"{shard}.jsonl"
+        command = ["score", str(candidates), "-m", str(tiny_rm), "-o", str(out), "-q"]
+        assert run([*command, "--shard", f"{shard}/2"]) == 0
+        parts.append(out.read_bytes().splitlines())
+    assert sorted(parts[0] + parts[1]) == sorted(whole.read_bytes().splitlines())
+    assert parts[0] and parts[1]
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(candidates, whole, tiny_rm, tmp_path):
+    out = tmp_path / "out.jsonl"
+    command = ("score", candidates, "-m", tiny_rm, "-o", out)
+    child = program(*command, stdout=subprocess.DEVNULL)
+    while child.poll() is None and not (out.exists() and out.stat().st_size):
+        time.sleep(0.002)
+    os.kill(child.pid, signal.SIGKILL)
+    child.communicate()
+    assert child.returncode == -signal.SIGKILL
+    assert whole.read_bytes().startswith(out.read_bytes())
+    assert not (tmp_path / "out.jsonl.manifest.json").exists()
+    assert run(["score", str(candidates), "-m", str(tiny_rm), "-o", str(out), "-q"]) == 0
+    assert out.read_bytes() == whole.read_bytes()
+    counts = json.loads((tmp_path / "out.jsonl.manifest.json").read_text())["counts"]
+    assert counts["records"] == ROWS
+    assert counts["rewards"] == ROWS + len(range(0, ROWS, 3))
+
+
+def test_best_of_n_names_the_highest_reward(candidates, tiny_rm, tmp_path):
+    out = tmp_path / "out.jsonl"
+    command = ["score", str(candidates), "-m", str(tiny_rm), "-o", str(out), "--best-of-n", "-q"]
+    assert run([*command, "--limit", "30"]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    groups = [row for row in rows if "candidates" in row]
+    assert len(rows) == 30 and len(groups) == 10
+    for row in groups:
+        assert row["rewards"][row["best"]] == max(row["rewards"])
+
+
+def test_bad_rows_stop_or_are_set_aside(tiny_rm, tmp_path, capfd):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        '{"prompt": "p", "reference": "r", "output": "o"}\n'
+        '{"prompt": "p", "output": "o"}\n'
+        "{broken\n"
+        '{"prompt": "p", "reference": "r", "output": "o", "candidates": []}\n'
+        '{"prompt": "p", "reference": "r", "output": "o"}\n'
+    )
+    command = ["score", str(rows), "-m", str(tiny_rm), "-o", str(tmp_path / "out.jsonl")]
+    assert run(command) == 3
+    assert f"{rows}:2: missing field `reference`" in capfd.readouterr().err
+    rejects = tmp_path / "rejects.jsonl"
+    assert run([*command, "--rejects", str(rejects), "--force"]) == 0
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
+    places = [json.loads(line)["where"] for line in rejects.read_text().splitlines()]
+    assert places == [f"{rows}:{line}" for line in (2, 3, 4)]
+
+
+def test_a_model_that_cannot_score_is_said_in_one_line(candidates, tiny_lm, tmp_path, capfd):
+    assert run(["score", str(candidates), "-m", str(tiny_lm), "-o", str(tmp_path / "o")]) == 4
+    assert "has no reward head" in capfd.readouterr().err
+    assert run(["score", str(candidates), "-m", "no/where", "-o", str(tmp_path / "o")]) == 4
+    assert run(["score", str(candidates), "-o", str(tmp_path / "o")]) == 2
+
+
+def test_a_resume_with_another_model_is_refused(candidates, tiny_rm, tmp_path, capfd):
+    out = tmp_path / "out.jsonl"
+    base = ["score", str(candidates), "-o", str(out), "-q"]
+    assert run([*base, "-m", str(tiny_rm)]) == 0
+    before = out.read_bytes(), out.stat().st_mtime_ns
+    assert run([*base, "-m", str(tiny_rm)]) == 0  # complete: nothing to do
+    assert run([*base, "-m", str(tiny_rm), "--no-reference"]) == 2
+    assert "`no_reference` was False" in capfd.readouterr().err
+    assert (out.read_bytes(), out.stat().st_mtime_ns) == before

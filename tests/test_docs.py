@@ -1,0 +1,219 @@
+"""The documentation holds: references are fresh, and every command that is shown is a command.
+
+Blocks fenced as `bash` in README.md and docs/ are found. In all of them every `polarctl STAGE ...`
+is parsed by the real command line, so that no page can show an option that does not exist. A block
+right after a comment `<!-- test: NAME -->` is run as well: `FIXTURES[NAME]` prepares a folder, and
+the block runs there with `bash -euo pipefail`.
+"""
+
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from typer.exceptions import TyperException
+
+from polarctl import cli
+from polarctl.errors import PolarctlError
+
+ROOT = Path(__file__).parent.parent
+GENERATED = ROOT / "docs" / "reference"
+
+_spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+assert _spec is not None and _spec.loader is not None
+generate = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(generate)
+
+
+# -- what runs ------------------------------------------------------------------------------------
+
+
+def empty(folder: Path) -> None:
+    """Nothing is needed beforehand."""
+
+
+# Name in `<!-- test: NAME -->` to a function that prepares the folder.
+FIXTURES: dict[str, Callable[[Path], None]] = {"empty": empty}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of shell commands.
+
+    Attributes:
+        where: `file:line` of its first line.
+        text: What is inside.
+        fixture: Name in the comment before it, or None.
+    """
+
+    where: str
+    text: str
+    fixture: str | None
+
+
+FENCE = re.compile(
+    r"^(?P<comment><!-- test: (?P<fixture>[\w-]+) -->\n\s*)?"
+    r"^(?P<indent> *)```bash\n(?P<text>.*?)^(?P=indent)```$",
+    re.M | re.S,
+)
+
+
+def blocks_of(text: str, name: str) -> list[Block]:
+    """The `bash` blocks of a page."""
+    found = []
+    for match in FENCE.finditer(text):
+        line = text.count("\n", 0, match.start("text")) + 1
+        indent = len(match["indent"])
+        inside = "".join(row[indent:] for row in match["text"].splitlines(keepends=True))
+        found.append(Block(f"{name}:{line}", inside, match["fixture"]))
+    return found
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """The words after `polarctl` of every such command in a piece of shell."""
+    lexer = shlex.shlex(text.replace("\\\n", " "), posix=True, punctuation_chars="|&;<>()\n")
+    lexer.whitespace = " \t\r"
+    lexer.commenters = "#"
+    commands: list[list[str]] = [[]]
+    skip = False
+    for word in lexer:
+        if set(word) <= set("|&;()\n"):
+            commands.append([])
+        elif set(word) <= set("<>"):
+            skip = True  # the file of a redirection
+        elif skip:
+            skip = False
+        else:
+            commands[-1].append(word)
+    found = []
+    for words in commands:
+        while words and re.fullmatch(r"\w+=.*", words[0]):
+            words = words[1:]
+        if words and words[0].rpartition("/")[2] == "polarctl":
+            found.append(words[1:])
+    return found
+
+
+def pages() -> list[Path]:
+    """README.md and every page that is written by hand."""
+    written = [path for path in (ROOT / "docs").rglob("*.md") if GENERATED not in path.parents]
+    return [path for path in (ROOT / "README.md", *sorted(written)) if path.exists()]
+
+
+BLOCKS = [
+    block
+    for path in pages()
+    for block in blocks_of(path.read_text(encoding="utf-8"), str(path.relative_to(ROOT)))
+]
+
+
+def parse(words: list[str]) -> None:
+    """Parse a command line as the program does, without running it.
+
+    Raises:
+        TyperException, PolarctlError: It is wrong.
+    """
+    words = list(words)
+    while "--config" in words:  # the file of an example need not exist
+        at = words.index("--config")
+        del words[at : at + 2]
+    if not words or words[0].startswith("-"):
+        return
+    if words[0] not in cli.STAGES:
+        raise PolarctlError(f"no stage `{words[0]}`")
+    if {"-h", "--help"} & set(words):
+        words = [word for word in words if word not in ("-h", "--help")]
+    cli.stage_command(words[0]).make_context(f"polarctl {words[0]}", words[1:])
+
+
+def test_every_command_shown_is_one_that_the_program_takes():
+    for block in BLOCKS:
+        for words in commands_of(block.text):
+            try:
+                parse(words)
+            except (TyperException, PolarctlError) as error:
+                pytest.fail(f"{block.where}: polarctl {' '.join(words)}: {error}")
+
+
+def test_every_command_in_a_stages_docstring_is_one_that_the_program_takes():
+    for stage in cli.STAGES:
+        text = (ROOT / "stages" / f"{stage}.py").read_text(encoding="utf-8")
+        doc = text.partition('"""')[2].partition('"""')[0]
+        for line in re.findall(r"^ *polarctl .*(?:\\\n.*)*", doc, re.M):
+            for words in commands_of(line):
+                try:
+                    parse(words)
+                except (TyperException, PolarctlError) as error:
+                    pytest.fail(f"{stage}: polarctl {' '.join(words)}: {error}")
+
+
+@pytest.mark.parametrize(
+    "block", [pytest.param(block, id=block.where) for block in BLOCKS if block.fixture]
+)
+def test_a_marked_block_runs(block, tmp_path):
+    assert block.fixture in FIXTURES, f"{block.where}: no fixture `{block.fixture}`"
+    FIXTURES[block.fixture](tmp_path)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    result = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", block.text],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, f"{block.where}\n{result.stdout}\n{result.stderr}"
+
+
+@pytest.mark.parametrize("name", generate.PAGES)
+def test_the_generated_reference_is_fresh(name):
+    stored = (GENERATED / name).read_text(encoding="utf-8")
+    assert stored == generate.PAGES[name](), "stale: run `make reference`"
+
+
+def test_links_between_pages_lead_somewhere():
+    for path in pages():
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
+            if not re.match(r"[a-z]+:", target):
+                assert (path.parent / target).exists(), f"{path.relative_to(ROOT)}: {target}"
+
+
+# -- the finder itself ----------------------------------------------------------------------------
+
+
+def test_blocks_are_found_with_their_line_and_fixture():
+    page = "# A\n\n```bash\nls\n```\n\n<!-- test: empty -->\n```bash\na\nb\n```\n```text\nno\n```\n"
+    assert blocks_of(page, "p.md") == [
+        Block("p.md:4", "ls\n", None),
+        Block("p.md:9", "a\nb\n", "empty"),
+    ]
+    assert blocks_of("* x\n\n  ```bash\n  ls\n  ```\n", "p")[0].text == "ls\n"
+
+
+def test_commands_are_found_in_pipes_lists_and_continued_lines():
+    text = """
+    # polarctl in a comment
+    X=1 .venv/bin/polarctl sample p.jsonl --pool 'a b' \\
+        -o - | polarctl pair - > out.jsonl && echo polarctl
+    (polarctl eval < in.jsonl); polarctl validate a.jsonl  # why
+    """
+    assert commands_of(text) == [
+        ["sample", "p.jsonl", "--pool", "a b", "-o", "-"],
+        ["pair", "-"],
+        ["eval"],
+        ["validate", "a.jsonl"],
+    ]
+
+
+def test_a_wrong_command_is_caught():
+    parse(["validate", "a.jsonl", "--kind", "triple"])
+    for wrong in (["validate", "--knd", "x"], ["valid"], ["schema", "a", "b"]):
+        with pytest.raises((TyperException, PolarctlError)):
+            parse(wrong)
