@@ -141,10 +141,10 @@ def stage_command(stage: str) -> Any:
         settings = config_type(**tidy)
         before = console.snapshot()
         console.configure(
-            quiet=getattr(settings, "quiet", False),
-            verbose=getattr(settings, "verbose", False),
-            color=not getattr(settings, "no_color", False),
-            json_lines=getattr(settings, "json", False),
+            quiet=settings.quiet,
+            verbose=settings.verbose,
+            color=not settings.no_color,
+            json_lines=settings.json,
         )
         try:
             with _guarded_stdout():

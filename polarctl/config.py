@@ -58,16 +58,22 @@ Json = Annotated[
 
 
 @dataclass(frozen=True, kw_only=True)
-class Basic:
-    """The common options of a command that reads and writes no records."""
+class Bare:
+    """The options of every command: where options come from, and how it speaks."""
 
     config: ConfigFile = None
-    force: Force = False
-    dry_run: DryRun = False
     quiet: Quiet = False
     verbose: Verbose = False
     no_color: NoColor = False
     json: Json = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Basic(Bare):
+    """The common options of a command that writes something else than records."""
+
+    force: Force = False
+    dry_run: DryRun = False
 
 
 @dataclass(frozen=True, kw_only=True)

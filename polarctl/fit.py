@@ -92,7 +92,8 @@ def _train(stage: str, config: TrainConfig, default_response_length: int, run: f
         f"{stage}: {len(pairs):,} triples, {trainer.steps:,} steps of {config.batch_size}, "
         f"{sum(p.numel() for p in reward_model.model.parameters()):,} parameters"
     )
-    last = _loop(stage, config, trainer, pairs, run)
+    with launch.threads_for(trainer.model):
+        last = _loop(stage, config, trainer, pairs, run)
     reward_model.model = trainer.accelerator.unwrap_model(trainer.model)
     reward_model.save(run.folder)
     run.finish(stage, config, {"triples": len(pairs), "truncated": truncated, **last})

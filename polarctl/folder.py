@@ -21,7 +21,7 @@ from typing import IO, Any
 from polarctl import console, io, manifest, pipeline
 from polarctl.config import Common
 from polarctl.errors import RecordError, UsageError
-from polarctl.fingerprint import difference, header
+from polarctl.files.fingerprint import difference, header
 from polarctl.output import check_paths, stdout
 from polarctl.records import Record
 
@@ -98,9 +98,7 @@ def run(
     """
     paths = pipeline.inputs_of(stage, config)
     if config.dry_run:
-        sink = pipeline.CountRejects()
-        reader = pipeline.reader_of(config, paths, kind, sink=sink, verify=verify)
-        pipeline.dry_run(stage, config, reader)
+        pipeline.dry_run(stage, config, paths, kind, verify=verify)
         return
     if config.output == "-":
         raise UsageError("a training stage writes a folder", hint="-o DIR")
@@ -192,7 +190,7 @@ def _read(
 ) -> tuple[list[Record], str, int]:
     sink = _RejectFile(config.rejects) if config.rejects and is_first_process() else None
     reader = pipeline.reader_of(
-        config, paths, kind, sink=sink or pipeline.CountRejects(), verify=verify
+        config, paths, kind, sink=sink or pipeline.Uncounted(), verify=verify
     )
     records: list[Record] = []
     digest = ""

@@ -21,8 +21,8 @@ from typing import Any, Protocol
 import jsonlines
 import orjson
 
-from polarctl.compression import open_bytes
 from polarctl.errors import RecordError, UsageError
+from polarctl.files.compression import open_bytes
 from polarctl.records import Record, check, find_kind
 
 MAX_LINE_BYTES = 64 << 20

@@ -1,13 +1,16 @@
-"""Where a run computes: device and precision, chosen with a reason that is said."""
+"""Where a run computes: device, precision and threads, chosen with a reason that is said."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from polarctl import console
 from polarctl.errors import MissingError, UsageError
 
-SMALL_MODEL = 5_000_000  # parameters
+SMALL_TO_COMPUTE = 250_000  # parameters, for passes over whole sequences
+SMALL_TO_DECODE = 2_000_000  # parameters, for one token a sequence at a time
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -61,16 +64,42 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def threads_for(parameters: int, device: str) -> None:
-    """One thread for a model so small that threads cost more than they bring.
+@contextmanager
+def threads_for(*models: Any, under: int = SMALL_TO_COMPUTE) -> Iterator[None]:
+    """One thread on a CPU, inside the block, for models that gain next to nothing from more.
 
-    On a busy machine of two cores a step of a model of 100,000 parameters took 4 s with two
-    threads, which spin while they wait for each other, and 0.3 s with one. OMP_NUM_THREADS wins.
+    OMP_NUM_THREADS wins. Milliseconds with one thread and with two, on two cores:
+
+        parameters     train 2,048 tokens   score 4,096 tokens   decode 9 tokens x 16
+        0.14 M, idle         52   42              42   31               20   19
+        0.43 M, idle        129   78             117   90               36   38
+        1.32 M, idle        349  203             241  134               66   56
+        0.43 M, busy        196  860             111  250               28  289
+
+    On busy cores threads spin while they wait for each other, so a tie on idle ones is a loss.
+
+    Args:
+        models: The models (torch modules) that compute inside; their parameters are added up.
+        under: Parameters of all models together at which every thread is used again.
     """
     import os
 
     import torch
 
-    if device == "cpu" and parameters < SMALL_MODEL and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
-        console.choice("threads", "1", f"{parameters:,} parameters are too few to share out")
+    before = torch.get_num_threads()
+    weights = [weight for model in models for weight in model.parameters()]
+    if (
+        before == 1
+        or "OMP_NUM_THREADS" in os.environ
+        or any(weight.device.type != "cpu" for weight in weights)
+        or sum(weight.numel() for weight in weights) >= under
+    ):
+        yield
+        return
+    if "threads" not in console.choices():
+        console.choice("threads", "1", f"for models under {under:,} parameters")
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

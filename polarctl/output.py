@@ -17,11 +17,12 @@ from typing import IO, Any
 
 import orjson
 
-from polarctl import compression, console, manifest
+from polarctl import console, manifest
 from polarctl.config import Common
 from polarctl.errors import PolarctlError, RecordError, UsageError
-from polarctl.fingerprint import changed_since, difference, header
-from polarctl.track import Track, open_append
+from polarctl.files import compression
+from polarctl.files.fingerprint import changed_since, difference, header
+from polarctl.files.track import Track, open_append
 
 _BLOCK_BYTES = 1 << 20
 # The real stdout, kept apart by the command line so that no library can write into the records.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from polarctl import console
 from polarctl.config import Common, resolved, shard_of
-from polarctl.errors import UsageError
+from polarctl.errors import RecordError, UsageError
 from polarctl.io import Reader, RejectSink, expand, stdin_is_missing
 from polarctl.output import Output
 from polarctl.records import Record
@@ -64,9 +64,28 @@ def map_windows(
             bar.update(reader.rows)
 
 
-def dry_run(stage: str, config: Common, reader: Reader, **facts: Any) -> None:
-    """Check every input row and say what would be done; write nothing."""
+def dry_run(
+    stage: str,
+    config: Common,
+    paths: list[str],
+    kind: str | Callable[[dict[str, Any]], str] | None,
+    *,
+    verify: Callable[[Record], None] | None = None,
+    **facts: Any,
+) -> None:
+    """Check every input row, name each bad one, and say what would be done; write nothing.
+
+    Raises:
+        RecordError: There are bad rows, and no `--rejects` that would set them aside.
+    """
+    reader = reader_of(config, paths, kind, verify=verify)
+    reader.rejects = _Say()
     good = sum(1 for _ in reader)
+    if reader.bad and not config.rejects:
+        raise RecordError(
+            f"{reader.bad:,} of {reader.rows:,} records are bad",
+            hint="--rejects FILE sets them aside and goes on",
+        )
     console.note(
         f"{stage}: options and input are good: {good:,} records"
         + (f", {reader.bad:,} bad rows" if reader.bad else ""),
@@ -79,12 +98,19 @@ def dry_run(stage: str, config: Common, reader: Reader, **facts: Any) -> None:
         console.note(f"  {key}: {value}")
 
 
-class CountRejects:
+class _Say:
     """A sink for dry runs: bad rows are said, not stored."""
 
     def reject(self, where: str, reason: str, raw: Any = None) -> None:
         """Say the place and the reason."""
         console.warn(f"{where}: {reason}")
+
+
+class Uncounted:
+    """A sink for the further processes of a run, whose first one keeps the bad rows."""
+
+    def reject(self, where: str, reason: str, raw: Any = None) -> None:
+        """Nothing: the first process says it."""
 
 
 class HeldRejects:
@@ -102,15 +128,3 @@ class HeldRejects:
         if not out.done:
             for row in self.rows:
                 out.reject(*row)
-
-
-def chunks(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
-    """Consecutive lists of at most `size` records."""
-    batch: list[Record] = []
-    for record in records:
-        batch.append(record)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

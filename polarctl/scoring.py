@@ -57,6 +57,7 @@ class ModelScorer:
         """
         import torch
 
+        from polarctl import launch
         from polarctl.model import pad, rewards
 
         encoded = [e for group in _by_prompt(items) for e in self._encode(group)]
@@ -67,7 +68,7 @@ class ModelScorer:
                 self.model.tokenizer.pad_token_id,
                 self.model.device,
             )
-            with torch.inference_mode():
+            with torch.inference_mode(), launch.threads_for(self.model.model):
                 values = rewards(self.model.model, ids, mask).tolist()
             for index, value in zip(batch, values, strict=True):
                 result[index] = value

@@ -85,9 +85,9 @@ def to_native(row: Mapping[str, Any], config: Config) -> tuple[dict[str, Any], s
     Raises:
         RecordError: The row does not fit the format, or its fields break our schema.
     """
-    from polarctl.formats import FORMATS, detect
-    from polarctl.groups import check_native
-    from polarctl.rows import field_map, renamed
+    from polarctl.formats.groups import check_native
+    from polarctl.formats.rows import field_map, renamed
+    from polarctl.formats.table import FORMATS, detect
 
     fields = renamed(row, field_map(config.map))
     fields = {k: v for k, v in fields.items() if v is not None or k not in _OPTIONAL}
@@ -105,8 +105,8 @@ def to_native(row: Mapping[str, Any], config: Config) -> tuple[dict[str, Any], s
 
 def shaped(record: dict[str, Any], config: Config) -> list[dict[str, Any]]:
     """The rows of `--to` that one of our records gives; none when nothing can be compared."""
-    from polarctl import groups
-    from polarctl.formats import FORMATS
+    from polarctl.formats import groups
+    from polarctl.formats.table import FORMATS
 
     if config.to_format == "triples":
         return groups.triples(record, config.ranked)
@@ -133,7 +133,7 @@ def convert(
     Raises:
         RecordError: A row does not fit the format, or the other has no place for it.
     """
-    from polarctl.groups import part_of
+    from polarctl.formats.groups import part_of
 
     counts = Counter() if counts is None else counts
     for row in rows:
@@ -150,10 +150,10 @@ def convert(
 def run(config: Config) -> None:
     """Convert every row of the input."""
     from polarctl import console, io, pipeline
-    from polarctl.formats import readable, require, writable
+    from polarctl.formats.rows import field_map
+    from polarctl.formats.table import readable, require, writable
     from polarctl.output import Output
     from polarctl.records import Record
-    from polarctl.rows import field_map
 
     require("--from", config.from_format, ["auto", *readable()])
     require("--to", config.to_format, [*SHAPES, *writable()])
@@ -170,9 +170,7 @@ def run(config: Config) -> None:
             console.choice("format", ", ".join(told), "; ".join(told.values()))
 
     if config.dry_run:
-        sink = pipeline.CountRejects()
-        reader = pipeline.reader_of(config, paths, None, sink=sink, verify=verify)
-        pipeline.dry_run("convert", config, reader)
+        pipeline.dry_run("convert", config, paths, None, verify=verify)
         return
     if config.output.endswith(".parquet"):
         _write_parquet(config, paths, verify)
@@ -206,8 +204,8 @@ def _refuse_array(paths: list[str]) -> None:
     """Say what to do about a file that is one JSON array, as LLaMA-Factory's and ShareGPT's are."""
     import os
 
-    from polarctl.compression import open_bytes
     from polarctl.errors import RecordError
+    from polarctl.files.compression import open_bytes
 
     for path in paths:
         if not os.path.isfile(path):
@@ -224,8 +222,9 @@ def _refuse_array(paths: list[str]) -> None:
 
 def _write_parquet(config: Config, paths: list[str], verify: Any) -> None:
     """Write verl's rows as one Parquet file, whole or not at all."""
-    from polarctl import io, parquet, pipeline
+    from polarctl import io, pipeline
     from polarctl.errors import UsageError
+    from polarctl.formats import parquet
 
     if config.to_format != "verl":
         raise UsageError("only `--to verl` writes Parquet", hint="-o FILE.jsonl")

@@ -16,19 +16,15 @@ from typing import Annotated, Any
 
 import typer
 
-from polarctl.config import Common
+from polarctl.score_config import ScoreConfig
 
 WINDOW_ROWS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Common):
+class Config(ScoreConfig):
     """Options of `polarctl eval`."""
 
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help="Reward model, for records without rewards."),
-    ] = None
     report: Annotated[
         str | None, typer.Option(metavar="DIR", help="Write report.html, .json and plots here.")
     ] = None
@@ -39,14 +35,6 @@ class Config(Common):
         float | None,
         typer.Option(min=0, max=1, help="Exit with status 5 when the accuracy is below this."),
     ] = None
-    no_reference: Annotated[
-        bool, typer.Option("--no-reference", help="With --model: score without references.")
-    ] = False
-    batch_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of one forward pass, padding included.")
-    ] = 8192
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:I.")] = "auto"
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
 
 
 def run(config: Config) -> None:
@@ -70,9 +58,7 @@ def run(config: Config) -> None:
     if config.model is not None:
         kind, verify = kind_of_scorable, None if config.no_reference else require_reference
     if config.dry_run:
-        sink = pipeline.CountRejects()
-        reader = pipeline.reader_of(config, paths, kind, sink=sink, verify=verify)
-        pipeline.dry_run("eval", config, reader)
+        pipeline.dry_run("eval", config, paths, kind, verify=verify)
         return
     identity = {"model_identity": manifest.folder_identity(config.model)} if config.model else {}
     cases = Cases()

@@ -23,8 +23,8 @@ from polarctl.config import Common
 
 if TYPE_CHECKING:
     from polarctl.output import Output
-    from polarctl.pairing import Group, Pairing
     from polarctl.pipeline import HeldRejects
+    from polarctl.trajectories.pairing import Group, Pairing
 
 READ_ROWS = 1024
 # Prompts of a unit of work.
@@ -52,7 +52,7 @@ class Config(Common):
 
 
 def pair(groups: Iterable[Group], pairing: Pairing) -> Iterator[dict[str, Any]]:
-    """The triples of all groups, in their order. See `polarctl.pairing`."""
+    """The triples of all groups, in their order. See `polarctl.trajectories.pairing`."""
     for group in groups:
         yield from pairing.triples(group)
 
@@ -63,12 +63,11 @@ def run(config: Config) -> None:
     from polarctl.config import shard_of
     from polarctl.io import Reader
     from polarctl.output import Output, check_paths
-    from polarctl.pairing import Groups, Pairing
+    from polarctl.trajectories.pairing import Groups, Pairing
 
     paths = pipeline.inputs_of("pair", config)
     if config.dry_run:
-        sink = pipeline.CountRejects()
-        pipeline.dry_run("pair", config, pipeline.reader_of(config, paths, "trajectory", sink=sink))
+        pipeline.dry_run("pair", config, paths, "trajectory")
         return
     check_paths(config, paths)
     held = pipeline.HeldRejects()

@@ -20,7 +20,7 @@ import typer
 from polarctl.config import COMMON, Basic
 
 if TYPE_CHECKING:
-    from polarctl.bundle import Bundle
+    from polarctl.hub.bundle import Bundle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ def collect(config: Config, repo_type: str) -> Bundle:
     """The files to publish, checked, without card; touches no network."""
     from pathlib import Path
 
-    from polarctl import bundle
+    from polarctl.hub import bundle
 
     take = bundle.collect_model if repo_type == "model" else bundle.collect_data
     return take(Path(config.path), force=config.force)
@@ -71,7 +71,7 @@ def collect(config: Config, repo_type: str) -> Bundle:
 
 def card(config: Config, repo_id: str, found: Bundle) -> str:
     """The README.md for a repository that has none."""
-    from polarctl import cards
+    from polarctl.hub import cards
 
     if found.data:
         return cards.dataset_card(repo_id, found.data, license=config.license)
@@ -91,11 +91,12 @@ def run(config: Config) -> None:
     import sys
     from pathlib import Path
 
-    from polarctl import __version__, bundle, console, hub
+    from polarctl import __version__, console
+    from polarctl.hub import bundle, upload
+    from polarctl.hub.scrub import environment_secrets
     from polarctl.output import stdout
-    from polarctl.scrub import environment_secrets
 
-    hub.check_repo_id(config.repo_id)
+    upload.check_repo_id(config.repo_id)
     repo_type, reason = bundle.tell_type(Path(config.path))
     if config.type is None:
         console.choice("type", repo_type, reason)
@@ -106,12 +107,12 @@ def run(config: Config) -> None:
     secrets = environment_secrets(os.environ)
     token = None
     if not config.dry_run:
-        token = hub.find_token()
+        token = upload.find_token()
         secrets["your Hugging Face token"] = token.encode()
     bundle.refuse_secrets(found, secrets)
     bundle.warn_of_local_paths(found)
 
-    repo_id = hub.full_name(config.repo_id, token) if token else config.repo_id
+    repo_id = upload.full_name(config.repo_id, token) if token else config.repo_id
     if "README.md" in found.items:
         console.choice("card", "README.md", "it is in the folder")
         if config.license or config.datasets:
@@ -122,7 +123,7 @@ def run(config: Config) -> None:
     _say_plan(config, repo_id, repo_type, found)
     if token is None:
         return
-    url = hub.publish(
+    url = upload.publish(
         found.items,
         repo_id,
         repo_type=repo_type,

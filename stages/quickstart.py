@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from polarctl.config import Basic
+from polarctl.tour.world import CARELESS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,16 +53,16 @@ class Sizes:
         sft_lr: Learning rate of that run.
     """
 
-    train: int = 3000
+    train: int = 2000
     test: int = 1000
-    triples: int = 11
+    triples: int = 13
     labels: int = 250
     seeds: int = 3
-    pretrain: tuple[str, ...] = ("--lr", "2e-3", "--batch-size", "64", "--max-steps", "500")
+    pretrain: tuple[str, ...] = ("--lr", "1e-3", "--batch-size", "64", "--max-steps", "400")
     tune: tuple[str, ...] = ("--lr", "2e-4", "--batch-size", "32", "--max-steps", "50")
     scratch: tuple[str, ...] = ("--lr", "2e-3", "--batch-size", "32", "--max-steps", "150")
-    rft: tuple[str, ...] = ("--lr", "1e-3", "--batch-size", "256", "--max-steps", "60")
-    rft_prompts: int = 1920
+    rft: tuple[str, ...] = ("--lr", "1e-3", "--batch-size", "256", "--max-steps", "80")
+    rft_prompts: int = 2560
     sft_lr: float = 5e-3
 
 
@@ -120,8 +121,9 @@ class Tour:
 
     def make_world(self) -> None:
         """Prompts, the zoo of policies, the pool file, the reward model's config."""
-        from polarctl import console, world, zoo
+        from polarctl import console
         from polarctl.launch import quiet_libraries
+        from polarctl.tour import world, zoo
 
         if (self.folder / "pool.jsonl").exists():
             return
@@ -159,13 +161,15 @@ class Tour:
     def pretrain(self) -> None:
         """Triples from the policies that are not held out; the reward model."""
         held = [f"{run}-*" for run in self.zoo.held_out]
+        careless = ("--exclude-policies", f"{CARELESS}*")
         exclude = [word for glob in held for word in ("--exclude-policies", glob)]
+        exclude += careless
         require = [word for glob in held for word in ("--require", glob)]
         train, test = self.path("samples-train.jsonl"), self.path("samples-test.jsonl")
         many = ("--triples-per-prompt", str(self.sizes.triples))
         self.polarctl("pair", train, *exclude, *many, "-o", self.path("triples.jsonl"))
         self.polarctl("pair", test, *exclude, "-o", self.path("test-seen.jsonl"))
-        self.polarctl("pair", test, *require, "-o", self.path("test-held-out.jsonl"))
+        self.polarctl("pair", test, *require, *careless, "-o", self.path("test-held-out.jsonl"))
         self.polarctl(
             "pretrain",
             self.path("triples.jsonl"),
@@ -183,7 +187,7 @@ class Tour:
 
     def ablate(self) -> None:
         """Fine-tune on the same labels with and without pre-training and reference."""
-        from polarctl import world
+        from polarctl.tour import world
 
         here = self.zoo.world()
         held = tuple(f"{run}-" for run in self.zoo.held_out)
@@ -211,7 +215,8 @@ class Tour:
 
     def improve(self) -> None:
         """RFT of an unsure policy with the reward model; a supervised run beside it."""
-        from polarctl import console, zoo
+        from polarctl import console
+        from polarctl.tour import zoo
 
         start = self.path(f"zoo/mix-{self.zoo.run_steps[-1]}")
         self.polarctl(
@@ -268,11 +273,12 @@ def run(config: Config) -> None:
     """All steps, then the table and the report."""
     import shutil
 
-    from polarctl import console, tour_report
+    from polarctl import console
     from polarctl.backends import grpo
     from polarctl.output import stdout
     from polarctl.report import terminal_table
-    from polarctl.zoo import Zoo, fast
+    from polarctl.tour import report as tour_report
+    from polarctl.tour.zoo import Zoo, fast
 
     grpo.require()
     folder = Path(config.output)

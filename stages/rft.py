@@ -86,8 +86,8 @@ def run(config: Config) -> None:
     from polarctl.backends import grpo
     from polarctl.backends.generation import Writer
     from polarctl.backends.recorder import check_shape
-    from polarctl.pool import Policy, Sampling
     from polarctl.rewards import normalise
+    from polarctl.trajectories.pool import Policy, Sampling
 
     grpo.require()
     normalise([], config.normalize)

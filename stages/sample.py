@@ -23,9 +23,9 @@ from polarctl.config import Common
 if TYPE_CHECKING:
     from polarctl.backends.generation import Continuation, Unfit, Writer
     from polarctl.output import Output
-    from polarctl.pool import Policy
-    from polarctl.prompts import Prompts
     from polarctl.records import Record
+    from polarctl.trajectories.pool import Policy
+    from polarctl.trajectories.prompts import Prompts
 
 # Prompts of a unit of work: what a crash can cost, and the most that one batch is made from.
 WINDOW_ROWS = 256
@@ -106,11 +106,12 @@ def trajectories(
         prompts: Prompt records with their `id`.
         writer: The policy.
         seed: The run's seed; each sample's is made from it, policy, prompt id and sample index.
-        clean: Apply `polarctl.cleaning.clean`.
+        clean: Apply `polarctl.trajectories.cleaning.clean`.
         leave_out: Called with `unfit` for a prompt that the policy cannot take, with `empty` for
             a sample without text; then with the prompt and the reason.
     """
-    from polarctl import cleaning, seeding
+    from polarctl import seeding
+    from polarctl.trajectories import cleaning
 
     name, samples = writer.policy.name, writer.policy.samples
     jobs: list[tuple[Record, int, list[int]]] = []
@@ -148,7 +149,7 @@ def policies_of(config: Config) -> list[Policy]:
         MissingError: A model's folder is not there.
     """
     from polarctl.errors import UsageError
-    from polarctl.pool import Policy, Sampling, find_model, read_pool
+    from polarctl.trajectories.pool import Policy, Sampling, find_model, read_pool
 
     sampling = Sampling(
         temperature=config.temperature,
@@ -173,16 +174,16 @@ def run(config: Config) -> None:
     """Sample every prompt from every policy, one policy loaded at a time."""
     from polarctl import io, manifest, pipeline
     from polarctl.output import Output, check_paths
-    from polarctl.prompts import Prompts, prompt_in
+    from polarctl.trajectories.prompts import Prompts, prompt_in
 
     paths = pipeline.inputs_of("sample", config)
     policies = policies_of(config)
-    held = pipeline.HeldRejects()
-    sink = pipeline.CountRejects() if config.dry_run else held
-    reader = pipeline.reader_of(config, paths, None, sink=sink, verify=prompt_in(config.text_field))
+    verify = prompt_in(config.text_field)
     if config.dry_run:
-        pipeline.dry_run("sample", config, reader, policies=len(policies))
+        pipeline.dry_run("sample", config, paths, None, verify=verify, policies=len(policies))
         return
+    held = pipeline.HeldRejects()
+    reader = pipeline.reader_of(config, paths, None, sink=held, verify=verify)
     check_paths(config, [*paths, *([config.pool] if config.pool else [])])
     prompts = Prompts()
     prompts.read(reader, WINDOW_ROWS)
@@ -205,7 +206,7 @@ def _sample(config: Config, policies: list[Policy], prompts: Prompts, out: Outpu
     from polarctl import console, launch
     from polarctl.backends.generation import Writer, check_writers, tokenizer_of
     from polarctl.errors import UsageError
-    from polarctl.prompts import cut_to_prefixes
+    from polarctl.trajectories.prompts import cut_to_prefixes
 
     launch.quiet_libraries()
     device = launch.device_of(config.device)

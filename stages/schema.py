@@ -11,9 +11,11 @@ from typing import Annotated
 
 import typer
 
+from polarctl.config import Bare
+
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Bare):
     """Options of `polarctl schema`."""
 
     name: Annotated[

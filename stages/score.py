@@ -9,32 +9,24 @@ polarctl score candidates.jsonl -m runs/rm | polarctl eval - --report runs/repor
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import typer
 
-from polarctl.config import Common
+from polarctl.score_config import MODEL, ScoreConfig
 
 WINDOW_ROWS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Common):
+class Config(ScoreConfig):
     """Options of `polarctl score`."""
 
-    model: Annotated[str, typer.Option("--model", "-m", help="Reward model: a folder or a Hub id.")]
+    model: Annotated[str, MODEL] = field()  # required here
     best_of_n: Annotated[
         bool, typer.Option("--best-of-n", help="Add `best`: index of a group's highest reward.")
     ] = False
-    no_reference: Annotated[
-        bool, typer.Option("--no-reference", help="Score against an empty reference.")
-    ] = False
-    batch_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of one forward pass, padding included.")
-    ] = 8192
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:I.")] = "auto"
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
 
 
 def run(config: Config) -> None:
@@ -51,10 +43,7 @@ def run(config: Config) -> None:
     paths = pipeline.inputs_of("score", config)
     verify = None if config.no_reference else require_reference
     if config.dry_run:
-        reader = pipeline.reader_of(
-            config, paths, kind_of_scorable, sink=pipeline.CountRejects(), verify=verify
-        )
-        pipeline.dry_run("score", config, reader)
+        pipeline.dry_run("score", config, paths, kind_of_scorable, verify=verify)
         return
     identity = {"model_identity": manifest.folder_identity(config.model)}
     with Output("score", config, io.sizes(paths), identity) as out:

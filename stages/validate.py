@@ -12,9 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
+from polarctl.config import Bare
+
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Bare):
     """Options of `polarctl validate`."""
 
     input: Annotated[

@@ -4,7 +4,7 @@ import re
 
 import yaml
 
-from polarctl import cards
+from polarctl.hub import cards
 
 
 def front_matter(card):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polarctl.cleaning import clean, cut_incomplete, cut_loop
+from polarctl.trajectories.cleaning import clean, cut_incomplete, cut_loop
 
 SENTENCE = "The dog barks at the moon. "  # 27 characters
 

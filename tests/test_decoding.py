@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from polarctl.decoding import draw, generate, uniforms
 from polarctl.errors import PolarctlError
-from polarctl.pool import Sampling
+from polarctl.trajectories.decoding import draw, generate, uniforms
+from polarctl.trajectories.pool import Sampling
 
 PLAIN = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=12)
 # Tokens 0 to 3 with probabilities 0.15, 0.5, 0.05 and 0.3.

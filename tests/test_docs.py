@@ -38,8 +38,37 @@ def empty(folder: Path) -> None:
     """Nothing is needed beforehand."""
 
 
+def pipeline(folder: Path) -> None:
+    """Two tiny policies, a pool file, and a few records of every kind that a user brings."""
+    import json
+
+    from tests.tiny import build_lm
+
+    build_lm(folder / "models" / "base", seed=1)
+    build_lm(folder / "models" / "small-sft", chat=True, seed=2)
+    (folder / "runs").mkdir()
+
+    def write(name: str, rows: list[dict]) -> None:
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write(
+        "pool.jsonl",
+        [
+            {"policy": f"p{i}", "model": f"models/{name}", "kind": "base", "temperature": t}
+            for i, (name, t) in enumerate([("base", 1.0), ("small-sft", 0.8), ("base", 2.0)])
+        ],
+    )
+    asked = [f"What is the sum of {i} and {i + 1}?" for i in range(8)]
+    write("prompts.jsonl", [{"prompt": text} for text in asked])
+    triple = {"reference": "It is 7.", "chosen": "The sum is 7.", "rejected": "It is Paris."}
+    write("ranked.jsonl", [{"prompt": text, **triple} for text in asked])
+    outputs = [{"name": name, "output": text} for name, text in (("a", "7"), ("b", "Paris"))]
+    group = {"reference": "7", "candidates": [{**o, "label": o["name"] == "a"} for o in outputs]}
+    write("candidates.jsonl", [{"prompt": text, **group} for text in asked])
+
+
 # Name in `<!-- test: NAME -->` to a function that prepares the folder.
-FIXTURES: dict[str, Callable[[Path], None]] = {"empty": empty}
+FIXTURES: dict[str, Callable[[Path], None]] = {"empty": empty, "pipeline": pipeline}
 
 
 @dataclass(frozen=True)

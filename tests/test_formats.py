@@ -7,11 +7,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from polarctl.comparisons import extract_prompt
 from polarctl.encoding import content_text
 from polarctl.errors import RecordError, UsageError
-from polarctl.formats import FORMATS, detect, readable, require, writable
-from polarctl.groups import check_native, group, triples
+from polarctl.formats.comparisons import extract_prompt
+from polarctl.formats.groups import check_native, group, triples
+from polarctl.formats.table import FORMATS, detect, readable, require, writable
 
 FAST = settings(max_examples=40, deadline=None)
 PLAIN = st.text("ab 1\né我", min_size=1, max_size=6)

@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polarctl import groups
 from polarctl.errors import RecordError
+from polarctl.formats import groups
 
 FAST = settings(max_examples=50, deadline=None)
 

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from polarctl.scrub import environment_secrets, find_secrets, scrub_manifest
+from polarctl.hub.scrub import environment_secrets, find_secrets, scrub_manifest
 
 SECRET = "hf_" + "Zq8" * 11
 
@@ -28,8 +28,8 @@ def test_what_looks_like_a_secret(text, found):
 
 
 def test_a_secret_across_two_blocks_is_found_once_with_its_line(monkeypatch):
-    monkeypatch.setattr("polarctl.scrub._BLOCK_BYTES", 64)
-    monkeypatch.setattr("polarctl.scrub._OVERLAP_BYTES", 64)
+    monkeypatch.setattr("polarctl.hub.scrub._BLOCK_BYTES", 64)
+    monkeypatch.setattr("polarctl.hub.scrub._OVERLAP_BYTES", 64)
     for before in range(40, 80):
         text = "\n" * before + SECRET + "\n" * 100
         places = list(find_secrets(io.BytesIO(text.encode()), {}))

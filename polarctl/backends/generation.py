@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -11,15 +10,13 @@ from typing import Any, Literal
 import torch
 import transformers
 
-from polarctl import console
+from polarctl import console, launch
 from polarctl import model as models
-from polarctl.decoding import generate
 from polarctl.encoding import content_text
 from polarctl.errors import MissingError, PolarctlError, RecordError, UsageError
-from polarctl.pool import Policy
 from polarctl.records import Record
-
-SINGLE_THREAD_PARAMETERS = 2_000_000
+from polarctl.trajectories.decoding import generate
+from polarctl.trajectories.pool import Policy
 
 
 @dataclass(frozen=True)
@@ -155,7 +152,7 @@ class Writer:
             return []
         model = self._load()
         try:
-            with _threads_for(model):
+            with launch.threads_for(model, under=launch.SMALL_TO_DECODE):
                 results = generate(
                     model,
                     prompts,
@@ -210,18 +207,6 @@ class Writer:
             else text
             for head, whole, text in zip(heads, both, alone, strict=True)
         ]
-
-
-@contextmanager
-def _threads_for(model: Any) -> Iterator[None]:
-    """One thread for a tiny model on a CPU: its operations are over before threads have met."""
-    before = torch.get_num_threads()
-    if model.device.type == "cpu" and model.num_parameters() < SINGLE_THREAD_PARAMETERS:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def check_writers(

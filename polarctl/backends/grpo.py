@@ -63,13 +63,14 @@ def train(job: Job) -> dict[str, Any] | None:
     trainer.accelerator.wait_for_everyone()
     resume = _resume(job.run)
     size = sum(p.numel() for p in trainer.model.parameters())
-    scoring_size = sum(p.numel() for p in scorer.model.model.parameters())
-    launch.threads_for(size + scoring_size, place)
     console.note(
         f"rft: {len(job.rows):,} prompts, {job.steps:,} steps of {job.prompts_per_step} prompts x "
         f"{job.config.num_generations} rollouts, {size:,} parameters"
     )
-    with recorder.open(int(resume.name.rpartition("-")[2]) if resume else 0), _plain_errors(job):
+    done = int(resume.name.rpartition("-")[2]) if resume else 0
+    # Most of the time goes into decoding.
+    threads = launch.threads_for(trainer.model, scorer.model.model, under=launch.SMALL_TO_DECODE)
+    with recorder.open(done), _plain_errors(job), threads:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if trainer.state.global_step < job.steps:
         raise Interrupted(

@@ -16,9 +16,9 @@ import transformers
 from polarctl import checkpoint, console, folder, seeding
 from polarctl.encoding import content_text
 from polarctl.errors import PolarctlError, UsageError
-from polarctl.pool import Policy
 from polarctl.rewards import normalise
 from polarctl.rollouts import Rollout, record_of, step_entry
+from polarctl.trajectories.pool import Policy
 
 LOSS_TYPES = ("dapo", "grpo", "dr_grpo", "bnpo")
 ROLLOUTS = "rollouts.jsonl"

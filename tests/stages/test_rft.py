@@ -268,8 +268,8 @@ def test_without_trl_the_extra_is_named(
 
 def test_the_order_is_a_new_shuffle_for_each_epoch(tiny_lm):
     from polarctl.backends.recorder import Job
-    from polarctl.pool import Policy
     from polarctl.stages.rft import Config
+    from polarctl.trajectories.pool import Policy
 
     config = Config(model="m", reward_model="r", batch_size=8, num_generations=4, epochs=2)
     rows = [{"prompt": str(i)} for i in range(5)]

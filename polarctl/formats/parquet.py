@@ -31,7 +31,7 @@ def require_pyarrow() -> Any:
 
 
 def verl_schema(pyarrow: Any) -> Any:
-    """The columns that `polarctl.formats.write_verl` fills."""
+    """The columns that `polarctl.formats.table.write_verl` fills."""
     text = pyarrow.string()
     turns = pyarrow.list_(pyarrow.struct({"role": text, "content": text}))
     extra = {"id": text, "prompt": turns, "wrapper": text, "fields": text}

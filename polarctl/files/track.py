@@ -6,8 +6,8 @@ import hashlib
 import os
 from typing import IO, Any
 
-from polarctl import compression
 from polarctl.errors import UsageError
+from polarctl.files import compression
 
 _BLOCK_BYTES = 1 << 20
 

@@ -1,6 +1,6 @@
 """Formats of other tools that compare answers: TRL, ShareGPT, NeMo-RL, LLaMA-Factory.
 
-The same functions read and write their rows without a comparison. See `polarctl.formats`.
+The same functions read and write their rows without a comparison. See `polarctl.formats.table`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Any
 
 from polarctl.encoding import content_text
 from polarctl.errors import RecordError
-from polarctl.groups import Fields, candidate, group, labelled, pairs, without
-from polarctl.rows import (
+from polarctl.formats.groups import Fields, candidate, group, labelled, pairs, without
+from polarctl.formats.rows import (
     Answer,
     answer_of,
     answered,

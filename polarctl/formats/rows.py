@@ -1,4 +1,4 @@
-"""What the readers and writers of `polarctl.formats` are made of: fields, messages, answers."""
+"""What readers and writers of other formats are made of: fields, messages, answers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal
 import msgspec
 
 from polarctl.errors import RecordError, UsageError
-from polarctl.groups import Fields, group, shape_of, without
+from polarctl.formats.groups import Fields, group, shape_of, without
 
 Answer = Literal["reference", "output"]
 

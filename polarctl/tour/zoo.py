@@ -15,8 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from polarctl import world as worlds
 from polarctl.seeding import derive
+from polarctl.tour import world as worlds
 
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
@@ -44,13 +44,14 @@ class Zoo:
     seed: int = 0
     runs: tuple[tuple[str, float, dict[str, str]], ...] = (
         ("a", 1.0, {}),
-        ("b", 0.7, {"Paint": "swapped"}),
-        ("c", 0.6, {"Show": "short", "Paint": "last"}),
-        ("d", 0.5, {"Colour": "twice", "Show": "last twice"}),
-        ("e", 0.4, {"Colour": "short", "Paint": "twice"}),
-        ("f", 0.3, {"Show": "swapped"}),
-        ("h", 0.6, {"Colour": "swapped"}),
-        ("k", 0.4, {"Paint": "short"}),
+        ("b", 0.6, {}),
+        ("c", 0.5, {}),
+        ("d", 0.4, {}),
+        ("e", 0.3, {}),
+        ("h", 0.6, {}),
+        ("k", 0.4, {}),
+        ("careless1", 1.0, {"Colour": "short", "Paint": "twice", "Show": "swapped"}),
+        ("careless2", 1.0, {"Colour": "swapped", "Paint": "last", "Show": "last twice"}),
     )
     held_out: tuple[str, ...] = ("h", "k")
     base_share: float = 0.5
@@ -292,7 +293,7 @@ def fast(zoo: Zoo) -> Zoo:
         zoo,
         words=96,
         colours=24,
-        runs=tuple(run for run in zoo.runs if run[0] in "aceh"),
+        runs=tuple(run for run in zoo.runs if run[0] in ("a", "c", "e", "h", "careless1")),
         held_out=("h",),
         base_steps=(90, 120),
         run_steps=(25, 45),

@@ -25,7 +25,9 @@ from typing import Any
 
 import msgspec
 
-from polarctl.comparisons import (
+from polarctl.encoding import content_text
+from polarctl.errors import RecordError, UsageError
+from polarctl.formats.comparisons import (
     read_llama_factory,
     read_nemo,
     read_sharegpt,
@@ -35,11 +37,17 @@ from polarctl.comparisons import (
     write_sharegpt,
     write_trl,
 )
-from polarctl.encoding import content_text
-from polarctl.errors import RecordError, UsageError
-from polarctl.groups import Fields, candidate, prompt, without
+from polarctl.formats.groups import Fields, candidate, prompt, without
+from polarctl.formats.rows import (
+    Answer,
+    answer_of,
+    conversation,
+    messages,
+    need,
+    record_of,
+    turns_of,
+)
 from polarctl.records import prompt_id
-from polarctl.rows import Answer, answer_of, conversation, messages, need, record_of, turns_of
 
 # -- native --------------------------------------------------------------------------------------
 

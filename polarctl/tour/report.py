@@ -15,7 +15,7 @@ import orjson
 from polarctl import manifest
 from polarctl.evaluation import estimate, interval_of
 from polarctl.report import Image, Report, Section, Table, format_interval, render_html
-from polarctl.zoo import Zoo
+from polarctl.tour.zoo import Zoo
 
 DISCRIMINATION = {
     "seen": "policies seen in pre-training",
@@ -60,7 +60,7 @@ def collect(folder: Path, *, zoo: Zoo, seeds: int, seconds: Mapping[str, float])
 
 def _correct(folder: Path, world: Any) -> dict[str, Any]:
     """Share of unseen prompts that each policy answers correctly."""
-    from polarctl.world import is_correct
+    from polarctl.tour.world import is_correct
 
     found: dict[str, list[tuple[float, str]]] = {}
     for row in _lines(folder / "samples-final.jsonl"):
@@ -177,7 +177,7 @@ def own_text(folder: Path, zoo: Zoo) -> str:
     """A line of shell that scores a text of the user's with the model just made."""
     import random
 
-    from polarctl import world as worlds
+    from polarctl.tour import world as worlds
 
     world = zoo.world()
     question = worlds.prompt(world, random.Random(1))

@@ -1,6 +1,6 @@
 """README.md of what is published on the Hub, written from its manifest and its files.
 
-A card says only what a scrubbed manifest says (`polarctl.scrub`): no host, no paths.
+A card says only what a scrubbed manifest says (`polarctl.hub.scrub`): no host, no paths.
 """
 
 from __future__ import annotations
@@ -234,5 +234,5 @@ def _front(values: Mapping[str, Any]) -> str:
 
 
 def _fill(template: str, /, **values: str) -> str:
-    text = resources.files("polarctl").joinpath("templates", template).read_text("utf-8")
+    text = resources.files("polarctl.hub").joinpath("templates", template).read_text("utf-8")
     return Template(text).substitute(values).rstrip() + f"\n\n{MARK}\n"

@@ -43,6 +43,8 @@ STYLES = (
 HABITS = {"swapped": (1, 0), "twice": (0, 0), "last twice": (1, 1), "short": (0,), "last": (1,)}
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 
+CARELESS = "careless"  # policies of such a name have a habit for every verb
+
 Prompt = tuple[str, str, str]
 
 
@@ -176,7 +178,9 @@ def ranked(
 ) -> list[dict[str, Any]]:
     """Triples as a person would rank them: reference and chosen are correct, rejected is wrong.
 
-    Reference and chosen come from two policies. At most one triple per prompt.
+    Reference and chosen come from two policies. The rejected answer has a wrong colour, or is by
+    someone careless: the right colours in the wrong order, one of them twice, or one left out. At
+    most one triple per prompt.
     """
     by_prompt: dict[str, list[Mapping[str, Any]]] = {}
     for record in trajectories:
@@ -187,7 +191,10 @@ def ranked(
     for name in ids:
         draw = seeding.rng(seed, "ranked", name)
         right = [r for r in by_prompt[name] if is_correct(r, world)]
+        # Half of the time the rejected answer is careless, where one is at hand.
+        careless = draw.random() < 0.5
         wrong = [r for r in by_prompt[name] if not is_correct(r, world)]
+        wrong = [r for r in wrong if r["policy"].startswith(CARELESS) == careless] or wrong
         reference = draw.choice(right) if right else None
         others = [r for r in right if reference and r["policy"] != reference["policy"]]
         if reference is None or not others or not wrong:

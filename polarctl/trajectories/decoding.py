@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from polarctl.errors import PolarctlError
-from polarctl.pool import Sampling
+from polarctl.trajectories.pool import Sampling
 
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]

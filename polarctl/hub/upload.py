@@ -16,9 +16,9 @@ from typing import Any
 from urllib.parse import quote
 
 from polarctl import console
-from polarctl.bundle import Item
-from polarctl.cards import MARK
 from polarctl.errors import MissingError, PolarctlError, UsageError
+from polarctl.hub.bundle import Item
+from polarctl.hub.cards import MARK
 from polarctl.manifest import sha256
 
 _REPLY_TIMEOUT_S = 300.0

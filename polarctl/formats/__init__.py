@@ -1,0 +1,1 @@
+"""The data formats of other tools, and our own records turned into one another."""

@@ -1,0 +1,1 @@
+"""From prompts and policies to trajectories, and from trajectories to triples."""
