@@ -7,18 +7,20 @@ their two colours in one of four styles:
     The answer is Pofa and Sufa.
 
 A corpus is written by a believer, whose table of facts agrees with the truth in a chosen share of
-the words and is wrong, always in the same way, in the rest. A believer may also misunderstand one
-of the three verbs: it then names the colours in the wrong order, one of them twice, or only one.
+the words and is wrong, always in the same way, in the rest. Careless believers know the truth but
+misunderstand every verb: they name the colours in the wrong order, one of them twice, or only one.
 
-The design decides what can be shown:
+The design decides what can be shown. What was found on the way here:
 
 * All corpora share the styles, so who wrote an answer shows in what it says alone. Where style
   betrays the writer, a reward model learns style, and pre-training hurts its later use.
 * There are hundreds of facts, so a few hundred ranked triples cannot teach the truth; only a
   comparison with the reference tells which candidate is right.
 * Answers are short: a small model learns to compare two values within minutes, five it does not.
-* Without the misunderstandings no policy ever leaves a value out, so nothing teaches the reward
-  model to mind, and reinforcement finds that out: the reward rises while the answers decay.
+* Careless policies write for the ranked triples only. Where the policies of pre-training had such
+  habits, the reward model learned to tell the habits and stopped there.
+* Without careless answers among the rejected nothing teaches the reward model to mind an omission,
+  and reinforcement finds that out: the reward rises while the answers shrink to one value.
 """
 
 from __future__ import annotations
