@@ -43,7 +43,7 @@ class Cases:
         best: Scorer name to the label of the candidate that it ranks first, for every group.
         best_clusters: Prompt id of every group.
         skipped: Reason to number of records that hold no comparison.
-        between_policies: Cases from triples that name both policies.
+        between_policies: Cases whose reference and better candidate are by one policy.
     """
 
     verdicts: dict[str, list[float]] = field(default_factory=dict)
@@ -100,7 +100,8 @@ def verdicts(record: Record, by: str, cases: Cases) -> Iterator[dict[str, Any]]:
     cluster, category = prompt_id(record), record.get(by)
     if "candidates" in record:
         _best(cases, cluster, labels, {MODEL: rewards, **scores})
-    cases.between_policies += "policy" in record and "rejected_policy" in record
+    author = record.get("reference_policy")
+    cases.between_policies += len(pairs) * (author is not None and author == record.get("policy"))
     names = [c.get("name") for c in record.get("candidates", [])] or ["chosen", "rejected"]
     for better, worse in pairs:
         margin = rewards[better] - rewards[worse]

@@ -43,6 +43,7 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
             "chosen": " calm and grey.",
             "rejected": " Sea sea sea.",
             "wrapper": "pretrain",
+            "reference_policy": "base-large",
             "policy": "base-large",
             "rejected_policy": "base-small",
         },

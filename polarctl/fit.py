@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 from polarctl import console, folder
 from polarctl.errors import Interrupted, RecordError
 from polarctl.records import Record, Triple, check
+from polarctl.scoring import PIECES
 from polarctl.train_config import TrainConfig
 
 # Where and how often, not what: these may differ at a resume.
@@ -72,6 +75,7 @@ def _train(stage: str, config: TrainConfig, default_response_length: int, run: f
         dtype=launch.dtype_of(config.dtype, device),
         seed=config.seed,
     )
+    reward_model.model.config.polar_no_reference = config.no_reference
     pairs, truncated = _encode(reward_model.encoder, run.records)
     plan = Hyperparameters(
         lr=config.lr,
@@ -92,8 +96,13 @@ def _train(stage: str, config: TrainConfig, default_response_length: int, run: f
         f"{stage}: {len(pairs):,} triples, {trainer.steps:,} steps of {config.batch_size}, "
         f"{sum(p.numel() for p in reward_model.model.parameters()):,} parameters"
     )
+    start = time.monotonic()
     with launch.threads_for(trainer.model):
         last = _loop(stage, config, trainer, pairs, run)
+    console.note(
+        f"{stage}: done after {trainer.step:,} steps in {time.monotonic() - start:.0f} s; the last "
+        f"step's loss {last['last_loss']:.4f}, accuracy {last['last_accuracy']:.3f}"
+    )
     reward_model.model = trainer.accelerator.unwrap_model(trainer.model)
     reward_model.save(run.folder)
     run.finish(stage, config, {"triples": len(pairs), "truncated": truncated, **last})
@@ -101,18 +110,24 @@ def _train(stage: str, config: TrainConfig, default_response_length: int, run: f
 
 def _encode(encoder: Any, triples: list[Record]) -> tuple[list[Any], int]:
     pairs, truncated = [], 0
+    cuts: Counter[str] = Counter()
     with console.progress("encode", len(triples), "triples") as bar:
         for number, t in enumerate(triples):
             group = encoder.report_group(
                 t["prompt"], t["reference"], [t["chosen"], t["rejected"]], t.get("wrapper", "sft")
             )
             pairs.append((group[0].ids, group[1].ids))
-            truncated += any(
-                e.truncated_prompt or e.truncated_reference or e.truncated_output for e in group
-            )
+            cut = {piece for e in group for piece in PIECES if getattr(e, f"truncated_{piece}")}
+            truncated += bool(cut)
+            cuts.update(cut)
             bar.update(number + 1)
     if truncated:
-        console.warn(f"{truncated:,} triples were longer than the template and were cut")
+        console.warn(
+            f"{truncated:,} of {len(triples):,} triples are longer than --max-length and "
+            f"--max-response-length allow and were cut ("
+            + ", ".join(f"{piece}: {count:,}" for piece, count in sorted(cuts.items()))
+            + ")"
+        )
     return pairs, truncated
 
 

@@ -14,7 +14,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -132,8 +132,11 @@ def locked(folder: Path, config: Common) -> Iterator[None]:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder}: is a file; a training stage writes a folder")
     if not folder.exists():
-        check_paths(config, [])
-        folder.mkdir()
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise UsageError(f"{folder}: cannot be made: {error.strerror}") from None
+        check_paths(replace(config, output="-"), [])
     with open(folder / ".lock", "wb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

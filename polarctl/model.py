@@ -42,6 +42,11 @@ class RewardModel:
     encoder: Encoder
 
     @property
+    def no_reference(self) -> bool:
+        """Whether it was trained with empty references."""
+        return bool(getattr(self.model.config, "polar_no_reference", False))
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.model.device

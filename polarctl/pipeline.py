@@ -95,7 +95,8 @@ def dry_run(
         **facts,
     )
     for key, value in {**resolved(config), **facts}.items():
-        console.note(f"  {key}: {value}")
+        if value not in (None, False, []):
+            console.note(f"  {key}: {value}")
 
 
 class _Say:

@@ -114,6 +114,10 @@ class Triple(Struct):
         str | UnsetType, Meta(description="Policy of `chosen`; in pre-training of `reference` too.")
     ] = UNSET
     rejected_policy: Annotated[str | UnsetType, Meta(description="Policy of `rejected`.")] = UNSET
+    reference_policy: Annotated[
+        str | UnsetType,
+        Meta(description="Policy of `reference`: in triples from `pair` the same as `policy`."),
+    ] = UNSET
     category: Annotated[str | UnsetType, _CATEGORY] = UNSET
 
 
@@ -168,6 +172,10 @@ class Score(Struct):
     id: Annotated[str | UnsetType, _ID] = UNSET
     policy: Annotated[str | UnsetType, _POLICY] = UNSET
     rejected_policy: Annotated[str | UnsetType, Meta(description="Policy of `rejected`.")] = UNSET
+    reference_policy: Annotated[
+        str | UnsetType,
+        Meta(description="Policy of `reference`: in triples from `pair` the same as `policy`."),
+    ] = UNSET
     wrapper: Annotated[Wrapper | UnsetType, _WRAPPER] = UNSET
     category: Annotated[str | UnsetType, _CATEGORY] = UNSET
 

@@ -205,7 +205,9 @@ def terminal_table(table: Table) -> rich.table.Table:
     def text(cell: str) -> Text:
         return Text(_clean(cell))
 
-    shown = RichTable(box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    shown = RichTable(
+        box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0)
+    )
     if table.caption:
         shown.title = text(table.caption)
     for name, numeric in zip(table.columns, table.numeric(), strict=True):

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from polarctl import console
 from polarctl.errors import PolarctlError, RecordError
 from polarctl.records import Record
+
+PIECES = ("prompt", "reference", "output")
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,9 @@ def _by_prompt(items: Sequence[Item]) -> Iterator[list[Item]]:
         yield list(group)
 
 
-def load_scorer(path: str, *, device: str, dtype: str, batch_tokens: int) -> ModelScorer:
+def load_scorer(
+    path: str, *, device: str, dtype: str, batch_tokens: int, no_reference: bool = False
+) -> ModelScorer:
     """A reward model as a scorer, from the options that every scoring stage has.
 
     Args:
@@ -108,18 +114,41 @@ def load_scorer(path: str, *, device: str, dtype: str, batch_tokens: int) -> Mod
         device: `--device`.
         dtype: `--dtype`.
         batch_tokens: `--batch-tokens`.
+        no_reference: `--no-reference`; a model that was trained otherwise is warned of.
     """
     from polarctl import launch, model
 
     launch.quiet_libraries()
     where = launch.device_of(device)
     loaded = model.load(path, device=where, dtype=launch.dtype_of(dtype, where))
+    if loaded.no_reference != no_reference:
+        trained = "without" if loaded.no_reference else "with"
+        console.warn(f"{path}: was trained {trained} references and now scores otherwise")
     return ModelScorer(loaded, batch_tokens)
 
 
+class Cuts(Counter[str]):
+    """How many inputs had which piece cut: `inputs`, `any`, `prompt`, `reference`, `output`."""
+
+    def add(self, details: Iterable[Scored]) -> None:
+        """Count some scored inputs."""
+        for scored in details:
+            self["inputs"] += 1
+            self["any"] += bool(scored.truncated)
+            self.update(scored.truncated)
+
+    def say(self) -> None:
+        """Warn when something was cut."""
+        if self["any"]:
+            pieces = ", ".join(f"{name}: {self[name]:,}" for name in PIECES if self[name])
+            console.warn(
+                f"{self['any']:,} of {self['inputs']:,} inputs are longer than the model's "
+                f"template and were cut ({pieces})"
+            )
+
+
 def _cut(encoded: Any) -> tuple[str, ...]:
-    names = ("prompt", "reference", "output")
-    return tuple(name for name in names if getattr(encoded, f"truncated_{name}"))
+    return tuple(name for name in PIECES if getattr(encoded, f"truncated_{name}"))
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:

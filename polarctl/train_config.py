@@ -37,7 +37,11 @@ class TrainConfig(Common):
     ] = 16384
     max_length: Annotated[
         int | None,
-        typer.Option(min=16, help="Tokens of one input; default: 16384 or what the model takes."),
+        typer.Option(
+            min=16,
+            help="Tokens of one input (prompt twice, reference, candidate, 4); default: 16384 or "
+            "what the model takes.",
+        ),
     ] = None
     max_response_length: Annotated[
         int | None,

@@ -46,6 +46,7 @@ def run(config: Config) -> None:
     from polarctl.records import Record
     from polarctl.report import terminal_table
     from polarctl.scoring import (
+        Cuts,
         kind_of_scorable,
         load_scorer,
         require_reference,
@@ -70,12 +71,16 @@ def run(config: Config) -> None:
             device=config.device,
             dtype=config.dtype,
             batch_tokens=config.batch_tokens,
+            no_reference=config.no_reference,
         )
+        cuts = Cuts()
         reader = pipeline.reader_of(config, paths, kind, sink=out, verify=verify)
 
         def work(window: list[Record]) -> Any:
             if scorer:
-                scored = score_records(window, scorer, no_reference=config.no_reference)
+                scored = list(score_records(window, scorer, no_reference=config.no_reference))
+                for _, details in scored:
+                    cuts.add(details)
                 window = [
                     Record(fields, old.where)
                     for old, (fields, _) in zip(window, scored, strict=True)
@@ -87,6 +92,7 @@ def run(config: Config) -> None:
         for window in reader.windows(WINDOW_ROWS):
             for verdict in work(window.records):
                 out.write(verdict)
+        cuts.say()
         if not cases.margins:
             raise RecordError(
                 f"nothing to compare in {reader.rows:,} records",

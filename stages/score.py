@@ -31,9 +31,10 @@ class Config(ScoreConfig):
 
 def run(config: Config) -> None:
     """Score every record of the input."""
-    from polarctl import console, io, manifest, pipeline
+    from polarctl import io, manifest, pipeline
     from polarctl.output import Output
     from polarctl.scoring import (
+        Cuts,
         kind_of_scorable,
         load_scorer,
         require_reference,
@@ -54,25 +55,21 @@ def run(config: Config) -> None:
             device=config.device,
             dtype=config.dtype,
             batch_tokens=config.batch_tokens,
+            no_reference=config.no_reference,
         )
         reader = pipeline.reader_of(config, paths, kind_of_scorable, sink=out, verify=verify)
         counts = out.counts
-        for key in ("rewards", "truncated", "tokens"):
-            counts.setdefault(key, 0)
+        counts.setdefault("tokens", 0)
+        counts["cuts"] = cuts = Cuts(counts.get("cuts", {}))
 
         def work(window: list[Any]) -> Any:
             scored = score_records(
                 window, scorer, no_reference=config.no_reference, best=config.best_of_n
             )
             for record, details in scored:
-                counts["rewards"] += len(details)
                 counts["tokens"] += sum(d.tokens for d in details)
-                counts["truncated"] += sum(bool(d.truncated) for d in details)
+                cuts.add(details)
                 yield record
 
         pipeline.map_windows(out, reader, work, size=WINDOW_ROWS, title="score")
-        if counts["truncated"]:
-            console.warn(
-                f"{counts['truncated']:,} of {counts['rewards']:,} inputs were longer than the "
-                "model's template and were cut"
-            )
+        cuts.say()

@@ -208,6 +208,7 @@ class Pairing:
             "chosen": group.outputs[a][chosen],
             "rejected": group.outputs[b][rejected],
             "wrapper": group.wrapper,
+            "reference_policy": a,
             "policy": a,
             "rejected_policy": b,
         }

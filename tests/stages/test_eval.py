@@ -63,7 +63,7 @@ def test_accuracy_margins_and_baselines(scored, tmp_path, capfd):
 
 
 def test_triples_of_two_policies_are_discrimination(tmp_path):
-    rows = [triple(0, [1, 0], policy="p1", rejected_policy="p2")]
+    rows = [triple(0, [1, 0], reference_policy="p1", policy="p1", rejected_policy="p2")]
     folder = tmp_path / "r"
     path = write(tmp_path / "s.jsonl", rows)
     assert run(["eval", path, "-o", str(tmp_path / "v"), "--report", str(folder), "-q"]) == 0

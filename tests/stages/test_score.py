@@ -87,7 +87,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(candidates, whole, tiny_rm, tmp_
     assert out.read_bytes() == whole.read_bytes()
     counts = json.loads((tmp_path / "out.jsonl.manifest.json").read_text())["counts"]
     assert counts["records"] == ROWS
-    assert counts["rewards"] == ROWS + len(range(0, ROWS, 3))
+    assert counts["cuts"]["inputs"] == ROWS + len(range(0, ROWS, 3))
 
 
 def test_best_of_n_names_the_highest_reward(candidates, tiny_rm, tmp_path):
