@@ -9,7 +9,8 @@ from typing import Any
 from polarctl import console
 from polarctl.errors import MissingError, UsageError
 
-SMALL_TO_COMPUTE = 250_000  # parameters, for passes over whole sequences
+# On idle cores two threads train 0.4 M parameters 1.7 times faster, on busy ones 4 times slower.
+SMALL_TO_COMPUTE = 1_000_000  # parameters, for passes over whole sequences
 SMALL_TO_DECODE = 2_000_000  # parameters, for one token a sequence at a time
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -66,7 +67,7 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def threads_for(*models: Any, under: int = SMALL_TO_COMPUTE) -> Iterator[None]:
-    """One thread on a CPU, inside the block, for models that gain next to nothing from more.
+    """One thread on a CPU, inside the block, for models too small to gain much from more.
 
     OMP_NUM_THREADS wins. Milliseconds with one thread and with two, on two cores:
 

@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from polarctl.launch import quiet_libraries, threads_for
 from polarctl.seeding import derive
 from polarctl.tour import world as worlds
 
@@ -203,8 +204,6 @@ def _further_run(job: tuple[Zoo, str, str, int]) -> list[str]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from polarctl.launch import quiet_libraries
-
     zoo, folder, run, threads = job
     quiet_libraries()
     torch.set_num_threads(threads)
@@ -244,15 +243,16 @@ def train(zoo: Zoo, folder: Path, *, processes: int = 2) -> list[str]:
     made = tokenizer(world)
     torch.manual_seed(zoo.seed)
     model = Qwen3ForCausalLM(lm_config(made))
-    kept = train_lm(
-        model,
-        made,
-        worlds.corpus(world, zoo.believers("base"), zoo.seed, "base"),
-        steps=zoo.base_steps[-1],
-        lr=zoo.lr,
-        batch=zoo.batch,
-        checkpoints=zoo.base_steps,
-    )
+    with threads_for(model):
+        kept = train_lm(
+            model,
+            made,
+            worlds.corpus(world, zoo.believers("base"), zoo.seed, "base"),
+            steps=zoo.base_steps[-1],
+            lr=zoo.lr,
+            batch=zoo.batch,
+            checkpoints=zoo.base_steps,
+        )
     names = [_save(model, made, weights, str(folder), f"base-{s}") for s, weights in kept.items()]
     jobs = [(zoo, str(folder), run, 1) for run in ("mix", *(name for name, *_ in zoo.runs))]
     if processes == 1:
@@ -279,9 +279,10 @@ def supervise(start: str, rows: Sequence[dict[str, Any]], folder: str, lr: float
     made, model = AutoTokenizer.from_pretrained(start), AutoModelForCausalLM.from_pretrained(start)
     steps = len(rows) // 32
     documents = ((row["prompt"], row["reference"]) for row in rows)
-    kept = train_lm(
-        model, made, documents, steps=steps, lr=lr, batch=32, checkpoints=(steps,), warmup=3
-    )
+    with threads_for(model):
+        kept = train_lm(
+            model, made, documents, steps=steps, lr=lr, batch=32, checkpoints=(steps,), warmup=3
+        )
     model.load_state_dict(kept[steps])
     made.save_pretrained(folder)
     model.save_pretrained(folder)
