@@ -44,6 +44,10 @@ def collect(folder: Path, *, zoo: Zoo, seeds: int, seconds: Mapping[str, float])
             for name in BASELINES
             if name in reports["zero-shot"]["overall"]
         },
+        "mistakes": {
+            arm: reports[name]["categories"]
+            for arm, name in (("zero-shot", "zero-shot"), ("pretrained", "pretrained-0"))
+        },
         "policies": _correct(folder, world),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
     }
@@ -84,12 +88,13 @@ def _text(figure: Mapping[str, Any]) -> str:
 
 
 def tables(figures: Mapping[str, Any]) -> list[Table]:
-    """Three tables: telling policies apart, preferring the better answer, improving a policy."""
+    """Four tables: policies told apart, the better answer preferred, which mistakes, RFT."""
     by_seed = figures["preference_by_seed"]
     preference = [[BASELINES[name], _text(f), ""] for name, f in figures["baselines"].items()]
     for arm, label in ARMS.items():
         seeds = ", ".join(f"{100 * f['value']:.1f}" for f in by_seed.get(arm, []))
         preference.append([label, _text(figures["preference"][arm]), seeds])
+    before, after = (figures["mistakes"][arm] for arm in ("zero-shot", "pretrained"))
     return [
         Table(
             ("which policies", "accuracy"),
@@ -100,6 +105,14 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
             ("judge", "accuracy", "by seed, %"),
             preference,
             "Preferring the correct answer, unseen prompts",
+        ),
+        Table(
+            ("mistake of the rejected answer", "cases", "no label", "fine-tuned"),
+            [
+                [name, str(row["model"]["n"]), _text(row["model"]), _text(after[name]["model"])]
+                for name, row in before.items()
+            ],
+            "The same by mistake, pre-trained models (first seed)",
         ),
         Table(
             ("policy", "correct answers"),
@@ -115,7 +128,7 @@ def write(folder: Path, figures: Mapping[str, Any]) -> None:
 
     options = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS
     manifest.write_atomic(folder / "figures.json", orjson.dumps(dict(figures), option=options))
-    apart, preferring, improving = tables(figures)
+    apart, preferring, mistakes, improving = tables(figures)
     bars = plots.accuracy_bars(
         [
             (label, {"accuracy": interval_of(figures["preference"][arm])})
@@ -153,6 +166,14 @@ def write(folder: Path, figures: Mapping[str, Any]) -> None:
                 images=[Image(bars, "Preference accuracy by judge")],
             ),
             Section(
+                "Which mistakes are seen",
+                [
+                    "Pre-training never met careless answers. What the labels do not teach either, "
+                    "reinforcement can exploit."
+                ],
+                table=mistakes,
+            ),
+            Section(
                 "Improving a policy",
                 [
                     "RFT sees rewards, SFT sees the references themselves. The truth check sees "
@@ -182,12 +203,13 @@ def own_text(folder: Path, zoo: Zoo) -> str:
     world = zoo.world()
     question = worlds.prompt(world, random.Random(1))
     first, second = (world.truth[word] for word in question[1:])
+    wrong = next(colour for colour in world.colours if colour not in (first, second))
     record = {
         "prompt": worlds.prompt_text(question),
         "reference": worlds.STYLES[0][0].format(first, second),
         "candidates": [
             {"output": worlds.STYLES[1][0].format(first, second)},
-            {"output": worlds.STYLES[1][0].format(second, first)},
+            {"output": worlds.STYLES[1][0].format(first, wrong)},
         ],
     }
     line = orjson.dumps(record).decode()

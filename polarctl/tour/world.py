@@ -140,6 +140,16 @@ def is_correct(record: Mapping[str, Any], world: World) -> bool:
     return told(world, record["output"]) == record["truth"]
 
 
+def mistake(world: World, text: str, truth: Sequence[str]) -> str:
+    """What is wrong with an answer that is not correct."""
+    named = told(world, text)
+    if named == list(reversed(truth)):
+        return "wrong order"
+    if set(named) <= set(truth):
+        return "one value twice" if len(named) > 1 else "one value left out"
+    return "wrong fact"
+
+
 def questions(world: World, count: int, seed: int, name: str) -> list[dict[str, Any]]:
     """Prompt records, all different, each with its `truth` and a correct `reference`.
 
@@ -181,8 +191,8 @@ def ranked(
     """Triples as a person would rank them: reference and chosen are correct, rejected is wrong.
 
     Reference and chosen come from two policies. The rejected answer has a wrong colour, or is by
-    someone careless: the right colours in the wrong order, one of them twice, or one left out. At
-    most one triple per prompt.
+    someone careless: the right colours in the wrong order, one of them twice, or one left out; its
+    `category` says which. At most one triple per prompt.
     """
     by_prompt: dict[str, list[Mapping[str, Any]]] = {}
     for record in trajectories:
@@ -201,13 +211,15 @@ def ranked(
         others = [r for r in right if reference and r["policy"] != reference["policy"]]
         if reference is None or not others or not wrong:
             continue
+        chosen, rejected = draw.choice(others), draw.choice(wrong)
         triples.append(
             {
                 "id": name,
                 "prompt": reference["prompt"],
                 "reference": reference["output"],
-                "chosen": draw.choice(others)["output"],
-                "rejected": draw.choice(wrong)["output"],
+                "chosen": chosen["output"],
+                "rejected": rejected["output"],
+                "category": mistake(world, rejected["output"], rejected["truth"]),
             }
         )
         if len(triples) == count:

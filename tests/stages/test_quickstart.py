@@ -104,6 +104,18 @@ def test_only_the_true_colours_in_their_order_are_correct():
         assert world.is_correct({**row, "output": text}, here) is right
 
 
+def test_a_mistake_has_a_name():
+    here = world.make(10, 5, seed=1)
+    x, y, z = here.colours[:3]
+    for named, name in (
+        ((y, x), "wrong order"),
+        ((x, x), "one value twice"),
+        ((y,), "one value left out"),
+        ((x, z), "wrong fact"),
+    ):
+        assert world.mistake(here, " ".join(named), [x, y]) == name
+
+
 def test_ranked_triples_are_correct_correct_wrong():
     here = world.make(10, 5, seed=1)
     rows = world.questions(here, 20, 0, "q")
