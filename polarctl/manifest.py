@@ -31,6 +31,14 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def hashed(inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`polarctl.io.sizes` entries with the SHA-256 of every input that is no pipe."""
+    return [
+        entry if entry["bytes"] is None else {**entry, "sha256": sha256(entry["path"])}
+        for entry in inputs
+    ]
+
+
 def folder_identity(path: str) -> str:
     """A hash that tells one model folder from another; a Hub id is its own identity.
 

@@ -103,7 +103,7 @@ def load_tokenizer(path: str) -> Any:
         return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for this
         raise MissingError(
-            f"{path}: no tokenizer that can be loaded ({_first_line(error)})",
+            f"{path}: no tokenizer that can be loaded ({first_line(error)})",
             hint="save the tokenizer into the model's folder, or pass --tokenizer",
         ) from None
 
@@ -116,9 +116,9 @@ def load_config(path: str) -> Any:
     """
     try:
         return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:
+    except Exception as error:  # the same kinds as for a tokenizer
         raise MissingError(
-            f"{path}: no model that can be loaded ({_first_line(error)})",
+            f"{path}: no model that can be loaded ({first_line(error)})",
             hint="a folder with config.json and model.safetensors, or a Hub id",
         ) from None
 
@@ -222,9 +222,9 @@ def _classifier(path: str, config: Any, dtype: Any, *, head: bool) -> Any:
             output_loading_info=True,
             use_safetensors=True,
         )
-    except Exception as error:
+    except Exception as error:  # the same kinds as for a tokenizer
         raise MissingError(
-            f"{path}: the model cannot be loaded ({_first_line(error)})",
+            f"{path}: the model cannot be loaded ({first_line(error)})",
             hint="a folder with config.json and model.safetensors, or a Hub id",
         ) from None
     missing = set(info["missing_keys"]) - (set() if head else {"score.weight"})
@@ -264,6 +264,7 @@ def _encoder(path: str, config: Any, tokenizer: Any) -> Encoder:
         raise UsageError(f"{path}: its template does not work: {error}") from None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What a library says is wrong, short enough for one of our lines."""
     text = str(error).strip().splitlines()
     return text[0].rstrip(".")[:200] if text else type(error).__name__

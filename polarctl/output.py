@@ -286,12 +286,7 @@ class Output:
             record = manifest.build(
                 self.stage,
                 self.config,
-                inputs=[
-                    entry
-                    if entry["bytes"] is None
-                    else {**entry, "sha256": manifest.sha256(entry["path"])}
-                    for entry in self.inputs
-                ],
+                inputs=manifest.hashed(self.inputs),
                 outputs=outputs,
                 counts=self.counts,
             )

@@ -213,7 +213,7 @@ def _refuse_array(paths: list[str]) -> None:
         with open_bytes(path) as stream:
             try:
                 first = stream.read(256).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-            except Exception:
+            except Exception:  # each kind of compression raises its own
                 continue  # a broken file is the reader's to explain
         if first == b"[":
             hint = f"jq -c '.[]' {path} | polarctl convert -"

@@ -314,8 +314,7 @@ def test_a_group_gives_a_trl_row_for_every_pair_and_mixed_texts_become_messages(
 def trl_extract_prompt():
     """TRL's function from its source, without importing TRL (seconds)."""
     found = importlib.util.find_spec("trl")
-    if found is None:
-        pytest.skip("trl is not installed")
+    assert found is not None, "trl is part of what `make setup` installs"
     tree = ast.parse((Path(found.origin).parent / "data_utils.py").read_text())
     (function,) = (n for n in tree.body if getattr(n, "name", "") == "extract_prompt")
     function.returns, function.args.args[0].annotation = None, None

@@ -267,9 +267,9 @@ def load_causal_lm(policy: Policy, device: str, dtype: Any) -> Any:
             output_loading_info=True,
         )
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for this
-        text = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:200]
+        why = models.first_line(error)
         raise MissingError(
-            f"{policy.where}: {policy.model}: the model cannot be loaded ({text})",
+            f"{policy.where}: {policy.model}: the model cannot be loaded ({why})",
             hint="a folder with config.json and model.safetensors, or a Hub id",
         ) from None
     if info["missing_keys"]:

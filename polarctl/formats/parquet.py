@@ -108,12 +108,7 @@ class VerlFile:
         record = manifest.build(
             self.stage,
             self.config,
-            inputs=[
-                entry
-                if entry["bytes"] is None
-                else {**entry, "sha256": manifest.sha256(entry["path"])}
-                for entry in self.inputs
-            ],
+            inputs=manifest.hashed(self.inputs),
             outputs={self._target.name: file},
             counts=self.counts,
         )

@@ -111,42 +111,43 @@ def tokenizer(world: worlds.World) -> Any:
 
 def lm_config(tokenizer: Any) -> Any:
     """The architecture of every policy: about 0.1M parameters without the embeddings."""
-    from transformers import Qwen3Config
-
-    return Qwen3Config(
+    return _config(
+        tokenizer,
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=16,
-        max_position_embeddings=256,
+        heads=4,
         tie_word_embeddings=True,
         initializer_range=0.1,  # small models learn facts faster from larger weights
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
     )
 
 
 def rm_config(tokenizer: Any) -> Any:
     """The architecture of the quickstart's reward model: about 0.4M parameters."""
-    from transformers import Qwen3Config
-
-    return Qwen3Config(
+    return _config(
+        tokenizer,
         vocab_size=len(tokenizer) + 2,
         hidden_size=96,
         intermediate_size=288,
+        heads=6,
+        initializer_range=0.08,
+    )
+
+
+def _config(tokenizer: Any, *, heads: int, **sizes: Any) -> Any:
+    """What policies and reward model have in common."""
+    from transformers import Qwen3Config
+
+    return Qwen3Config(
         num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=6,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         head_dim=16,
         max_position_embeddings=256,
-        initializer_range=0.08,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
+        **sizes,
     )
 
 
@@ -199,14 +200,14 @@ def train_lm(
     return kept
 
 
-def _further_run(job: tuple[Zoo, str, str, int]) -> list[str]:
+def _further_run(job: tuple[Zoo, str, str]) -> list[str]:
     """Train one run from the base policy's folder, in a process of its own; the policies' names."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    zoo, folder, run, threads = job
+    zoo, folder, run = job
     quiet_libraries()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)  # runs share the cores, one each
     torch.manual_seed(zoo.seed)
     start = f"{folder}/base-{zoo.base_steps[-1]}"
     made, model = AutoTokenizer.from_pretrained(start), AutoModelForCausalLM.from_pretrained(start)
@@ -254,7 +255,7 @@ def train(zoo: Zoo, folder: Path, *, processes: int = 2) -> list[str]:
             checkpoints=zoo.base_steps,
         )
     names = [_save(model, made, weights, str(folder), f"base-{s}") for s, weights in kept.items()]
-    jobs = [(zoo, str(folder), run, 1) for run in ("mix", *(name for name, *_ in zoo.runs))]
+    jobs = [(zoo, str(folder), run) for run in ("mix", *(name for name, *_ in zoo.runs))]
     if processes == 1:
         found = [_further_run(job) for job in jobs]
     else:

@@ -13,8 +13,6 @@ from polarctl.records import Record, find_kind
 from polarctl.records import check as check_record
 from polarctl.rewards import PolarReward
 
-pytest.importorskip("trl")
-
 STEPS, ROLLOUTS, GROUP = 3, 8, 4
 
 
