@@ -9,7 +9,9 @@ from typing import Any
 import typer
 
 from polarctl import cli
-from polarctl.records import KINDS, examples, json_schema
+from polarctl.contracts import json_schema
+from polarctl.examples import EXAMPLES
+from polarctl.records import KINDS
 
 FOLDER = Path(__file__).parent / "reference"
 WIDTH = 80
@@ -99,7 +101,7 @@ def schema_reference() -> str:
     for kind in KINDS:
         schema = json_schema(kind)
         shared.update(schema.get("$defs", {}))
-        lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in examples(kind))
+        lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in EXAMPLES[kind])
         parts.append(
             f"## {kind}\n\n{schema['description']}\n\n{field_table(schema)}\n\n"
             f"```json\n{lines}\n```\n"

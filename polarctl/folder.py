@@ -35,17 +35,19 @@ class Run:
 
     Attributes:
         folder: Where it writes.
-        records: The good records of the input.
+        paths: The inputs.
         identity: What must be the same for a resume.
         inputs: `polarctl.io.sizes` of the inputs.
+        records: The good records of the input, where it was read whole.
         bad: Rows that were set aside.
     """
 
     folder: Path
-    records: list[Record]
+    paths: list[str]
     identity: dict[str, Any]
     inputs: list[dict[str, Any]]
-    bad: int
+    records: tuple[Record, ...] = ()
+    bad: int = 0
 
     @property
     def checkpoints(self) -> Path:
@@ -74,22 +76,19 @@ def run(
     config: Common,
     work: Callable[[Run], None],
     *,
-    kind: str | None = None,
-    verify: Callable[[Record], None] | None = None,
+    dry_run: Callable[[list[str]], None],
     sources: tuple[str, ...],
     free: frozenset[str],
 ) -> None:
-    """Read the input and call `work` in the output folder, unless that is complete.
+    """Call `work` in the output folder, unless that is complete.
 
-    Prints the folder on stdout. Of several processes only the first locks, reads rejects and
-    prints.
+    Prints the folder on stdout. Of several processes only the first locks and prints.
 
     Args:
         stage: Name of the stage.
         config: Its options.
-        work: Trains and calls `Run.finish`.
-        kind: Kind of the input's records, or None when `verify` checks it.
-        verify: Raises RecordError for a record that does not fit this run.
+        work: Reads, trains and calls `Run.finish`.
+        dry_run: What `--dry-run` does with the input paths instead.
         sources: Options that name a model or a tokenizer; their contents count.
         free: Options that may differ at a resume: where and how often, not what.
 
@@ -98,7 +97,7 @@ def run(
     """
     paths = pipeline.inputs_of(stage, config)
     if config.dry_run:
-        pipeline.dry_run(stage, config, paths, kind, verify=verify)
+        dry_run(paths)
         return
     if config.output == "-":
         raise UsageError("a training stage writes a folder", hint="-o DIR")
@@ -110,9 +109,7 @@ def run(
         else:  # the first process says whether that is right
             complete = (folder / "manifest.json").exists() and not config.force
         if not complete:
-            records, digest, bad = _read(config, paths, kind, verify)
-            whole = {**identity, "input_digest": digest}
-            work(Run(folder, records, whole, io.sizes(paths), bad))
+            work(Run(folder, paths, identity, io.sizes(paths)))
     if is_first_process():
         stdout().write(f"{folder}\n".encode())
 
@@ -156,7 +153,14 @@ def _identity(
     }
     plain = header(stage, config, io.sizes(paths), sources)
     dropped = free | set(names)
-    return {key: value for key, value in plain.items() if key not in dropped or key in sources}
+    kept = {key: value for key, value in plain.items() if key not in dropped or key in sources}
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return {**kept, "input_digest": input_digest(paths), "processes": processes}
+
+
+def input_digest(paths: list[str]) -> list[str | None]:
+    """What tells the input from another: a hash of each file, None for a pipe."""
+    return [None if path == "-" else manifest.file_identity(path) for path in paths]
 
 
 def _is_complete(folder: Path, config: Common, identity: dict[str, Any]) -> bool:
@@ -171,8 +175,11 @@ def _is_complete(folder: Path, config: Common, identity: dict[str, Any]) -> bool
         return False
     if mark.exists():
         before = orjson.loads(mark.read_bytes()).get("fingerprint", {})
-        before.pop("input_digest", None)
-        changed = difference(before, identity)
+        # By how many processes it was made does not matter once it is there.
+        unknown = {"processes"} | ({"input_digest"} if "-" in config.input else set())
+        changed = difference(
+            *({k: v for k, v in x.items() if k not in unknown} for x in (before, identity))
+        )
         if changed or "-" in config.input:
             why = changed or "and whether the piped input is the same cannot be known"
             raise UsageError(
@@ -188,41 +195,70 @@ def _is_complete(folder: Path, config: Common, identity: dict[str, Any]) -> bool
     return False
 
 
-def _read(
-    config: Common, paths: list[str], kind: str | None, verify: Callable[[Record], None] | None
-) -> tuple[list[Record], str, int]:
-    sink = _RejectFile(config.rejects) if config.rejects and is_first_process() else None
-    reader = pipeline.reader_of(
-        config, paths, kind, sink=sink or pipeline.Uncounted(), verify=verify
-    )
+def read_all(
+    run: Run, config: Common, kind: str | None, verify: Callable[[Record], None] | None
+) -> Run:
+    """The run with all good records of its input in memory; its identity knows every byte of it.
+
+    Args:
+        run: A run that has read nothing.
+        config: The stage's options.
+        kind: Kind of the records, or None when `verify` checks it.
+        verify: Raises RecordError for a record that does not fit this run.
+
+    Raises:
+        RecordError: A bad row and no `--rejects`; no good row.
+    """
+    sink = rejects_of(run, config)
+    reader = pipeline.reader_of(config, run.paths, kind, sink=sink, verify=verify)
     records: list[Record] = []
     digest = ""
     for window in reader.windows(_WINDOW_ROWS):
         records += window.records
         digest = window.digest
-    if sink is not None:
-        sink.close()
+    sink.close()
     if not records:
-        raise RecordError("no good record", where=", ".join(paths))
-    return records, digest, reader.bad
+        raise RecordError("no good record", where=", ".join(run.paths))
+    identity = {**run.identity, "input_digest": digest} if "-" in run.paths else run.identity
+    return replace(run, identity=identity, records=tuple(records), bad=reader.bad)
 
 
-class _RejectFile:
-    """Bad records of a training stage, with reasons."""
+def rejects_of(run: Run, config: Common) -> Rejects:
+    """Where a training stage's bad rows go; of several processes the first one keeps them.
 
-    def __init__(self, path: str):
-        self.stream: IO[bytes] = open(path, "wb")
+    Raises:
+        UsageError: There is a file already, and no run of this folder has written it.
+    """
+    if not config.rejects or not is_first_process():
+        return Rejects(None)
+    begun = (run.folder / METRICS).exists() or config.force
+    if os.path.exists(config.rejects) and not begun:
+        raise UsageError(f"{config.rejects}: exists already", hint="pass --force to replace it")
+    return Rejects(config.rejects)
+
+
+class Rejects:
+    """Bad records of a training stage, with reasons.
+
+    Args:
+        path: The file, or None to keep nothing.
+    """
+
+    def __init__(self, path: str | None):
+        self.stream: IO[bytes] | None = open(path, "wb") if path else None
 
     def reject(self, where: str, reason: str, raw: Any = None) -> None:
         """Keep one bad record."""
         import orjson
 
-        line = orjson.dumps({"where": where, "reason": reason, "record": raw})
-        self.stream.write(line + b"\n")
+        if self.stream is not None:
+            line = orjson.dumps({"where": where, "reason": reason, "record": raw})
+            self.stream.write(line + b"\n")
 
     def close(self) -> None:
         """Finish the file."""
-        self.stream.close()
+        if self.stream is not None:
+            self.stream.close()
 
 
 def keep_lines(path: Path, count: int) -> bytes:

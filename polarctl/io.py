@@ -128,7 +128,7 @@ class Reader:
         window: list[Record] = []
         index = 0
         empty = True
-        for where, line in self._rows():
+        for where, line in self.lines():
             empty = False
             if self.rows and self.rows % size == 0:
                 if index % self.shard[1] == mine:
@@ -139,7 +139,7 @@ class Reader:
             self.rows += 1
             running.update(line)
             if index % self.shard[1] == mine and passed >= done:
-                record = self._parse(where, line)
+                record = self.parse(where, line)
                 if record is not None:
                     window.append(record)
         if empty:
@@ -159,8 +159,8 @@ class Reader:
         elif passed == done and digest is not None and digest != now:
             raise _other_input()
 
-    def _rows(self) -> Iterator[tuple[str, bytes]]:
-        """(place, line) of every row that is not blank, up to the limit."""
+    def lines(self) -> Iterator[tuple[str, bytes]]:
+        """(place, line) of every row that is not blank, up to the limit, as `parse` takes them."""
         count = 0
         for path in self.paths:
             stream = open_bytes(path)
@@ -174,7 +174,7 @@ class Reader:
                     if len(line) > MAX_LINE_BYTES:
                         while line and not line.endswith(b"\n"):
                             line = stream.readline(1 << 20)
-                        line = b""  # refused by _parse
+                        line = b""  # refused by parse
                     elif not line.strip():
                         continue
                     count += 1
@@ -189,7 +189,12 @@ class Reader:
                 if path != "-":
                     stream.close()
 
-    def _parse(self, where: str, line: bytes) -> Record | None:
+    def parse(self, where: str, line: bytes) -> Record | None:
+        """The row's record, or None for a bad row that was set aside.
+
+        Raises:
+            RecordError: A bad row, and no `rejects`.
+        """
         try:
             record = decode(line, where, self.kind)
             if self.verify is not None:

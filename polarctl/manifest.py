@@ -42,23 +42,35 @@ def hashed(inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def folder_identity(path: str) -> str:
     """A hash that tells one model folder from another; a Hub id is its own identity.
 
-    Names, sizes and contents of the files, of those past 256 MiB only the first and the last MiB.
+    Names and contents of the files, as `_add_file` reads them.
     """
     root = Path(path)
     if not root.is_dir():
         return path
     digest = hashlib.blake2b(digest_size=16)
     for file in sorted(p for p in root.iterdir() if p.is_file() and p.name != "manifest.json"):
-        size = file.stat().st_size
-        digest.update(f"{file.name}\0{size}\0".encode())
-        with open(file, "rb") as stream:
-            if size <= _WHOLE_FILE_BYTES:
-                digest.update(stream.read())
-            else:
-                digest.update(stream.read(1 << 20))
-                stream.seek(-(1 << 20), os.SEEK_END)
-                digest.update(stream.read())
+        _add_file(digest, file, file.name)
     return digest.hexdigest()
+
+
+def file_identity(path: str | Path) -> str:
+    """A hash that tells one file from another, as `_add_file` reads it."""
+    digest = hashlib.blake2b(digest_size=16)
+    _add_file(digest, Path(path), "")
+    return digest.hexdigest()
+
+
+def _add_file(digest: Any, file: Path, name: str) -> None:
+    """Add name, size and content to a hash; past 256 MiB only the first and the last MiB."""
+    size = file.stat().st_size
+    digest.update(f"{name}\0{size}\0".encode())
+    with open(file, "rb") as stream:
+        if size <= _WHOLE_FILE_BYTES:
+            digest.update(stream.read())
+        else:
+            digest.update(stream.read(1 << 20))
+            stream.seek(-(1 << 20), os.SEEK_END)
+            digest.update(stream.read())
 
 
 def environment() -> dict[str, str]:
@@ -121,6 +133,17 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_files(folder: Path) -> None:
+    """Make the contents of all files in a folder durable."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as stream:
+                os.fsync(stream.fileno())
+        else:
+            sync_folder(file)
+    sync_folder(folder)
 
 
 def write(path: str | Path, manifest: dict[str, Any]) -> None:

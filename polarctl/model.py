@@ -35,11 +35,13 @@ class RewardModel:
         model: The transformers model; `model.base_model` is the backbone, `model.score` the head.
         tokenizer: Its tokenizer.
         encoder: Text to token ids, as the checkpoint was trained.
+        new_tokens: Ids of template tokens whose embeddings nothing has trained yet.
     """
 
     model: Any
     tokenizer: Any
     encoder: Encoder
+    new_tokens: tuple[int, ...] = ()
 
     @property
     def no_reference(self) -> bool:
@@ -51,9 +53,16 @@ class RewardModel:
         """Where the weights are."""
         return self.model.device
 
-    def save(self, folder: str | Path) -> None:
-        """Write config, weights and tokenizer; files get the permissions of the umask."""
-        self.model.save_pretrained(folder)
+    def save(self, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Write config, weights and tokenizer; files get the permissions of the umask.
+
+        Args:
+            folder: Where to.
+            weights: In place of the model's own, such as were gathered from several processes.
+        """
+        if weights is not None:
+            self.model.config.dtype = next(iter(weights.values())).dtype
+        self.model.save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
         open_to_umask(Path(folder))
 
@@ -82,12 +91,13 @@ def rewards(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
         mask: 1 for tokens, 0 for padding. Shape: (B, T).
 
     Returns:
-        Shape: (B,), float32.
+        Shape: (B,), at least float32.
     """
     hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
     last = mask.sum(1) - 1
     at_reward = hidden[torch.arange(len(ids), device=ids.device), last]
-    return model.score(at_reward).squeeze(-1).float()
+    values = model.score(at_reward).squeeze(-1)
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 # -- loading --------------------------------------------------------------------------------------
@@ -181,7 +191,7 @@ def create(
     if base is not None and _is_classifier(config) and getattr(config, "polar", None):
         return load(base, device=device, dtype=dtype)
     tokenizer = load_tokenizer(tokenizer_path or source)
-    _add_tokens(tokenizer)
+    added = _add_tokens(tokenizer)
     config.num_labels, config.problem_type = 1, "regression"
     config.pad_token_id = tokenizer.pad_token_id
     torch.manual_seed(seed)
@@ -205,7 +215,9 @@ def create(
     model.config.polar = template
     model.config.reward_token_id = tokenizer.convert_tokens_to_ids(REWARD_TOKEN)
     model.config.pad_token_id = tokenizer.pad_token_id
-    return RewardModel(model.to(device), tokenizer, _encoder(source, model.config, tokenizer))
+    encoder = _encoder(source, model.config, tokenizer)
+    new = tuple(tokenizer.convert_tokens_to_ids(added))
+    return RewardModel(model.to(device), tokenizer, encoder, new)
 
 
 def _is_classifier(config: Any) -> bool:
@@ -242,7 +254,8 @@ def _from_config(config: Any, dtype: Any) -> Any:
     return model.to(dtype)
 
 
-def _add_tokens(tokenizer: Any) -> None:
+def _add_tokens(tokenizer: Any) -> list[str]:
+    """Give the tokenizer what the template needs; the tokens that are new to it."""
     tokens = [t for t in (SEPARATOR, REWARD_TOKEN) if t not in tokenizer.get_vocab()]
     tokenizer.add_tokens(tokens, special_tokens=True)
     if tokenizer.pad_token is None:
@@ -251,6 +264,7 @@ def _add_tokens(tokenizer: Any) -> None:
         else:
             tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
     tokenizer.padding_side = "right"
+    return tokens
 
 
 def _encoder(path: str, config: Any, tokenizer: Any) -> Encoder:

@@ -107,13 +107,6 @@ class _Say:
         console.warn(f"{where}: {reason}")
 
 
-class Uncounted:
-    """A sink for the further processes of a run, whose first one keeps the bad rows."""
-
-    def reject(self, where: str, reason: str, raw: Any = None) -> None:
-        """Nothing: the first process says it."""
-
-
 class HeldRejects:
     """Keeps bad rows of an input that is read before its output is opened."""
 

@@ -8,7 +8,6 @@ that unknown fields pass through untouched; the classes check it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -108,6 +107,14 @@ class Triple(Struct):
     reference: Annotated[Text, _REFERENCE]
     chosen: Annotated[Text, Meta(description="The candidate that is closer to the reference.")]
     rejected: Annotated[Text, Meta(description="The candidate that is farther from it.")]
+    negatives: Annotated[
+        list[Text] | UnsetType,
+        Meta(description="Further rejected candidates, for `--negatives`."),
+    ] = UNSET
+    margin: Annotated[
+        float | UnsetType,
+        Meta(description="By how much the reward of `chosen` should be the larger, in training."),
+    ] = UNSET
     id: Annotated[str | UnsetType, _ID] = UNSET
     wrapper: Annotated[Wrapper | UnsetType, _WRAPPER] = UNSET
     policy: Annotated[
@@ -313,32 +320,3 @@ def prompt_id(fields: dict[str, Any]) -> str:
     raw = prompt if isinstance(prompt, str) else msgspec.json.encode(prompt, order="sorted")
     data = raw.encode("utf-8", "surrogatepass") if isinstance(raw, str) else raw
     return hashlib.blake2b(data, digest_size=8).hexdigest()
-
-
-def json_schema(name: str) -> dict[str, Any]:
-    """The JSON Schema (2020-12) of a kind, with its examples."""
-    kind = find_kind(name)
-    (schema,), definitions = msgspec.json.schema_components([kind], ref_template="#/$defs/{name}")
-    root = definitions.pop(kind.__name__)
-    del schema
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "$id": f"{name}.schema.json",
-        **root,
-        **({"anyOf": _ONE_OF[name]} if name in _ONE_OF else {}),
-        "examples": list(examples(name)),
-        **({"$defs": definitions} if definitions else {}),
-    }
-
-
-_ONE_OF = {
-    "candidate": [{"required": ["output"]}, {"required": ["candidates"]}],
-    "score": [{"required": ["reward"]}, {"required": ["rewards"]}],
-}
-
-
-def examples(name: str) -> Iterator[dict[str, Any]]:
-    """The examples of a kind, kept in `polarctl/examples.py`."""
-    from polarctl.examples import EXAMPLES
-
-    yield from EXAMPLES[name]

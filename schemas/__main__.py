@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from polarctl.records import KINDS, json_schema
+from polarctl.contracts import json_schema
+from polarctl.records import KINDS
 
 for kind in KINDS:
     text = json.dumps(json_schema(kind), indent=2, ensure_ascii=False)

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from polarctl.train_config import TrainConfig
+from polarctl.training.options import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,6 @@ class Config(TrainConfig):
 
 def run(config: Config) -> None:
     """Train on the input."""
-    from polarctl import fit
+    from polarctl.training import fit
 
     fit.run("finetune", config, reference_field=config.reference_field, max_response_length=4096)

@@ -39,6 +39,13 @@ class Config(Common):
     triples_per_prompt: Annotated[
         int, typer.Option(min=1, help="Triples per prompt at most, of different policies first.")
     ] = 1
+    negatives: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Rejected texts of a triple at most; those after the first go to `negatives`.",
+        ),
+    ] = 1
     policies: Annotated[
         tuple[str, ...], typer.Option(metavar="GLOB", help="Only these policies (repeatable).")
     ] = ()
@@ -85,6 +92,7 @@ def run(config: Config) -> None:
     pairing = Pairing(
         groups,
         per_prompt=config.triples_per_prompt,
+        negatives=config.negatives,
         require=lambda name: _matches(name, config.require or ("*",)),
         seed=config.seed,
     )

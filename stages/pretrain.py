@@ -11,17 +11,29 @@ polarctl pair trajectories.jsonl | polarctl pretrain -m models/base -o runs/rm
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from polarctl.train_config import TrainConfig
+import typer
+
+from polarctl.training.options import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TrainConfig):
     """Options of `polarctl pretrain`."""
 
+    base_tokens: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N",
+            help="Tokens that the base model was pre-trained on (2.5T), for the paper's law of the "
+            "learning rate.",
+        ),
+    ] = None
+
 
 def run(config: Config) -> None:
     """Train on the input."""
-    from polarctl import fit
+    from polarctl.training import fit
 
     fit.run("pretrain", config, reference_field="reference", max_response_length=5120)

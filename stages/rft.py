@@ -82,7 +82,7 @@ class Config(Common):
 
 def run(config: Config) -> None:
     """Train the policy on the input's prompts."""
-    from polarctl import folder, launch
+    from polarctl import folder, launch, pipeline
     from polarctl.backends import grpo
     from polarctl.backends.generation import Writer
     from polarctl.backends.recorder import check_shape
@@ -99,12 +99,12 @@ def run(config: Config) -> None:
     )
     # Nothing is written by it here: it knows what the policy can read.
     writer = Writer(policy, device="cpu", dtype=None, batch_size=1)
+    verify = verifier(writer)
     folder.run(
         "rft",
         config,
-        lambda run: _train(config, run, writer),
-        kind="prompt",
-        verify=verifier(writer),
+        lambda run: _train(config, folder.read_all(run, config, "prompt", verify), writer),
+        dry_run=lambda paths: pipeline.dry_run("rft", config, paths, "prompt", verify=verify),
         sources=("model", "reward_model"),
         free=_FREE,
     )

@@ -103,6 +103,7 @@ class Pairing:
     Args:
         groups: All groups: the weights come from them.
         per_prompt: Triples per prompt at most.
+        negatives: Rejected texts of a triple at most; those after the first go to `negatives`.
         require: Says of a policy's name whether it counts; one of the two must.
         seed: The run's seed.
 
@@ -116,9 +117,11 @@ class Pairing:
         groups: Iterable[Group],
         *,
         per_prompt: int = 1,
+        negatives: int = 1,
         require: Callable[[str], bool] = lambda name: True,
         seed: int = 0,
     ):
+        self.negatives = negatives
         self.per_prompt, self.require, self.seed = per_prompt, require, seed
         self.counts: Counter[str] = Counter()
         self.roles: dict[str, dict[str, int]] = {}
@@ -212,7 +215,29 @@ class Pairing:
             "policy": a,
             "rejected_policy": b,
         }
+        more = self._further(group, a, b, samples)
+        if more:
+            record["negatives"] = more
         return record if group.category is None else {**record, "category": group.category}
+
+    def _further(self, group: Group, a: str, b: str, samples: tuple[int, int, int]) -> list[Any]:
+        """Further rejected texts, of any policy but the first, in random order, none twice."""
+        rng = seeding.rng(self.seed, "negatives", group.id, group.wrapper, a, b, *samples)
+        others = sorted(
+            (name, k) for name in group.outputs if name != a for k in group.outputs[name]
+        )
+        rng.shuffle(others)
+        seen = [_plain(group.outputs[a][k]) for k in samples[:2]]
+        seen.append(_plain(group.outputs[b][samples[2]]))
+        found: list[Any] = []
+        for name, k in others:
+            if len(found) == self.negatives - 1:
+                break
+            text = group.outputs[name][k]
+            if _plain(text) not in seen:
+                seen.append(_plain(text))
+                found.append(text)
+        return found
 
     def _role(self, policy: str) -> dict[str, int]:
         return self.roles.setdefault(policy, {"reference": 0, "rejected": 0})

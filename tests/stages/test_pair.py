@@ -301,3 +301,16 @@ def test_bad_rows_are_set_aside(tmp_path, capfd):
     assert len(read_jsonl(out)) == 2
     reasons = [r["reason"] for r in read_jsonl(rejects)]
     assert "missing field" in reasons[0] and "there already" in reasons[1]
+
+
+def test_further_negatives_are_of_other_policies_and_no_text_comes_twice():
+    (triple,), _ = triples_of(trajectories(1, ["a", "b", "c"]), negatives=4, seed=5)
+    policy = triple["policy"]
+    others = {f"{name} {i} of 0" for name in {"a", "b", "c"} - {policy} for i in range(2)}
+    # Two other policies with two samples each: the rejected one and three further ones.
+    assert {triple["rejected"], *triple["negatives"]} == others
+    assert len(triple["negatives"]) == 3
+    (fewer,), _ = triples_of(trajectories(1, ["a", "b", "c"]), negatives=2, seed=5)
+    assert fewer["negatives"] == triple["negatives"][:1]
+    (bare,), _ = triples_of(trajectories(1, ["a", "b", "c"]), seed=5)
+    assert "negatives" not in bare and bare["rejected"] == triple["rejected"]

@@ -197,5 +197,5 @@ def test_bad_triples_stop_or_are_set_aside(tmp_path, tiny_lm, capfd):
 def test_a_dry_run_checks_the_data_and_writes_nothing(triples, tiny_lm, tmp_path, capfd):
     command = ["pretrain", str(triples), *options(tiny_lm, tmp_path / "o"), "--dry-run"]
     assert run(command) == 0
-    assert "48 records" in capfd.readouterr().err
+    assert "48 triples" in capfd.readouterr().err
     assert not (tmp_path / "o").exists()

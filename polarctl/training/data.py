@@ -1,0 +1,232 @@
+"""The training data as a stream: any number of triples in the memory of a few.
+
+    files, shuffled by epoch ─> rows, checked ─> held out or kept ─> shuffle buffer ─> this process
+
+Nothing is written and nothing is tokenized beforehand. The order follows from the seed, the epoch
+and the files alone, so a run goes on at item N by passing over N items. Of several processes each
+reads its own files, where there are enough of them; else all read everything in one order and
+take turns, so that two processes train on the batches of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from polarctl import console, seeding
+from polarctl.encoding import content_text
+from polarctl.errors import RecordError, UsageError
+from polarctl.io import Reader, RejectSink
+from polarctl.records import Record
+
+VAL_TRIPLES = 1024  # validation triples that are kept; all that are held out stay out of training
+SAMPLE = 512  # triples that stand for the whole, for estimates
+_SAY_EVERY = 10_000  # rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where training data comes from.
+
+    Attributes:
+        paths: Files; a pipe has to be on disk first (`on_disk`).
+        verify: Raises RecordError for a record that does not fit.
+        rejects: Where bad rows go; None: the first bad row is an error.
+        limit: Rows to read at most, or None.
+        val_fraction: Share of the prompts that are held out.
+        seed: Seed of the order.
+        window: Rows in the shuffle buffer.
+    """
+
+    paths: list[str]
+    verify: Callable[[Record], None]
+    rejects: RejectSink | None = None
+    limit: int | None = None
+    val_fraction: float = 0.0
+    seed: int = 0
+    window: int = 10_000
+
+    def reader(self, paths: list[str], rejects: RejectSink | None) -> Reader:
+        """A reader of some of the files."""
+        return Reader(paths, None, rejects=rejects, limit=self.limit, verify=self.verify)
+
+    def holds_out(self, record: Record) -> bool:
+        """Whether a record is for validation: its prompt decides, not its place or the seed."""
+        if not self.val_fraction:
+            return False
+        text = content_text(record["prompt"]).encode("utf-8", "surrogatepass")
+        number = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+        return number < self.val_fraction * 2**64
+
+
+@dataclass(kw_only=True)
+class Survey:
+    """What one pass over the data finds.
+
+    Attributes:
+        triples: Training triples.
+        held_out: Validation triples.
+        bad: Bad rows.
+        complete: Everything was read; else these are the figures of its beginning.
+        sample: A random sample of the training triples.
+        held_out_records: The first validation triples.
+    """
+
+    triples: int = 0
+    held_out: int = 0
+    bad: int = 0
+    complete: bool = True
+    sample: list[Record] = field(default_factory=list)
+    held_out_records: list[Record] = field(default_factory=list)
+
+
+def survey(source: Source, *, stop_after: int | None = None) -> Survey:
+    """Check and count every row, and keep a sample.
+
+    Args:
+        source: The data.
+        stop_after: Training triples after which to stop, once validation has enough; None: read
+            everything.
+
+    Raises:
+        RecordError: A bad row and no `rejects`; no good row.
+    """
+    found = Survey()
+    rng = seeding.rng(source.seed, "sample")
+    reader = source.reader(source.paths, source.rejects)
+    with console.progress("read", None, "rows") as bar:
+        for number, (where, line) in enumerate(reader.lines(), 1):
+            if number % _SAY_EVERY == 0:
+                bar.update(number)
+            record = reader.parse(where, line)
+            if record is None:
+                continue
+            if source.holds_out(record):
+                found.held_out += 1
+                if len(found.held_out_records) < VAL_TRIPLES:
+                    found.held_out_records.append(record)
+            else:
+                found.triples += 1
+                # Vitter's algorithm R: every triple so far is in the sample with equal chance.
+                if len(found.sample) < SAMPLE:
+                    found.sample.append(record)
+                elif (place := rng.randrange(found.triples)) < SAMPLE:
+                    found.sample[place] = record
+            enough = not source.val_fraction or found.held_out >= VAL_TRIPLES
+            if stop_after is not None and found.triples >= stop_after and enough:
+                found.complete = False
+                break
+    found.bad = reader.bad
+    if not found.triples:
+        raise RecordError("no good record to train on", where=", ".join(source.paths))
+    if found.held_out > VAL_TRIPLES:
+        console.note(f"validation uses {VAL_TRIPLES:,} of {found.held_out:,} held-out triples")
+    return found
+
+
+def stream(source: Source, *, world: int, rank: int, skip: int = 0) -> Iterator[Record]:
+    """This process's training records, epoch after epoch without end.
+
+    Args:
+        source: The data.
+        world: Number of processes.
+        rank: Number of this one.
+        skip: Records to pass over: those that earlier steps have used.
+
+    Raises:
+        RecordError: A bad row and no `rejects`; nothing to train on for this process.
+    """
+    by_files = 1 < world <= len(source.paths) and source.limit is None
+    if world > 1:
+        how = "its own files" if by_files else "every row of all files, in turn"
+        console.choice("data", how, f"{len(source.paths)} files for {world} processes")
+    position = epoch = 0
+    while True:
+        seen = 0
+        for item in _epoch(source, epoch, rank if by_files else 0, world if by_files else 1):
+            seen += 1
+            if by_files or position % world == rank:
+                if skip:
+                    skip -= 1
+                else:
+                    record = item()
+                    if record is not None:
+                        yield record
+            position += 1
+        if not seen:
+            raise RecordError(
+                f"no training triple for process {rank} of {world}",
+                hint="fewer processes, or files of like size",
+            )
+        epoch += 1
+
+
+_Item = Callable[[], "Record | None"]
+
+
+def _epoch(source: Source, epoch: int, part: int, parts: int) -> Iterator[_Item]:
+    """One pass over a share of the files, shuffled; each item is called for its record."""
+    paths = list(source.paths)
+    if source.limit is None:  # a limit means the first rows
+        seeding.rng(source.seed, "files", epoch).shuffle(paths)
+    rng = seeding.rng(source.seed, "rows", epoch, part)
+    buffer: list[_Item] = []
+    for item in _items(source, paths[part::parts]):
+        if len(buffer) < source.window:
+            buffer.append(item)
+            continue
+        place = rng.randrange(source.window)
+        yield buffer[place]
+        buffer[place] = item
+    rng.shuffle(buffer)
+    yield from buffer
+
+
+def _items(source: Source, paths: list[str]) -> Iterator[_Item]:
+    """The training rows of some files.
+
+    Where no row can turn out to be bad or held out, rows are only parsed when their turn comes: a
+    resume passes over the others at the speed of reading.
+    """
+    silent = _Silent() if source.rejects is not None else None  # the survey has said them
+    reader = source.reader(paths, silent)
+    lazy = not source.val_fraction and source.rejects is None
+    for where, line in reader.lines():
+        if lazy:
+            yield lambda where=where, line=line: reader.parse(where, line)  # type: ignore[misc]
+        else:
+            record = reader.parse(where, line)
+            if record is not None and not source.holds_out(record):
+                yield lambda record=record: record  # type: ignore[misc]
+
+
+class _Silent:
+    """A sink for bad rows that have been said before."""
+
+    def reject(self, where: str, reason: str, raw: Any = None) -> None:
+        """Nothing."""
+
+
+def on_disk(paths: list[str], scratch: Path) -> list[str]:
+    """The paths, with a pipe replaced by a copy: it is read more than once.
+
+    Args:
+        paths: Files, or `-` for stdin.
+        scratch: Folder of the copy.
+    """
+    if "-" not in paths:
+        return paths
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(
+            "several processes cannot read one pipe", hint="write the triples to a file"
+        )
+    copy = scratch / "input.jsonl"
+    with open(copy, "wb") as target:
+        shutil.copyfileobj(sys.stdin.buffer, target, 1 << 20)
+    return [str(copy) if path == "-" else path for path in paths]

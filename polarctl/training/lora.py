@@ -1,0 +1,54 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) by peft, with a head that is trained whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from polarctl import console
+from polarctl.errors import need
+
+
+def adapt(
+    classifier: Any, *, rank: int, alpha: int | None, new_tokens: Sequence[int], quiet: bool = False
+) -> Any:
+    """Put adapters into every linear layer of a classifier, in place, and freeze the rest.
+
+    Args:
+        classifier: A `...ForSequenceClassification`.
+        rank: Rank of the adapters.
+        alpha: Their scale times the rank; default: twice the rank.
+        new_tokens: Ids whose embeddings have just been made: they are trained, since no adapter
+            could ever reach them.
+        quiet: Do not say how many weights are trained.
+
+    Returns:
+        peft's model around the classifier.
+
+    Raises:
+        MissingError: peft is not installed.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise need("peft", "lora") from None
+    wrapped = peft.get_peft_model(
+        classifier,
+        peft.LoraConfig(
+            task_type="SEQ_CLS",  # keeps the head `score` trainable, and saves it
+            r=rank,
+            lora_alpha=alpha or 2 * rank,
+            target_modules="all-linear",
+            exclude_modules=["score"],
+            trainable_token_indices={"embed_tokens": list(new_tokens)} if new_tokens else None,
+        ),
+    )
+    if not quiet:
+        trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+        console.note(f"LoRA: {trained:,} weights are trained")
+    return wrapped
+
+
+def merged(wrapped: Any) -> Any:
+    """The classifier with the adapters added to its weights, as a plain model."""
+    return wrapped.merge_and_unload()

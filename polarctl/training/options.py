@@ -1,0 +1,158 @@
+"""The options that `pretrain` and `finetune` share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from polarctl.config import Common
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Common):
+    """Options of a training stage."""
+
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Causal LM or reward model to start from."),
+    ] = None
+    init_from_config: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Random weights from this model config instead."),
+    ] = None
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Tokenizer folder or Hub id; default: the model's.")
+    ] = None
+    lr: Annotated[
+        float | None,
+        typer.Option(min=0, help="Peak learning rate; default: the paper's."),
+    ] = None
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Triples of one optimiser step, over all processes; default: the paper's."
+        ),
+    ] = None
+    epochs: Annotated[float, typer.Option(min=0, help="Passes over the data.")] = 1.0
+    max_steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Optimiser steps; overrides --epochs, and the data is not counted."
+        ),
+    ] = None
+    warmup: Annotated[float, typer.Option(min=0, max=1, help="Share of warm-up steps.")] = 0.03
+    preset: Annotated[
+        str,
+        typer.Option(help="Loss by name: polar, internlm2 or xtuner."),
+    ] = "polar"
+    loss: Annotated[
+        str | None,
+        typer.Option(help="Ranking loss: bradley-terry or focal; default: the preset's."),
+    ] = None
+    margin: Annotated[
+        float,
+        typer.Option(help="Rewards should differ by this; a record's own `margin` is added."),
+    ] = 0.0
+    penalty: Annotated[
+        str | None,
+        typer.Option(help="On every reward: none, barrier or l2; default: the preset's."),
+    ] = None
+    penalty_weight: Annotated[
+        float | None,
+        typer.Option(min=0, help="Its weight; default: the preset's, or 0.01."),
+    ] = None
+    negatives: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Rejected trajectories of a record that are used: `rejected`, then `negatives`.",
+        ),
+    ] = 1
+    no_reference: Annotated[
+        bool, typer.Option("--no-reference", help="Train with empty references (an ablation).")
+    ] = False
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens of one forward pass; default: 32768 on a GPU, 4096 on a CPU.",
+        ),
+    ] = None
+    shared_prefix: Annotated[
+        bool,
+        typer.Option(help="Compute what a triple's candidates share once (exact, and faster)."),
+    ] = True
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--gradient-checkpointing", help="Compute activations again: less memory, slower."
+        ),
+    ] = False
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            min=16,
+            help="Tokens of one input (prompt twice, reference, candidate, 4); default: 16384 or "
+            "what the model takes.",
+        ),
+    ] = None
+    max_response_length: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Tokens of one response; default: 5120 in pretrain, 4096 in finetune."
+        ),
+    ] = None
+    cut_side: Annotated[
+        str, typer.Option(help="Where a long response is cut: right keeps its start, left its end.")
+    ] = "right"
+    val_fraction: Annotated[
+        float,
+        typer.Option(
+            min=0, max=0.5, help="Share of the prompts held out to measure loss and accuracy on."
+        ),
+    ] = 0.0
+    val_steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps between validations; default: --save-steps."),
+    ] = None
+    shuffle_window: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Triples held in memory to be shuffled; all, where there are fewer."
+        ),
+    ] = 10_000
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Processes that tokenize; default: 0 on a CPU, else as cores allow."
+        ),
+    ] = None
+    lora_rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="Train low-rank adapters and the head alone."),
+    ] = None
+    lora_alpha: Annotated[
+        int | None,
+        typer.Option(min=1, help="Their scale; default: twice the rank."),
+    ] = None
+    deepspeed: Annotated[
+        str | None,
+        typer.Option(metavar="CONFIG", help="zero1, zero2, zero3 or a JSON file."),
+    ] = None
+    gpus: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1
+    nnodes: Annotated[
+        int,
+        typer.Option(min=1, help="Machines; MASTER_ADDR, MASTER_PORT and NODE_RANK say the rest."),
+    ] = 1
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:I.")] = "auto"
+    dtype: Annotated[
+        str,
+        typer.Option(help="auto, float32 or bfloat16 (weights and optimiser stay in float32)."),
+    ] = "auto"
+    save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 500
+    report_to: Annotated[
+        tuple[str, ...],
+        typer.Option(help="tensorboard, wandb or trackio; may be repeated."),
+    ] = ()

@@ -1,0 +1,206 @@
+"""DeepSpeed ZeRO for the training loop: optimiser state, gradients and weights in shards.
+
+    zero1   each process keeps a share of the optimiser's state
+    zero2   and of the gradients
+    zero3   and of the weights
+
+`accelerate` starts the processes, fills DeepSpeed's config and builds its engine. The steps are
+taken on the engine itself: `accelerator.backward` runs the optimiser inside the last backward,
+before the loop could see that a loss is not finite and before the learning rate of the step is set.
+
+DeepSpeed's checkpoints are pickles: only ever load what a run of ours has written itself.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import warnings
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers.integrations import unset_hf_deepspeed_config
+
+from polarctl.errors import MissingError, PolarctlError, UsageError, need
+
+_TAG = "zero"  # DeepSpeed's name for one saved state, a folder inside ours
+
+
+def accelerator(config: dict[str, Any], *, cpu: bool) -> accelerate.Accelerator:
+    """The accelerator of a run with DeepSpeed, alone or under torchrun.
+
+    Args:
+        config: What `config_of` gave.
+        cpu: Stay on the CPU even where there is a GPU.
+
+    Raises:
+        MissingError: DeepSpeed is not installed.
+    """
+    if cpu:  # both are read once, at the first use
+        os.environ["DS_ACCELERATOR"] = os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    _import_quietly()
+    backend = "gloo" if cpu else "nccl"
+    _join(backend)
+    boss = accelerate.Accelerator(
+        # `cpu=True` would switch DeepSpeed off; the backend is what keeps it on the CPU.
+        cpu=False,
+        mixed_precision="no",  # the config says it
+        deepspeed_plugin=accelerate.DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False),
+        kwargs_handlers=[accelerate.InitProcessGroupKwargs(backend=backend)],
+    )
+    # Told of zero3, transformers would make models without weights until the engine is there. Ours
+    # are made whole and cut up by the engine: a new head and the probe of `Packed` need weights.
+    unset_hf_deepspeed_config()
+    return boss
+
+
+def _import_quietly() -> None:
+    """Import DeepSpeed; what it logs goes to stderr, from warnings on."""
+    try:
+        import deepspeed
+    except ImportError:
+        raise need("deepspeed", "deepspeed") from None
+    except Exception as error:  # it looks for CUDA's compiler, reads the environment, ...
+        raise MissingError(
+            f"DeepSpeed cannot be loaded ({error})", hint="pip install 'polarctl[deepspeed]'"
+        ) from error
+    logger = deepspeed.utils.logger
+    logger.setLevel("WARNING")
+    for handler in logger.handlers:
+        handler.setStream(sys.stderr)  # stdout carries records
+    # Every step warns of the collectives' names that DeepSpeed uses.
+    warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated")
+
+
+def _join(backend: str) -> None:
+    """Join the processes of torchrun, or be the only one."""
+    import deepspeed
+
+    if backend == "gloo":
+        # DeepSpeed would compile an operator for AutoTP's inference: a minute, with g++, under a
+        # lock that a killed run leaves behind. Training never calls it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if "RANK" not in os.environ:
+        os.environ["LOCAL_RANK"] = "0"  # the engine asks for it
+        if not dist.is_initialized():
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+
+
+def _hushed() -> AbstractContextManager[Any]:
+    """Drop what DeepSpeed prints: progress of its own set-up, on stdout, where records go."""
+    return redirect_stdout(io.StringIO())
+
+
+class ZeroEngine:
+    """A module and its optimiser in the hands of DeepSpeed; see `polarctl.training.engine`.
+
+    Args:
+        accelerator: What `accelerator` gave.
+        module: What to train: whole, on every process with the same weights.
+        optimizer: Of its trainable parameters.
+
+    Raises:
+        UsageError: DeepSpeed refuses the config.
+    """
+
+    def __init__(
+        self,
+        accelerator: accelerate.Accelerator,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+    ):
+        from deepspeed.runtime.config import DeepSpeedConfigError
+
+        self.accelerator = accelerator
+        try:
+            with _hushed():
+                self.module, _ = accelerator.prepare(module, optimizer)
+        except (DeepSpeedConfigError, ValueError, AssertionError) as error:
+            text = " ".join(str(error).split())[:200].rstrip(".")
+            raise UsageError(f"DeepSpeed refuses its config: {text}") from error
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add a micro-batch's gradient."""
+        # How many micro-batches a step has is known only now, so the boundary is set by hand.
+        self.module.set_gradient_accumulation_boundary(last)
+        self.module.backward(loss, scale_wrt_gas=False)
+
+    def exchanging(self, last: bool) -> AbstractContextManager[Any]:
+        """Nothing to arrange: DeepSpeed is told at the backward pass."""
+        return nullcontext()
+
+    def finish(self, lr: float) -> float:
+        """Clip the gradient, step, clear; the norm, inf when DeepSpeed has refused to step."""
+        for group in self.module.optimizer.param_groups:
+            group["lr"] = lr
+        self.module.step()
+        return float(self.module.get_global_grad_norm())
+
+    def save(self, folder: Path) -> None:
+        """Write what a resume needs; every process its own files."""
+        with _hushed():
+            self.module.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        if self.accelerator.is_main_process:
+            for script in folder.glob("zero_to_*.py"):  # DeepSpeed's, to make weights of it
+                script.unlink()
+        self.accelerator.wait_for_everyone()
+
+    def load(self, folder: Path) -> None:
+        """Take back what `save` wrote.
+
+        Raises:
+            UsageError: Another number of processes wrote it.
+            PolarctlError: There is nothing that can be loaded.
+        """
+        processes = len(list((folder / _TAG).glob("*zero_pp_rank_*_optim_states.pt")))
+        if processes and processes != self.accelerator.num_processes:
+            raise UsageError(
+                f"{folder}: saved by {processes} processes, and here are "
+                f"{self.accelerator.num_processes}",
+                hint="ZeRO resumes with the same number of processes",
+            )
+        with _hushed():
+            found = processes and self.module.load_checkpoint(str(folder), tag=_TAG)[0]
+        if not found:
+            raise PolarctlError(f"{folder}: no state of DeepSpeed there")
+
+    @torch.no_grad()
+    def weights(self, part: nn.Module | None = None) -> dict[str, Tensor] | None:
+        """All weights, whole and in float32, on the first process; None on the others."""
+        states = (self.module.module if part is None else part).state_dict(keep_vars=True)
+        found: dict[str, Tensor] = {}
+        for name, value in states.items():
+            whole = _whole(value) if isinstance(value, nn.Parameter) else value  # or a buffer
+            if self.accelerator.is_main_process:
+                found[name] = whole.detach().to("cpu", copy=True)
+        return found if self.accelerator.is_main_process else None
+
+    def close(self) -> None:
+        """Give back the engine and accelerate's state, so that this process can train again.
+
+        The process group stays: there is one for as long as the processes live.
+        """
+        self.accelerator.free_memory()
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        ours = ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_TORCH_DEVICE"]
+        for name in ours + ([] if "RANK" in os.environ else ["LOCAL_RANK"]):
+            os.environ.pop(name, None)
+
+
+def _whole(parameter: nn.Parameter) -> Tensor:
+    """A parameter in float32, put together from all processes; all of them call it."""
+    from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    full: Tensor | None = safe_get_full_fp32_param(parameter)
+    if full is not None:
+        return full
+    with GatheredParameters([parameter]):  # frozen: the optimiser has no copy of it
+        return parameter.detach().float().clone()
