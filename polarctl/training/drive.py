@@ -129,7 +129,8 @@ class Drive:
     def _save_or_stop(self, entry: StepLog, log: IO[bytes], asked: bool) -> None:
         if asked or entry.step % self.config.save_steps == 0:
             log.flush()
-            os.fsync(log.fileno())
+            if self.trainer.engine.accelerator.is_main_process:
+                os.fsync(log.fileno())
             state.save(self.run.checkpoints, self.trainer, self.run.identity, best=self.best)
         if asked:
             raise Interrupted(

@@ -91,7 +91,8 @@ class Job:
 
     def train(self, run: folder.Run) -> None:
         """Train and finish the folder."""
-        run.checkpoints.mkdir(exist_ok=True)
+        if folder.is_first_process():
+            run.checkpoints.mkdir(exist_ok=True)
         paths = data.on_disk(run.paths, run.checkpoints)
         identity = {**run.identity, "input_digest": folder.input_digest(paths)}
         run = dataclasses.replace(run, identity=identity)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from polarctl import console
 from polarctl.errors import need
+from polarctl.folder import open_to_umask
 
 
 def adapt(
@@ -47,6 +49,13 @@ def adapt(
         trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
         console.note(f"LoRA: {trained:,} weights are trained")
     return wrapped
+
+
+def save(wrapped: Any, folder: Path) -> None:
+    """Write the adapters, with the embeddings that new tokens came into, as peft loads them."""
+    wrapped.save_pretrained(folder, save_embedding_layers=True)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's form, to be filled in
+    open_to_umask(folder)
 
 
 def merged(wrapped: Any) -> Any:

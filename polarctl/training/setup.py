@@ -182,7 +182,7 @@ def write(config: TrainConfig, place: Place, trained: Trained, folder: Path, len
             quiet=True,
         )
         made.model.load_state_dict(weights)
-        adapted.save_pretrained(folder / "adapter")
+        lora.save(adapted, folder / "adapter")
         made = RewardModel(lora.merged(adapted), made.tokenizer, made.encoder)
         weights = made.model.state_dict()
     if place.half:
