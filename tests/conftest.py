@@ -37,3 +37,13 @@ def tiny_rm(tiny_lm, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny-rm"
     made.save(folder)
     return folder
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that need a GPU are counted as skipped where there is none; nothing else is."""
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no GPU here"))
