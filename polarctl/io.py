@@ -26,6 +26,7 @@ from polarctl.files.compression import open_bytes
 from polarctl.records import Record, check, find_kind
 
 MAX_LINE_BYTES = 64 << 20
+STDIN = "<stdin>"  # in messages; a file of this name is a copy of it
 
 
 class RejectSink(Protocol):
@@ -62,7 +63,7 @@ def stdin_is_missing(paths: Iterable[str]) -> bool:
 
 
 def _name(path: str) -> str:
-    return "<stdin>" if path == "-" else path
+    return STDIN if path == "-" or os.path.basename(path) == STDIN else path
 
 
 @dataclass

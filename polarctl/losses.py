@@ -96,7 +96,7 @@ class Loss:
         penalty_weight: Weight of the penalty, at least 0.
 
     Raises:
-        ValueError: No such ranking or penalty.
+        ValueError: No such ranking or penalty, or a weight below 0.
     """
 
     ranking: str = "bradley-terry"
@@ -124,6 +124,9 @@ class Loss:
 
         Returns:
             At least float32. Shape: (B,).
+
+        Raises:
+            ValueError: The shapes differ.
         """
         asked = self.margin if margin is None else margin + self.margin
         rank = focal if self.ranking == "focal" else bradley_terry
@@ -134,7 +137,7 @@ class Loss:
         return loss + self.penalty_weight * (penalty(chosen) + penalty(rejected))
 
 
-PRESETS = {
+PRESETS: dict[str, Loss] = {
     "polar": Loss(),
     "internlm2": Loss(ranking="focal", penalty="barrier", penalty_weight=0.02),
     "xtuner": Loss(ranking="focal", penalty="barrier", penalty_weight=0.01),
@@ -144,6 +147,11 @@ PRESETS = {
 def _difference(chosen: Tensor, rejected: Tensor, margin: Tensor | float) -> Tensor:
     _check_pairs(chosen, rejected)
     dtype = torch.promote_types(chosen.dtype, torch.float32)
+    if isinstance(margin, Tensor):
+        if margin.shape != chosen.shape:  # it would broadcast as in `_check_pairs`
+            shapes = f"{tuple(margin.shape)} for rewards of {tuple(chosen.shape)}"
+            raise ValueError(f"a margin must have the shape of the rewards, got {shapes}")
+        margin = margin.to(dtype)
     return chosen.to(dtype) - rejected.to(dtype) - margin
 
 

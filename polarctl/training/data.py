@@ -10,6 +10,7 @@ take turns, so that two processes train on the batches of one.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -21,13 +22,14 @@ from typing import Any
 
 from polarctl import console, seeding
 from polarctl.encoding import content_text
-from polarctl.errors import RecordError, UsageError
-from polarctl.io import Reader, RejectSink
+from polarctl.errors import PolarctlError, RecordError, UsageError
+from polarctl.io import STDIN, Reader, RejectSink
 from polarctl.records import Record
 
 VAL_TRIPLES = 1024  # validation triples that are kept; all that are held out stay out of training
 SAMPLE = 512  # triples that stand for the whole, for estimates
-_SAY_EVERY = 10_000  # rows
+_LOOK_FOR_VAL = 200_000  # training triples to read on for them where the data is not counted
+_SAY_EVERY = 1000  # rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,7 @@ class Survey:
         triples: Training triples.
         held_out: Validation triples.
         bad: Bad rows.
+        bytes: Bytes of all rows that were read, uncompressed.
         complete: Everything was read; else these are the figures of its beginning.
         sample: A random sample of the training triples.
         held_out_records: The first validation triples.
@@ -81,6 +84,7 @@ class Survey:
     triples: int = 0
     held_out: int = 0
     bad: int = 0
+    bytes: int = 0
     complete: bool = True
     sample: list[Record] = field(default_factory=list)
     held_out_records: list[Record] = field(default_factory=list)
@@ -91,8 +95,8 @@ def survey(source: Source, *, stop_after: int | None = None) -> Survey:
 
     Args:
         source: The data.
-        stop_after: Training triples after which to stop, once validation has enough; None: read
-            everything.
+        stop_after: Training triples after which to stop; None: read everything. Where triples are
+            held out it reads on until validation has enough, or has had 200,000 more to find them.
 
     Raises:
         RecordError: A bad row and no `rejects`; no good row.
@@ -104,6 +108,7 @@ def survey(source: Source, *, stop_after: int | None = None) -> Survey:
         for number, (where, line) in enumerate(reader.lines(), 1):
             if number % _SAY_EVERY == 0:
                 bar.update(number)
+            found.bytes += len(line)
             record = reader.parse(where, line)
             if record is None:
                 continue
@@ -118,10 +123,11 @@ def survey(source: Source, *, stop_after: int | None = None) -> Survey:
                     found.sample.append(record)
                 elif (place := rng.randrange(found.triples)) < SAMPLE:
                     found.sample[place] = record
-            enough = not source.val_fraction or found.held_out >= VAL_TRIPLES
-            if stop_after is not None and found.triples >= stop_after and enough:
-                found.complete = False
-                break
+            if stop_after is not None and found.triples >= stop_after:
+                enough = not source.val_fraction or found.held_out >= VAL_TRIPLES
+                if enough or found.triples >= stop_after + _LOOK_FOR_VAL:
+                    found.complete = False
+                    break
     found.bad = reader.bad
     if not found.triples:
         raise RecordError("no good record to train on", where=", ".join(source.paths))
@@ -132,6 +138,9 @@ def survey(source: Source, *, stop_after: int | None = None) -> Survey:
 
 def stream(source: Source, *, world: int, rank: int, skip: int = 0) -> Iterator[Record]:
     """This process's training records, epoch after epoch without end.
+
+    Where processes read their own files, one with fewer rows begins its next epoch earlier. Bad
+    rows are passed over where there are `rejects`: the survey has set them aside.
 
     Args:
         source: The data.
@@ -146,11 +155,11 @@ def stream(source: Source, *, world: int, rank: int, skip: int = 0) -> Iterator[
     if world > 1:
         how = "its own files" if by_files else "every row of all files, in turn"
         console.choice("data", how, f"{len(source.paths)} files for {world} processes")
+    part, parts = (rank, world) if by_files else (0, 1)
+    sink = None if source.rejects is None else _Silent()
     position = epoch = 0
     while True:
-        seen = 0
-        for item in _epoch(source, epoch, rank if by_files else 0, world if by_files else 1):
-            seen += 1
+        for item in _epoch(source, epoch, part, parts, sink):
             if by_files or position % world == rank:
                 if skip:
                     skip -= 1
@@ -159,25 +168,28 @@ def stream(source: Source, *, world: int, rank: int, skip: int = 0) -> Iterator[
                     if record is not None:
                         yield record
             position += 1
-        if not seen:
+        if not position:  # a later share without a triple only makes way for the next epoch
             raise RecordError(
                 f"no training triple for process {rank} of {world}",
                 hint="fewer processes, or files of like size",
             )
+        sink = None if sink is None else _Silent()
         epoch += 1
 
 
 _Item = Callable[[], "Record | None"]
 
 
-def _epoch(source: Source, epoch: int, part: int, parts: int) -> Iterator[_Item]:
+def _epoch(
+    source: Source, epoch: int, part: int, parts: int, rejects: RejectSink | None
+) -> Iterator[_Item]:
     """One pass over a share of the files, shuffled; each item is called for its record."""
     paths = list(source.paths)
     if source.limit is None:  # a limit means the first rows
         seeding.rng(source.seed, "files", epoch).shuffle(paths)
     rng = seeding.rng(source.seed, "rows", epoch, part)
     buffer: list[_Item] = []
-    for item in _items(source, paths[part::parts]):
+    for item in _items(source, paths[part::parts], rejects):
         if len(buffer) < source.window:
             buffer.append(item)
             continue
@@ -188,15 +200,14 @@ def _epoch(source: Source, epoch: int, part: int, parts: int) -> Iterator[_Item]
     yield from buffer
 
 
-def _items(source: Source, paths: list[str]) -> Iterator[_Item]:
+def _items(source: Source, paths: list[str], rejects: RejectSink | None) -> Iterator[_Item]:
     """The training rows of some files.
 
     Where no row can turn out to be bad or held out, rows are only parsed when their turn comes: a
     resume passes over the others at the speed of reading.
     """
-    silent = _Silent() if source.rejects is not None else None  # the survey has said them
-    reader = source.reader(paths, silent)
-    lazy = not source.val_fraction and source.rejects is None
+    reader = source.reader(paths, rejects)
+    lazy = not source.val_fraction and rejects is None
     for where, line in reader.lines():
         if lazy:
             yield lambda where=where, line=line: reader.parse(where, line)  # type: ignore[misc]
@@ -217,16 +228,32 @@ def on_disk(paths: list[str], scratch: Path) -> list[str]:
     """The paths, with a pipe replaced by a copy: it is read more than once.
 
     Args:
-        paths: Files, or `-` for stdin.
-        scratch: Folder of the copy.
+        paths: Files, named pipes, or `-` for stdin.
+        scratch: Folder of the copies.
+
+    Raises:
+        UsageError: A pipe, and this is one of several processes.
+        PolarctlError: A copy cannot be written.
     """
-    if "-" not in paths:
-        return paths
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    pipes = [path for path in paths if not os.path.isfile(path)]
+    if pipes and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError(
             "several processes cannot read one pipe", hint="write the triples to a file"
         )
-    copy = scratch / "input.jsonl"
-    with open(copy, "wb") as target:
-        shutil.copyfileobj(sys.stdin.buffer, target, 1 << 20)
-    return [str(copy) if path == "-" else path for path in paths]
+    copies = {path: scratch / f"pipe-{number}" for number, path in enumerate(pipes)}
+    if "-" in copies:
+        copies["-"] = scratch / STDIN
+    for path, copy in copies.items():
+        try:
+            _copy(path, copy)
+        except OSError as error:
+            raise PolarctlError(
+                f"{copy}: cannot be written: {error.strerror}", hint="write the triples to a file"
+            ) from None
+    return [str(copies.get(path, path)) for path in paths]
+
+
+def _copy(path: str, copy: Path) -> None:
+    with contextlib.ExitStack() as stack, open(copy, "wb") as target:
+        pipe = sys.stdin.buffer if path == "-" else stack.enter_context(open(path, "rb"))
+        shutil.copyfileobj(pipe, target, 1 << 20)

@@ -80,8 +80,12 @@ class Job:
         )
 
     def survey(self, source: data.Source) -> data.Survey:
-        """What the data is. It is counted, and every row checked, unless --max-steps is given."""
-        counted = self.config.max_steps is None or self.config.dry_run
+        """What the data is: of its beginning, where --max-steps says how much of it is wanted.
+
+        Bad rows are set aside in one pass, by one process, so --rejects needs all of it.
+        """
+        config = self.config
+        counted = config.max_steps is None or bool(config.rejects) or config.dry_run
         return data.survey(source, stop_after=None if counted else data.SAMPLE)
 
     def dry_run(self, paths: list[str]) -> None:
@@ -113,14 +117,23 @@ class _Run:
     """
 
     def __init__(self, job: Job, paths: list[str], rejects: folder.Rejects | None = None):
-        from polarctl.training import plan, recipe, setup, state, workers
+        from polarctl.training import plan, recipe, setup, state, watch, workers
 
         self.job, self.config = job, job.config
-        self.loss = recipe.loss_of(job.config)  # options first: the data may take hours
+        recipe.loss_of(job.config)  # options first: the data may take hours
+        watch.check_trackers(job.config.report_to)
         self.place = setup.place_of(job.config)
         self.accelerator = self.place.accelerator
+        # A plan may be made for processes that are not there.
+        world = max(self.accelerator.num_processes, job.config.gpus * job.config.nnodes)
         self.source = job.source(paths, rejects)
         self.survey = state.first_says(self.accelerator, lambda: job.survey(self.source))
+        if self.config.val_fraction and len(self.survey.held_out_records) < world:
+            raise UsageError(
+                f"--val-fraction {self.config.val_fraction} holds out "
+                f"{len(self.survey.held_out_records)} triples",
+                hint="a larger share, or 0",
+            )
         self.reward_model = setup.reward_model_of(job.config, job.response_length)
         self.parameters = sum(p.numel() for p in self.reward_model.model.parameters())
         self.encode = workers.TripleEncoder(self.reward_model.encoder, job.config.negatives)
@@ -132,7 +145,7 @@ class _Run:
             parameters=self.parameters,
             triples=self.survey.triples if self.survey.complete else None,
             triple_tokens=self.sample.tokens,
-            processes=max(self.accelerator.num_processes, job.config.gpus * job.config.nnodes),
+            processes=world,
         )
         self.plan = recipe.resolve(job.stage, job.config, facts, self.place.batch_tokens)
         self.facts = facts
@@ -252,10 +265,5 @@ class _Run:
     def _held_out(self) -> list[Any]:
         """This process's share of the encoded validation triples."""
         at = self.accelerator
-        rows = self.survey.held_out_records
-        if self.config.val_fraction and len(rows) < at.num_processes:
-            raise UsageError(
-                f"--val-fraction {self.config.val_fraction} holds out {len(rows)} triples",
-                hint="a larger share, or 0",
-            )
-        return [self.encode(record) for record in rows[at.process_index :: at.num_processes]]
+        mine = self.survey.held_out_records[at.process_index :: at.num_processes]
+        return [self.encode(record) for record in mine]

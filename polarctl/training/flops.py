@@ -7,11 +7,15 @@ of other projects with the same convention compare.
 
 from __future__ import annotations
 
-# Dense peak in FLOP/s by a part of the device's name, from the vendor's data sheets: bfloat16 (and
+import re
+
+# Dense peak in FLOP/s by words of the device's name, from the vendor's data sheets: bfloat16 (and
 # float16) by tensor cores without sparsity, float32 without TF32. The first match counts.
 _PEAKS = (
     ("H100 PCIe", 756e12, 51e12),
     ("H100 NVL", 835e12, 60e12),
+    ("H200 NVL", 835e12, 60e12),
+    ("H800 PCIe", 756e12, 51e12),
     ("H200", 989e12, 67e12),
     ("H100", 989e12, 67e12),
     ("H800", 989e12, 67e12),
@@ -22,6 +26,8 @@ _PEAKS = (
     ("A10", 125e12, 31.2e12),
     ("RTX 4090", 165e12, 82.6e12),
 )
+# Slower things under the same name: a slice of a GPU, a notebook's, and the RTX 4090 D.
+_LESS = re.compile(r"\bMIG\b|\bLaptop\b|4090 D\b", re.IGNORECASE)
 
 
 def per_token(parameters: float) -> float:
@@ -33,6 +39,20 @@ def per_token(parameters: float) -> float:
     return 6 * parameters
 
 
+def attention(layers: int, hidden: int, tokens: int) -> float:
+    """FLOPs of the attention scores in training a sequence, which `per_token` leaves out.
+
+    Scores and weighted values are 4 h T^2 in the forward pass and twice that in the backward one:
+    12 layers h T^2, of which a causal mask needs one half.
+
+    Args:
+        layers: Layers of the model.
+        hidden: Query heads times their size, h.
+        tokens: Length of the sequence, T.
+    """
+    return 12 * layers * hidden * tokens**2 / 2
+
+
 def peak(device_name: str, *, half: bool) -> float | None:
     """A device's dense peak in FLOP/s, or None where it is not known (a CPU, a new GPU).
 
@@ -40,12 +60,20 @@ def peak(device_name: str, *, half: bool) -> float | None:
         device_name: `torch.cuda.get_device_name()`.
         half: In bfloat16 or float16, else in float32.
     """
-    for part, fast, exact in _PEAKS:
-        if part.lower() in device_name.lower():
+    if _LESS.search(device_name):
+        return None
+    for words, fast, exact in _PEAKS:
+        if re.search(rf"\b{words}\b", device_name, re.IGNORECASE):  # RTX A1000 is no A100
             return fast if half else exact
     return None
 
 
 def mfu(tokens_per_s: float, parameters: float, peak: float) -> float:
-    """Share of the peak, by tokens that went through the model."""
+    """Share of the peak that a run uses, from 0 to 1.
+
+    Args:
+        tokens_per_s: Tokens that went through the model, each counted once.
+        parameters: Weights without the input embedding, N.
+        peak: FLOP/s of all devices together at best.
+    """
     return tokens_per_s * per_token(parameters) / peak

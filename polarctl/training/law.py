@@ -6,6 +6,7 @@ of 2^20 and tokens in units of 2^30.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -18,9 +19,9 @@ def learning_rate(parameters: float, base_tokens: float, tokens: float) -> float
     """Peak learning rate, `0.0002306 N^0.01125 D_p^-0.66587 D_r^0.33916`.
 
     Args:
-        parameters: Weights of the reward model, N.
-        base_tokens: Tokens that its base model was pre-trained on, D_p.
-        tokens: Tokens of the reward model's pre-training, D_r.
+        parameters: Weights of the reward model, N, above 0.
+        base_tokens: Tokens that its base model was pre-trained on, D_p, above 0.
+        tokens: Tokens of the reward model's pre-training, D_r, above 0.
     """
     size, base, own = parameters / _SIZE, base_tokens / _TOKENS, tokens / _TOKENS
     return float(0.0002306 * size**0.01125 * base**-0.66587 * own**0.33916)
@@ -71,26 +72,28 @@ class Law:
 
     def outside(self) -> str:
         """Why the law says little here, in words; empty when it does."""
-        for what, value, (low, high) in (
-            ("N", self.parameters, _FITTED_SIZES),
-            ("D_r", self.tokens, _FITTED_TOKENS),
-        ):
-            if not low <= value <= high:
-                return f"extrapolated: it was fitted for {what} from {low:.3g} to {high:.3g}"
-        return ""
+        beyond = [
+            f"{what} from {low:.3g} to {high:.3g}"
+            for what, value, (low, high) in (
+                ("N", self.parameters, _FITTED_SIZES),
+                ("D_r", self.tokens, _FITTED_TOKENS),
+            )
+            if not low <= value <= high
+        ]
+        return f"extrapolated: it was fitted for {' and '.join(beyond)}" if beyond else ""
 
 
-def parse_tokens(text: str) -> float:
-    """A number of tokens: `2.5T`, `940B`, `1e12`, `30M`.
+def parse_tokens(text: str | float) -> float:
+    """A number of tokens: `2.5T`, `940B`, `1e12`, `30M`, or a plain number.
 
     Raises:
         ValueError: Not such a number, or not more than 0.
     """
-    found = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([KMBGT]?)\s*", text.upper())
+    found = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([KMBGT]?)\s*", str(text).upper())
     try:
         value = float(found[1]) * _SUFFIX[found[2]] if found else 0.0
     except ValueError:
         value = 0.0
-    if value <= 0:
+    if not 0 < value < math.inf:
         raise ValueError("not a number of tokens such as 2.5T or 1e12")
     return value

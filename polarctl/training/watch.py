@@ -128,7 +128,8 @@ class Trackers:
 
     Args:
         names: `tensorboard`, `wandb` or `trackio`.
-        folder: The run's output folder; TensorBoard's files go to `runs/` in it.
+        folder: The run's output folder; TensorBoard's files go to `runs/` in it, wandb's
+            to `wandb/`; trackio keeps its own in the user's cache.
         config: The options of the run, plain values.
         run_name: Its name there.
 
@@ -141,18 +142,18 @@ class Trackers:
         self, names: Sequence[str], folder: Path, config: Mapping[str, Any], *, run_name: str
     ):
         check_trackers(names)
-        from accelerate import tracking
+        from accelerate import PartialState, tracking
 
+        PartialState(cpu=True)  # the trackers ask it for the rank; a run that has one keeps it
         makers: dict[str, Callable[[], Any]] = {
             "tensorboard": lambda: tracking.TensorBoardTracker("runs", logging_dir=folder),
-            "wandb": lambda: tracking.WandBTracker("polarctl", name=run_name),
+            "wandb": lambda: tracking.WandBTracker("polarctl", name=run_name, dir=str(folder)),
             "trackio": lambda: tracking.TrackioTracker("polarctl", name=run_name),
         }
         plain = {k: v if isinstance(v, int | float | str) else str(v) for k, v in config.items()}
-        self.trackers = [makers[name]() for name in names]
+        self.trackers = [makers[name]() for name in dict.fromkeys(names)]
         for tracker in self.trackers:
-            if hasattr(tracker, "start"):
-                tracker.start()
+            tracker.start()
             tracker.store_init_configuration(plain)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -172,7 +173,9 @@ def check_trackers(names: Sequence[str]) -> None:
     for name in names:
         if name not in TRACKERS:
             raise UsageError(f"`--report-to {name}`: unknown", hint=f"one of {', '.join(TRACKERS)}")
-        if importlib.util.find_spec(name) is None:
+        spec = importlib.util.find_spec(name)
+        # No origin: a mere folder of this name, such as the one that wandb leaves where it ran.
+        if spec is None or spec.origin is None:
             raise MissingError(
                 f"`--report-to {name}`: its package is not installed", hint=f"pip install {name}"
             )

@@ -137,9 +137,7 @@ def test_two_checkpoints_are_kept(stopped):
 
 
 @pytest.mark.parametrize("harm", ["delete", "cut", "flip"])
-@pytest.mark.parametrize(
-    "name", ["model.safetensors", "optimizer.safetensors", "checkpoint.json"]
-)
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "checkpoint.json"])
 def test_a_checkpoint_with_a_damaged_file_gives_way_to_the_one_before(
     name, harm, stopped, triples, tiny_lm, tmp_path, capfd
 ):

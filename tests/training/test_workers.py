@@ -212,6 +212,7 @@ def test_a_signal_to_all_processes_is_the_parents_to_handle(tmp_path):
     """As a scheduler sends it: the parent goes on to the end of its step, and needs its workers."""
     process, pids = parent(tmp_path, "print(sum(1 for _ in zip(range(40), items)))")
     for pid in pids:
+        assert os.getsid(pid) == pid  # what the terminal sends does not reach it at all
         os.kill(pid, signal.SIGTERM)
         os.kill(pid, signal.SIGINT)
     out, errors = process.communicate(timeout=20)

@@ -1,0 +1,214 @@
+"""What a training run's options do, as the user sees it."""
+
+import json
+import math
+
+import pytest
+from safetensors.torch import load_file
+
+from polarctl.cli import run
+
+WORDS = ["yes", "no", "maybe so", "who knows"]
+
+
+@pytest.fixture(scope="module")
+def triples(tmp_path_factory):
+    path = tmp_path_factory.mktemp("triples") / "triples.jsonl"
+    with open(path, "w") as stream:
+        for i in range(64):
+            right, *others = WORDS[i % 4 :] + WORDS[: i % 4]
+            row = {
+                "prompt": f"q{i}",
+                "reference": right,
+                "chosen": right,
+                "rejected": others[0],
+                "negatives": others[1:],
+            }
+            stream.write(json.dumps(row) + "\n")
+    return path
+
+
+def train(triples, tiny_lm, out, *options, stage="pretrain"):
+    return run(
+        [
+            *[stage, str(triples), "-m", str(tiny_lm), "-o", str(out), "--device", "cpu"],
+            *["--lr", "1e-3", "--batch-size", "8", *options],
+        ]
+    )
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_prefixes_shared_or_not_give_the_same_run(triples, tiny_lm, tmp_path):
+    for name in ("shared", "no-shared"):
+        assert train(triples, tiny_lm, tmp_path / name, f"--{name}-prefix", "-q") == 0
+    shared, padded = metrics(tmp_path / "shared"), metrics(tmp_path / "no-shared")
+    assert len(shared) == 8
+    for a, b in zip(shared, padded, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["tokens"] == b["tokens"] and a["computed"] < b["computed"]
+
+
+def test_several_negatives_train_on_more_tokens(triples, tiny_lm, tmp_path):
+    for negatives in ("1", "3"):
+        assert train(triples, tiny_lm, tmp_path / negatives, "--negatives", negatives, "-q") == 0
+    one, three = metrics(tmp_path / "1"), metrics(tmp_path / "3")
+    assert one[0]["pairs"] == three[0]["pairs"] == 8
+    assert one[0]["loss"] == pytest.approx(math.log(2)) == three[0]["loss"]
+    # Four candidates in place of two.
+    assert 1.7 < three[0]["tokens"] / one[0]["tokens"] < 2.3
+
+
+def test_held_out_prompts_are_measured_and_the_best_model_is_kept(
+    triples, tiny_lm, tmp_path, capfd
+):
+    out = tmp_path / "rm"
+    options = ["--val-fraction", "0.25", "--val-steps", "4", "--epochs", "2"]
+    assert train(triples, tiny_lm, out, *options) == 0
+    assert "held out: loss" in capfd.readouterr().err
+    rows = metrics(out)
+    measured = [row["step"] for row in rows if "val_loss" in row]
+    assert measured == [*range(4, len(rows) + 1, 4), *([len(rows)] if len(rows) % 4 else [])]
+    counts = json.loads((out / "manifest.json").read_text())["counts"]
+    assert counts["triples"] + counts["held_out"] == 64 and 4 <= counts["held_out"] <= 32
+    best = min((row for row in rows if "val_loss" in row), key=lambda row: row["val_loss"])
+    same = best["step"] == len(rows)
+    ours, last = (load_file(path / "model.safetensors") for path in (out / "best", out))
+    assert all((ours[k] == last[k]).all() for k in last) is same
+    # The best model is whole: it scores.
+    scores = tmp_path / "scores.jsonl"
+    assert run(["score", str(triples), "-m", str(out / "best"), "-o", str(scores), "-q"]) == 0
+
+
+def test_lora_trains_adapters_and_head_and_writes_a_plain_model(triples, tiny_lm, tmp_path, capfd):
+    out = tmp_path / "rm"
+    options = ["--lora-rank", "4", "--lr", "2e-2", "--epochs", "8"]
+    assert train(triples, tiny_lm, out, *options) == 0
+    assert "weights are trained" in capfd.readouterr().err
+    assert metrics(out)[-1]["loss"] < 0.5
+    weights = load_file(out / "model.safetensors")
+    base = load_file(tiny_lm / "model.safetensors")
+    assert weights["score.weight"].abs().max() > 0
+    assert not any("lora" in name for name in weights)
+    # Adapters are in the linear layers; what has none is as it was.
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not weights[name].equal(base[name])
+    assert weights["model.norm.weight"].equal(base["model.norm.weight"])
+    old = base["model.embed_tokens.weight"]
+    assert weights["model.embed_tokens.weight"][: len(old)].equal(old)
+    assert (out / "adapter/adapter_model.safetensors").exists()
+    scores = tmp_path / "scores.jsonl"
+    assert run(["score", str(triples), "-m", str(out), "-o", str(scores), "-q"]) == 0
+    rewards = [json.loads(line)["rewards"] for line in scores.read_text().splitlines()]
+    right = sum(chosen > rejected for chosen, rejected in rewards) / len(rewards)
+    assert right == 1.0 or right >= metrics(out)[-1]["accuracy"] - 0.2
+
+
+def test_workers_change_nothing(triples, tiny_lm, tmp_path):
+    for workers in ("0", "2"):
+        assert train(triples, tiny_lm, tmp_path / workers, "--workers", workers, "-q") == 0
+    first, second = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("0", "2"))
+    assert first == second
+
+
+def test_tensorboard_gets_the_figures(triples, tiny_lm, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "rm"
+    assert train(triples, tiny_lm, out, "--report-to", "tensorboard", "-q") == 0
+    found = EventAccumulator(str(out / "runs")).Reload().Scalars("loss")
+    assert [point.step for point in found] == list(range(1, 9))
+    assert [point.value for point in found] == pytest.approx(
+        [row["loss"] for row in metrics(out)], rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("name", ["nonsense", "trackio"])
+def test_a_tracker_that_is_not_there_is_said_before_anything_is_read(
+    name, triples, tiny_lm, tmp_path, capfd
+):
+    status = train(triples, tiny_lm, tmp_path / "rm", "--report-to", name)
+    said = capfd.readouterr().err
+    assert (status, f"--report-to {name}" in said) == (2 if name == "nonsense" else 4, True)
+    assert "64" not in said
+
+
+def test_a_preset_changes_the_loss(triples, tiny_lm, tmp_path):
+    assert train(triples, tiny_lm, tmp_path / "rm", "--preset", "internlm2", "-q") == 0
+    # Equal rewards of 0: P = 1/2, so the focal weight is 1; each barrier -(log 5 + log 5).
+    wanted = math.log(2) + 0.02 * 2 * -2 * math.log(5)
+    assert metrics(tmp_path / "rm")[0]["loss"] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_what_is_given_beside_a_preset_wins(triples, tiny_lm, tmp_path):
+    options = ["--preset", "internlm2", "--penalty", "none", "--margin", "1"]
+    assert train(triples, tiny_lm, tmp_path / "rm", *options, "-q") == 0
+    # d = 0 - 1: P < 1/2, so the weight is 1 and the loss -log sigmoid(-1) = log(1 + e).
+    assert metrics(tmp_path / "rm")[0]["loss"] == pytest.approx(math.log(1 + math.e), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--preset", "polra"], "`--preset polra`: unknown"),
+        (["--loss", "hinge"], "hinge"),
+        (["--penalty", "l3"], "l3"),
+        (["--dtype", "float16"], "training in float16 needs a scaled loss"),
+        (["--shard", "0/2"], "a training stage reads all of its input"),
+        (["--deepspeed", "zero4"], "zero4"),
+        (["--val-fraction", "0.000001"], "holds out 0 triples"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options, said, triples, tiny_lm, tmp_path, capfd):
+    assert train(triples, tiny_lm, tmp_path / "rm", *options) == 2
+    assert said in capfd.readouterr().err
+    assert not (tmp_path / "rm/model.safetensors").exists()
+
+
+def test_without_lr_and_batch_size_the_law_is_printed(triples, tiny_lm, tmp_path, capfd):
+    arguments = ["pretrain", str(triples), "-m", str(tiny_lm), "-o", str(tmp_path / "rm")]
+    assert run([*arguments, "--base-tokens", "4T", "--dry-run"]) == 0
+    said = capfd.readouterr().err
+    assert "lr: " in said and "D_p = 4e+12 tokens of the base model" in said
+    assert "the law is extrapolated" in said
+
+
+def test_finetuning_takes_polars_own_values(triples, tiny_lm, tmp_path, capfd):
+    arguments = ["finetune", str(triples), "-m", str(tiny_lm), "-o", str(tmp_path / "rm")]
+    assert run([*arguments, "--dry-run"]) == 0
+    assert "fine-tuning: lr 1e-05, batch 320" in capfd.readouterr().err
+
+
+def test_a_dry_run_prints_the_plan(triples, tiny_lm, tmp_path, capfd):
+    assert train(triples, tiny_lm, tmp_path / "rm", "--epochs", "3", "--dry-run") == 0
+    said = capfd.readouterr().err
+    for part in ("64 triples", "saved", "full", "steps: 24 of 8 triples", "memory: about"):
+        assert part in said, part
+    assert not (tmp_path / "rm").exists()
+
+
+def test_rejects_of_another_run_are_not_overwritten(triples, tiny_lm, tmp_path, capfd):
+    kept = tmp_path / "rejects.jsonl"
+    kept.write_text("precious\n")
+    assert train(triples, tiny_lm, tmp_path / "rm", "--rejects", str(kept)) == 2
+    assert "exists already" in capfd.readouterr().err and kept.read_text() == "precious\n"
+
+
+def test_gradient_checkpointing_gives_the_same_weights(triples, tiny_lm, tmp_path):
+    for name, option in (("plain", []), ("again", ["--gradient-checkpointing"])):
+        assert train(triples, tiny_lm, tmp_path / name, *option, "-q") == 0
+    first, second = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("plain", "again"))
+    assert first == second
+
+
+def test_bad_rows_are_set_aside_also_where_the_data_is_not_counted(triples, tiny_lm, tmp_path):
+    data = tmp_path / "triples.jsonl"
+    rows = triples.read_text().splitlines(keepends=True)
+    data.write_text("".join([*rows, '{"prompt": 3}\n']))
+    rejects = tmp_path / "rejects.jsonl"
+    options = ["--max-steps", "2", "--rejects", str(rejects), "-q"]
+    assert train(data, tiny_lm, tmp_path / "rm", *options) == 0
+    (bad,) = [json.loads(line) for line in rejects.read_text().splitlines()]
+    assert bad["where"] == f"{data}:65"
