@@ -25,13 +25,14 @@ import typer
 import typer.core
 from typer.exceptions import TyperException
 
-from polarctl import __version__, config, console
+from polarctl import __version__, adopted, config, console, processes
 from polarctl.errors import Interrupted, PolarctlError, UsageError
 
 STAGES = (
     "sample pair pretrain finetune score eval rft push convert quickstart schema validate".split()
 )
 
+_RESUME = "the same command goes on from here"
 _TYPER: dict[str, Any] = {
     "rich_markup_mode": None,
     "pretty_exceptions_enable": False,
@@ -170,6 +171,7 @@ class _guarded_stdout:
 
         sys.stdout.flush()
         self.saved, self.before = os.dup(1), output.records_out
+        self.stdout_before, processes.stdout = processes.stdout, self.saved
         os.dup2(2, 1)
         output.records_out = os.fdopen(os.dup(self.saved), "wb")
 
@@ -177,6 +179,7 @@ class _guarded_stdout:
         from polarctl import output
 
         stream, output.records_out = output.records_out, self.before
+        processes.stdout = self.stdout_before
         try:
             sys.stdout.flush()
             if stream is not None:
@@ -186,8 +189,12 @@ class _guarded_stdout:
             os.close(self.saved)
 
 
+class _Stopped(BaseException):
+    """SIGTERM arrived. Like Ctrl-C it is no error that a library may catch and go on."""
+
+
 def _on_sigterm(signum: int, frame: FrameType | None) -> None:
-    raise Interrupted("stopped by SIGTERM", hint="the same command goes on from here")
+    raise _Stopped
 
 
 def _on_sigint(signum: int, frame: FrameType | None) -> None:
@@ -222,6 +229,7 @@ def run(arguments: list[str]) -> int:
         color="--no-color" not in arguments,
         json_lines="--json" in arguments,
     )
+    before, processes.command_line = processes.command_line, arguments
     try:
         _dispatch(arguments)
         return 0
@@ -230,22 +238,31 @@ def run(arguments: list[str]) -> int:
     except TyperException as error:
         return _usage(error, arguments)
     except PolarctlError as error:
-        console.error(str(error), error.hint)
-        return error.exit_status
+        return _fail(error.exit_status, str(error), error.hint)
     except KeyboardInterrupt:
-        console.error("stopped by Ctrl-C", "the same command goes on from here")
-        return 130
+        return _fail(130, "stopped by Ctrl-C", _RESUME)
+    except _Stopped:
+        return _fail(Interrupted.exit_status, "stopped by SIGTERM", _RESUME)
     except BrokenPipeError:
         # The reader has what it wanted (`| head`). Keep Python from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO):
-            console.error(
-                f"cannot write: {error.strerror}", "make room; the same command goes on from here"
-            )
-            return 1
+            why = f"cannot write: {error.strerror}"
+            return _fail(1, why, f"make room; {_RESUME}")
         raise
+    finally:
+        processes.command_line = before
+
+
+def _fail(exit_status: int, message: str, hint: str | None) -> int:
+    """Say why the program stops, or have it said by the process that has started this one."""
+    if signal.getsignal(signal.SIGTERM) is _on_sigterm:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is stopping already
+    if not adopted.tell(exit_status, message, hint):
+        console.error(adopted.prefix() + message, hint)
+    return exit_status
 
 
 def _usage(error: TyperException, arguments: list[str]) -> int:
@@ -255,18 +272,24 @@ def _usage(error: TyperException, arguments: list[str]) -> int:
         stage = next((word for word in arguments if word in STAGES), None)
         message = re.sub(r"'([^'\s]+)'", r"`\1`", " ".join(message.split()))
         message = message[:1].lower() + message[1:].rstrip(".")
-        console.error(message, f"polarctl {stage} --help" if stage else "polarctl --help")
-    else:
-        sys.stderr.write(message + "\n")
+        return _fail(2, message, f"polarctl {stage} --help" if stage else "polarctl --help")
+    sys.stderr.write(message + "\n")
     return 2
 
 
 def main() -> None:
     """Entry point of the `polarctl` program."""
+    adopted.adopt()
     for name, number in (("stdout", 1), ("stderr", 2)):
         if getattr(sys, name) is None:  # closed by the caller (`>&-`)
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
             setattr(sys, name, os.fdopen(number, "w"))
     signal.signal(signal.SIGTERM, _on_sigterm)
     signal.signal(signal.SIGINT, _on_sigint)
-    sys.exit(run(sys.argv[1:]))
+    try:
+        status = run(sys.argv[1:])
+    except _Stopped:  # while another error was being said
+        status = _fail(Interrupted.exit_status, "stopped by SIGTERM", _RESUME)
+    # All is done but Python's own end: SIGTERM does not change how it has gone.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(status))
+    sys.exit(status)

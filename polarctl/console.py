@@ -20,6 +20,7 @@ PLAIN_INTERVAL_S = 30.0
 @dataclass
 class _State:
     quiet: bool = False
+    silent: bool = False
     verbose: bool = False
     json: bool = False
     color: bool = True
@@ -40,13 +41,19 @@ def restore(saved: dict[str, Any]) -> None:
 
 
 def configure(*, quiet: bool, verbose: bool, color: bool, json_lines: bool) -> None:
-    """Set how messages look; forgets the choices recorded so far."""
+    """Set how messages look; forgets the choices recorded so far.
+
+    Of several processes only the first (RANK 0) says anything but errors.
+    """
     _state.quiet, _state.verbose, _state.json = quiet, verbose, json_lines
+    _state.silent = os.environ.get("RANK", "0") != "0"
     _state.color = color and "NO_COLOR" not in os.environ and sys.stderr.isatty()
     _state.choices = {}
 
 
 def _emit(kind: str, message: str, style: str = "", **fields: Any) -> None:
+    if _state.silent and kind not in ("error", "hint"):
+        return
     if _state.json:
         import json
 
@@ -72,7 +79,7 @@ def detail(message: str, **fields: Any) -> None:
 
 
 def warn(message: str, **fields: Any) -> None:
-    """Say what the user should look at. Never hidden."""
+    """Say what the user should look at. Not hidden by `--quiet`."""
     _emit("warning", f"warning: {message}", "33", **fields)
 
 
@@ -135,7 +142,7 @@ class _RichProgress:
 @contextmanager
 def progress(title: str, total: float | None = None, unit: str = "records") -> Iterator[Progress]:
     """Watch a loop: a bar on a terminal, else a line every 30 s, nothing with `--quiet`."""
-    if _state.quiet or _state.json or not sys.stderr.isatty():
+    if _state.quiet or _state.silent or _state.json or not sys.stderr.isatty():
         yield _PlainProgress(title, total, unit)
         return
     from rich.console import Console
@@ -158,7 +165,7 @@ def progress(title: str, total: float | None = None, unit: str = "records") -> I
 
 def show(renderable: Any) -> None:
     """Print a rich object (a table) on stderr. Hidden by `--quiet`; with `--json` left out."""
-    if _state.quiet or _state.json:
+    if _state.quiet or _state.silent or _state.json:
         return
     from rich.console import Console
 

@@ -9,7 +9,6 @@ Shapes: T tokens of a row, R candidates, E width of the model.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from polarctl import attention
 from polarctl.attention import Layout
 from polarctl.errors import UsageError
-from polarctl.model import pad, rewards
+from polarctl.model import rewards
 from polarctl.packing import Row, alone, pack
 
 _LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
@@ -67,6 +66,10 @@ class Packed(nn.Module):
         super().__init__()
         transformers.AttentionInterface.register(attention.NAME, attention.shared_prefix_attention)
         self.classifier = classifier
+        if classifier.config._attn_implementation == attention.NAME:  # exchanged before
+            classifier.set_attn_implementation("sdpa")
+            for layer in _last_layer(classifier):
+                layer.__dict__.pop("forward", None)
         self._before = classifier.config._attn_implementation
         # In a tuple, or it would count as a part of this module once more.
         self._last = _last_layer(classifier) if reward_only else ()
@@ -231,8 +234,3 @@ def _unsupported(classifier: Any, why: str) -> UsageError:
         f"a `{kind}` model cannot share prefixes: {why}",
         hint="--no-shared-prefix trains it on whole sequences",
     )
-
-
-def padded_input(sequences: Sequence[Sequence[int]], pad_id: int, device: Any) -> Any:
-    """Whole sequences as `Padded` takes them: ids and mask, Shape: (B, T) each."""
-    return pad(sequences, pad_id, device)

@@ -22,6 +22,9 @@ from polarctl import console
 from polarctl.encoding import Encoder
 from polarctl.errors import MissingError, UsageError
 from polarctl.folder import open_to_umask
+from polarctl.internlm2 import classifier
+from polarctl.internlm2 import config as internlm2
+from polarctl.internlm2 import tokenizer as internlm2_tokenizer
 
 MAX_LENGTH = 16384
 SEPARATOR, REWARD_TOKEN = "<|reward|>", "[UNUSED_TOKEN_130]"
@@ -60,9 +63,11 @@ class RewardModel:
             folder: Where to.
             weights: In place of the model's own, such as were gathered from several processes.
         """
-        if weights is not None:
-            self.model.config.dtype = next(iter(weights.values())).dtype
+        dtype = None if weights is None else next(iter(weights.values())).dtype
         self.model.save_pretrained(folder, state_dict=weights)
+        if dtype is not None:  # the config speaks of the model's own
+            self.model.config.dtype = dtype
+            self.model.config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         open_to_umask(Path(folder))
 
@@ -109,6 +114,9 @@ def load_tokenizer(path: str) -> Any:
     Raises:
         MissingError: There is none.
     """
+    released = internlm2.read(path)
+    if released is not None:
+        return internlm2_tokenizer.load(path, released.get("reward_token_id"))
     try:
         return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for this
@@ -123,7 +131,11 @@ def load_config(path: str) -> Any:
 
     Raises:
         MissingError: There is none, or it needs code from the folder.
+        UsageError: It is an InternLM2's, and of a kind that is not supported.
     """
+    released = internlm2.read(path)
+    if released is not None:
+        return internlm2.to_llama(released)
     try:
         return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # the same kinds as for a tokenizer
@@ -145,6 +157,9 @@ def load(path: str, *, device: str = "cpu", dtype: Any = torch.float32) -> Rewar
         raise MissingError(
             f"{path}: has no reward head", hint="`polarctl pretrain` and `finetune` make one"
         )
+    if getattr(config, "polar", None) is None and internlm2.read(path) is not None:
+        config.polar = internlm2.template(config, tokenizer)
+        console.choice("template", "official", f"`{path}` is a published checkpoint")
     model = _classifier(path, config, dtype, head=True)
     return RewardModel(model.to(device).eval(), tokenizer, _encoder(path, config, tokenizer))
 
@@ -188,7 +203,8 @@ def create(
     source = base or config_path
     assert source is not None
     config = load_config(source)
-    if base is not None and _is_classifier(config) and getattr(config, "polar", None):
+    trained = getattr(config, "polar", None) or internlm2.read(source)
+    if base is not None and _is_classifier(config) and trained:
         return load(base, device=device, dtype=dtype)
     tokenizer = load_tokenizer(tokenizer_path or source)
     added = _add_tokens(tokenizer)
@@ -225,6 +241,22 @@ def _is_classifier(config: Any) -> bool:
 
 
 def _classifier(path: str, config: Any, dtype: Any, *, head: bool) -> Any:
+    if internlm2.read(path) is not None:
+        model, absent = classifier.load(path, config, dtype)
+    else:
+        model, absent = _from_pretrained(path, config, dtype)
+    missing = set(absent) - (set() if head else {"score.weight"})
+    if missing:
+        raise MissingError(
+            f"{path}: weights are missing: {', '.join(sorted(missing)[:3])}"
+            + (f" and {len(missing) - 3} more" if len(missing) > 3 else ""),
+            hint="`polarctl pretrain` and `finetune` write the reward head `score.weight`",
+        )
+    classifier.forget_longer_inputs(model)
+    return model
+
+
+def _from_pretrained(path: str, config: Any, dtype: Any) -> tuple[Any, list[str]]:
     try:
         model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
             path,
@@ -239,14 +271,7 @@ def _classifier(path: str, config: Any, dtype: Any, *, head: bool) -> Any:
             f"{path}: the model cannot be loaded ({first_line(error)})",
             hint="a folder with config.json and model.safetensors, or a Hub id",
         ) from None
-    missing = set(info["missing_keys"]) - (set() if head else {"score.weight"})
-    if missing:
-        raise MissingError(
-            f"{path}: weights are missing: {', '.join(sorted(missing)[:3])}"
-            + (f" and {len(missing) - 3} more" if len(missing) > 3 else ""),
-            hint="`polarctl pretrain` and `finetune` write the reward head `score.weight`",
-        )
-    return model
+    return model, info["missing_keys"]
 
 
 def _from_config(config: Any, dtype: Any) -> Any:

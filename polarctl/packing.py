@@ -132,6 +132,25 @@ def first_fit_decreasing(sizes: Sequence[int], budget: int) -> list[list[int]]:
     return bins
 
 
+def portions(candidates: Sequence[Ids], budget: int) -> list[list[int]]:
+    """A group's candidates, as indices, in portions that fit into a row with their prefix.
+
+    Args:
+        candidates: Token ids of the candidates.
+        budget: Tokens of a row; a portion of one candidate may be longer.
+    """
+    span = span_of(candidates)
+    found: list[list[int]] = []
+    used = budget + 1
+    for index, own in enumerate(span.branches):
+        if used + own > budget:
+            found.append([])
+            used = span.prefix
+        found[-1].append(index)
+        used += own
+    return found
+
+
 def alone(groups: Iterable[Sequence[Ids]]) -> list[list[Ids]]:
     """Every candidate as a group of its own: nothing is shared."""
     return [[ids] for candidates in groups for ids in candidates]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from polarctl import console
-from polarctl.errors import PolarctlError, RecordError
+from polarctl.errors import PolarctlError, RecordError, UsageError
 from polarctl.records import Record
 
 PIECES = ("prompt", "reference", "output")
@@ -43,15 +43,29 @@ class Scorer(Protocol):
 
 
 class ModelScorer:
-    """Scores with a reward model in this process, in batches sorted by length.
+    """Scores with a reward model in this process.
+
+    What candidates of one prompt and reference share is computed once, and several groups go
+    through the model in one row. A model whose attention cannot be exchanged for that scores
+    padded batches.
 
     Args:
-        model: A `polarctl.model.RewardModel`.
-        batch_tokens: Padded tokens of one forward pass at most (a longer sequence goes alone).
+        model: A `polarctl.model.RewardModel`; its attention is exchanged.
+        batch_tokens: Tokens of one forward pass at most (a longer sequence goes alone).
     """
 
     def __init__(self, model: Any, batch_tokens: int = 8192):
+        from polarctl.forward import Packed, Padded
+        from polarctl.internlm2.config import rope_limit
+
         self.model, self.batch_tokens = model, batch_tokens
+        self.limit = rope_limit(model.model.config) or math.inf
+        self.module: Any
+        try:
+            self.module = Packed(model.model)
+        except UsageError as error:
+            console.choice("attention", "whole sequences, padded", str(error))
+            self.module = Padded(model.model)
 
     def score(self, items: Sequence[Item]) -> list[Scored]:
         """Rewards in the order of the items.
@@ -59,31 +73,74 @@ class ModelScorer:
         Raises:
             PolarctlError: The model gave a reward that is no finite number.
         """
+        groups = [self._encode(group) for group in _by_prompt(items)]
+        found = self.rewards_of([[e.ids for e in group] for group in groups])
+        return [
+            Scored(value, len(e.ids), _cut(e))
+            for group, values in zip(groups, found, strict=True)
+            for e, value in zip(group, values, strict=True)
+        ]
+
+    def rewards_of(self, groups: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
+        """Rewards of the candidates of every group, from their token ids.
+
+        Args:
+            groups: Token ids of each group's candidates, each ending in the reward token.
+
+        Raises:
+            PolarctlError: The model gave a reward that is no finite number.
+        """
         import torch
 
         from polarctl import launch
-        from polarctl.model import pad, rewards
+        from polarctl.forward import Padded
 
-        encoded = [e for group in _by_prompt(items) for e in self._encode(group)]
-        result: list[float] = [math.nan] * len(items)
-        for batch in token_batches([len(e.ids) for e in encoded], self.batch_tokens):
-            ids, mask = pad(
-                [encoded[i].ids for i in batch],
-                self.model.tokenizer.pad_token_id,
-                self.model.device,
-            )
-            with torch.inference_mode(), launch.threads_for(self.model.model):
-                values = rewards(self.model.model, ids, mask).tolist()
-            for index, value in zip(batch, values, strict=True):
-                result[index] = value
-        if not all(map(math.isfinite, result)):
+        found = [[math.nan] * len(candidates) for candidates in groups]
+        run = self._padded if isinstance(self.module, Padded) else self._packed
+        with torch.inference_mode(), launch.threads_for(self.model.model):
+            for group, index, reward in run(groups):
+                found[group][index] = reward
+        if not all(math.isfinite(value) for values in found for value in values):
             raise PolarctlError(
                 "the model gave a reward that is not finite",
                 hint="--dtype float32, or look at the model's training",
             )
-        return [
-            Scored(value, len(e.ids), _cut(e)) for value, e in zip(result, encoded, strict=True)
-        ]
+        return found
+
+    def _packed(self, groups: Any) -> Iterator[tuple[int, int, float]]:
+        """(group, candidate, reward) of all candidates, in the order in which they are computed."""
+        from polarctl.forward import RowInput
+        from polarctl.packing import pack, portions
+
+        jobs: list[tuple[int, list[int]]] = []
+        alone: list[tuple[int, list[int]]] = []
+        for number, candidates in enumerate(groups):
+            # Past the limit positions depend on the longest sequence of the row.
+            long = [i for i, ids in enumerate(candidates) if len(ids) > self.limit]
+            alone += [(number, [i]) for i in long]
+            rest = [i for i in range(len(candidates)) if i not in long]
+            if rest:
+                parts = portions([candidates[i] for i in rest], self.batch_tokens)
+                jobs += [(number, [rest[i] for i in part]) for part in parts]
+        for batch, budget in ((jobs, self.batch_tokens), *(([job], 1) for job in alone)):
+            ids = [[groups[number][i] for i in part] for number, part in batch]
+            for row in pack(ids, budget):
+                given = RowInput.of(row, self.model.device)
+                values = iter(self.module(given.ids, given.positions, given.layout).tolist())
+                for member in row.members:
+                    number, part = batch[member]
+                    yield from ((number, i, next(values)) for i in part)
+
+    def _padded(self, groups: Any) -> Iterator[tuple[int, int, float]]:
+        """The same in padded batches of like length."""
+        from polarctl.model import pad
+
+        flat = [(n, i, ids) for n, group in enumerate(groups) for i, ids in enumerate(group)]
+        pad_id = self.model.tokenizer.pad_token_id
+        for batch in token_batches([len(ids) for _, _, ids in flat], self.batch_tokens):
+            values = self.module(*pad([flat[k][2] for k in batch], pad_id, self.model.device))
+            for k, value in zip(batch, values.tolist(), strict=True):
+                yield flat[k][0], flat[k][1], value
 
     def _encode(self, group: list[Item]) -> list[Any]:
         """Token ids of candidates that share prompt and reference, each as if it were alone."""

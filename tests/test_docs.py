@@ -67,8 +67,29 @@ def pipeline(folder: Path) -> None:
     write("candidates.jsonl", [{"prompt": text, **group} for text in asked])
 
 
+def training(folder: Path) -> None:
+    """A tiny base model and triples."""
+    import json
+
+    from tests.tiny import build_lm
+
+    build_lm(folder / "models" / "base", seed=1)
+    rows = [
+        {"prompt": f"q{i}", "reference": right, "chosen": right, "rejected": wrong}
+        for i in range(96)
+        for right, wrong in [("yes", "no") if i % 2 else ("no", "yes")]
+    ]
+    (folder / "triples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 # Name in `<!-- test: NAME -->` to a function that prepares the folder.
-FIXTURES: dict[str, Callable[[Path], None]] = {"empty": empty, "pipeline": pipeline}
+FIXTURES: dict[str, Callable[[Path], None]] = {
+    "empty": empty,
+    "pipeline": pipeline,
+    "plan": training,
+    "validate": training,
+    "processes": training,
+}
 
 
 @dataclass(frozen=True)

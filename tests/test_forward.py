@@ -275,3 +275,13 @@ def test_nothing_is_shared_between_candidates_alone():
     model_restored(model)
     _, bare = packed(model, alone(groups), 60)
     assert torch.allclose(torch.cat(shared), torch.cat(bare), rtol=1e-12, atol=1e-12)
+
+
+def test_a_model_can_be_packed_again():
+    model = classifier("llama")
+    groups = random_groups(4)
+    _, first = packed(model, groups, 60)
+    module, second = packed(model, groups, 60, reward_only=False)
+    assert torch.allclose(torch.cat(first), torch.cat(second), rtol=1e-12, atol=1e-12)
+    module.restore()
+    assert model.config._attn_implementation == "sdpa"

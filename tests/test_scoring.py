@@ -79,3 +79,91 @@ def test_batch_budget_and_grouping_do_not_change_rewards(tiny_rm):
     large = [s.reward for s in ModelScorer(made, 4096).score(items)]
     small = [s.reward for s in ModelScorer(made, 1).score(items)]
     assert large == pytest.approx(small, abs=1e-5)
+
+
+def counted(scorer):
+    """The scorer and a list that gets the tokens of every forward pass."""
+    seen = []
+    scorer.module.classifier.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    return seen
+
+
+def test_what_candidates_share_is_computed_once(tiny_rm):
+    from polarctl import model
+    from polarctl.scoring import ModelScorer
+
+    scorer = ModelScorer(model.load(str(tiny_rm)), 4096)
+    seen = counted(scorer)
+    groups = [[[5, 6, 7, 8], [5, 6, 7, 9, 9], [5, 6, 4]], [[8, 7]]]
+    together = scorer.rewards_of(groups)
+    # 2 shared and 2 + 3 + 1 own tokens, and 2 of the other group.
+    assert seen == [10]
+    alone = [[scorer.rewards_of([[ids]])[0][0] for ids in group] for group in groups]
+    assert [len(values) for values in together] == [3, 1]
+    for a, b in zip(together, alone, strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
+
+
+def test_a_group_larger_than_a_row_is_cut_between_candidates(tiny_rm):
+    from polarctl import model
+    from polarctl.scoring import ModelScorer
+
+    scorer = ModelScorer(model.load(str(tiny_rm)), 12)
+    seen = counted(scorer)
+    group = [[5, 6, 7, 8, k, k + 1, k + 2] for k in range(10, 40, 3)]
+    rewards = scorer.rewards_of([group])
+    # 4 shared tokens and 3 own ones: two candidates a row of at most 12 (4 + 3 + 3 = 10).
+    assert seen == [10] * 5
+    scorer.batch_tokens = 4096
+    assert rewards[0] == pytest.approx(scorer.rewards_of([group])[0], abs=1e-5)
+
+
+def test_a_model_that_cannot_share_scores_padded_batches_and_says_so(tiny_rm, capfd):
+    import torch
+    import transformers
+
+    from polarctl import model
+    from polarctl.scoring import ModelScorer
+
+    made = model.load(str(tiny_rm))
+    config = transformers.Gemma2Config(
+        vocab_size=made.model.config.vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_labels=1,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made.model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    large = ModelScorer(made, 4096)
+    assert "attention: whole sequences, padded (a `gemma2` model" in capfd.readouterr().err
+    items = [Item("q" * (i % 3 + 1), "ref", "x" * i) for i in range(9)]
+    rewards = [s.reward for s in large.score(items)]
+    assert rewards == pytest.approx([s.reward for s in ModelScorer(made, 1).score(items)], abs=1e-5)
+    assert len(set(rewards)) > 5
+
+
+def test_sequences_past_the_limit_of_dynamic_positions_go_alone(tiny_rm):
+    from polarctl import model
+    from polarctl.scoring import ModelScorer
+
+    made = model.load(str(tiny_rm))
+    made.model.config.rope_parameters = {
+        "rope_type": "dynamic",
+        "factor": 2.0,
+        "rope_theta": 10_000.0,
+    }
+    made.model.config.max_position_embeddings = 6
+    scorer = ModelScorer(made, 4096)
+    seen = counted(scorer)
+    scorer.rewards_of(
+        [[[5, 6, 7, 8], [5, 6, 7, 9, 9, 9, 9], [5, 6, 4]], [[8, 7, 7, 7, 7, 7, 7, 7]]]
+    )
+    assert seen == [2 + 2 + 1, 7, 8]

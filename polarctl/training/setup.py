@@ -72,6 +72,8 @@ def place_of(config: TrainConfig) -> Place:
         given = zero_config.config_of(config.deepspeed, dtype=dtype, clip=Hyperparameters.clip)
         accelerator = zero.accelerator(given, cpu=kind == "cpu")
         return Place(accelerator=accelerator, half=half, batch_tokens=tokens, deepspeed=given)
+    # Another run of this Python process may have had another precision; accelerate keeps one.
+    accelerate.state.AcceleratorState._reset_state()
     if ":" in device:  # otherwise every process has its own
         os.environ["ACCELERATE_TORCH_DEVICE"] = device
     accelerator = accelerate.Accelerator(

@@ -16,7 +16,6 @@ import argparse
 import os
 import platform
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -229,7 +228,7 @@ def peak_memory(shape: Shape, name: str) -> float:
         text=True,
         check=True,
     )
-    return float(done.stdout.split()[-1]) / 2**20
+    return float(done.stdout.split()[-1]) / 2**20  # KiB
 
 
 def peers() -> None:
@@ -314,12 +313,15 @@ def main() -> None:
     parser.add_argument("tables", nargs="*", default=list(tables))
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, if there, warns of no GPU
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     if given.peak:
         step = contender(Shape(*map(int, given.tables)), given.peak)
         step(), step()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        # Not getrusage: its peak begins at that of the process which started this one.
+        status = Path("/proc/self/status").read_text()
+        print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
         return
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, 1 thread, torch "

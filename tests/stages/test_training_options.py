@@ -212,3 +212,29 @@ def test_bad_rows_are_set_aside_also_where_the_data_is_not_counted(triples, tiny
     assert train(data, tiny_lm, tmp_path / "rm", *options) == 0
     (bad,) = [json.loads(line) for line in rejects.read_text().splitlines()]
     assert bad["where"] == f"{data}:65"
+
+
+def test_a_run_that_diverges_stops_with_status_1_and_keeps_its_checkpoint(
+    triples, tiny_lm, tmp_path, capfd
+):
+    out = tmp_path / "rm"
+    options = ["--lr", "1e30", "--epochs", "4", "--save-steps", "1", "--warmup", "0"]
+    assert train(triples, tiny_lm, out, *options) == 1
+    assert "not finite, stopped" in capfd.readouterr().err
+    last = metrics(out)[-1]
+    assert last["loss"] in ("nan", "inf") or last["grad_norm"] in ("nan", "inf")
+    assert not (out / "model.safetensors").exists()
+    kept = sorted((out / "checkpoints").iterdir())
+    assert kept and int(kept[-1].name[-8:]) == last["step"] - 1
+    weights = load_file(kept[-1] / "model.safetensors")
+    assert all(bool(value.isfinite().all()) for value in weights.values())
+
+
+def test_bfloat16_computes_in_half_and_keeps_whole_weights(triples, tiny_lm, tmp_path):
+    out = tmp_path / "rm"
+    options = ["--dtype", "bfloat16", "--epochs", "6", "--lr", "3e-3", "-q"]
+    assert train(triples, tiny_lm, out, *options) == 0
+    assert metrics(out)[-1]["accuracy"] > 0.9
+    weights = load_file(out / "model.safetensors")
+    assert {str(value.dtype) for value in weights.values()} == {"torch.bfloat16"}
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
