@@ -11,16 +11,23 @@ every ranking A > B > C gives reference A, chosen B, rejected C. The last answer
 is the reference; the candidate (`output`) if the row has a reference of its own or if `--answer
 output` says so. `--split` keeps the train or the test part of the prompts, chosen by their text.
 
+`convert checkpoint SRC -o DIR` writes a published InternLM2 reward model, such as POLAR-7B, as a
+plain Llama classifier without remote code; `--to internlm2` writes one of ours in its layout.
+
 \b
 polarctl convert ranked.jsonl --to triples --split train -o train.jsonl
 polarctl convert ranked.jsonl --to candidates --split test | polarctl score - -m runs/rm
+polarctl convert checkpoint internlm/POLAR-7B -o models/polar-7b
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -52,7 +59,7 @@ class Config(Common):
             "--to",
             metavar="FORMAT",
             help="native, triples, candidates, prompts, trl, openai, sharegpt, nemo, "
-            "llama-factory, verl.",
+            "llama-factory, verl; of a checkpoint: llama, internlm2.",
         ),
     ] = "native"
     map: Annotated[
@@ -149,6 +156,9 @@ def convert(
 
 def run(config: Config) -> None:
     """Convert every row of the input."""
+    if config.input[0] == "checkpoint" and not os.path.isfile("checkpoint"):
+        _checkpoint(config)
+        return
     from polarctl import console, io, pipeline
     from polarctl.formats.rows import field_map
     from polarctl.formats.table import readable, require, writable
@@ -235,3 +245,36 @@ def _write_parquet(config: Config, paths: list[str], verify: Any) -> None:
             out.write(list(convert(window.records, config, counts)))
             out.counts.update(counts)
     _say(counts, out.counts["records"])
+
+
+def _checkpoint(config: Config) -> None:
+    """Write a checkpoint in the other layout; print its folder."""
+    from polarctl import console, launch, manifest
+    from polarctl.errors import UsageError
+    from polarctl.internlm2 import convert
+    from polarctl.output import stdout
+
+    launch.quiet_libraries()
+    layouts = {"llama": convert.to_llama, "internlm2": convert.to_internlm2}
+    layout = "llama" if config.to_format == "native" else config.to_format
+    if len(config.input) != 2 or config.output == "-" or layout not in layouts:
+        raise UsageError(
+            "a checkpoint is converted from one folder or Hub id to a folder",
+            hint="polarctl convert checkpoint SRC -o DIR [--to llama|internlm2]",
+        )
+    source, target = config.input[1], Path(config.output)
+    if config.dry_run:
+        console.note(f"convert: would write {source} as {layout} into {target}")
+        return
+    if config.force:
+        shutil.rmtree(target, ignore_errors=True)
+    layouts[layout](source, target)
+    record = manifest.build(
+        "convert",
+        config,
+        inputs=[{"path": source, "bytes": None}],
+        outputs=manifest.folder_files(target),
+        counts={},
+    )
+    manifest.write(target / "manifest.json", record)
+    stdout().write(f"{target}\n".encode())

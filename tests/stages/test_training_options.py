@@ -238,3 +238,33 @@ def test_bfloat16_computes_in_half_and_keeps_whole_weights(triples, tiny_lm, tmp
     weights = load_file(out / "model.safetensors")
     assert {str(value.dtype) for value in weights.values()} == {"torch.bfloat16"}
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_two_processes_take_the_steps_of_one(triples, tiny_lm, tmp_path):
+    """Through the program: it starts the processes and passes on what the first one prints."""
+    import subprocess
+    import sys
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    options = ["--batch-size", "7", "--epochs", "2", "--negatives", "2", "--batch-tokens", "90"]
+    assert train(triples, tiny_lm, one, *options, "-q") == 0
+    result = subprocess.run(
+        [
+            *[sys.executable, "-m", "polarctl", "pretrain", str(triples), "-m", str(tiny_lm)],
+            *["-o", str(two), "--lr", "1e-3", *options, "--gpus", "2", "--device", "cpu"],
+        ],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{two}\n"
+    assert result.stderr.count("pretrain: done after") == 1
+    assert "torchrun --standalone --nproc-per-node 2 -m polarctl pretrain" in result.stderr
+    for a, b in zip(metrics(one), metrics(two), strict=True):
+        assert a["pairs"] == b["pairs"] == 7 and a["tokens"] == b["tokens"]
+        for key in ("loss", "accuracy", "margin", "grad_norm"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5), key
+    first, second = (load_file(path / "model.safetensors") for path in (one, two))
+    for name, value in first.items():
+        assert (value - second[name]).abs().max() < 1e-4, name
