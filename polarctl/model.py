@@ -151,6 +151,22 @@ def load(path: str, *, device: str = "cpu", dtype: Any = torch.float32) -> Rewar
     Raises:
         MissingError: No model, tokenizer or reward head there.
     """
+    config, tokenizer = _without_weights(path)
+    model = _classifier(path, config, dtype, head=True)
+    return RewardModel(model.to(device).eval(), tokenizer, _encoder(path, config, tokenizer))
+
+
+def load_encoder(path: str) -> Encoder:
+    """The template of a trained reward model, for an engine that holds the weights elsewhere.
+
+    Raises:
+        MissingError: No tokenizer or reward head there.
+    """
+    return _encoder(path, *_without_weights(path))
+
+
+def _without_weights(path: str) -> tuple[Any, Any]:
+    """Config and tokenizer of a reward model."""
     config = load_config(path)
     tokenizer = load_tokenizer(path)
     if getattr(config, "num_labels", None) != 1 or not _is_classifier(config):
@@ -160,8 +176,7 @@ def load(path: str, *, device: str = "cpu", dtype: Any = torch.float32) -> Rewar
     if getattr(config, "polar", None) is None and internlm2.read(path) is not None:
         config.polar = internlm2.template(config, tokenizer)
         console.choice("template", "official", f"`{path}` is a published checkpoint")
-    model = _classifier(path, config, dtype, head=True)
-    return RewardModel(model.to(device).eval(), tokenizer, _encoder(path, config, tokenizer))
+    return config, tokenizer
 
 
 def create(

@@ -165,6 +165,18 @@ class Score(Struct):
             "`rejected`."
         ),
     ] = UNSET
+    normalized: Annotated[
+        float | list[float] | UnsetType,
+        Meta(description="With `--normalize`: `reward` or `rewards` on that scale."),
+    ] = UNSET
+    tokens: Annotated[
+        int | list[int] | UnsetType,
+        Meta(description="With `--details`: tokens that the model read for each reward."),
+    ] = UNSET
+    truncated: Annotated[
+        list[str | list[str]] | UnsetType,
+        Meta(description="With `--details`: pieces that were cut to fit, for each reward."),
+    ] = UNSET
     best: Annotated[
         int | UnsetType, Meta(description="With `--best-of-n`: index of the highest reward.")
     ] = UNSET

@@ -10,6 +10,7 @@ script of your own:
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from polarctl.scoring import Item, Scorer, load_scorer
 
 # Mean that the paper's scripts subtract for each released model, before they divide by 10.
 PRESETS: dict[str, float | None] = {"none": None, "polar-1.8b": -10.0, "polar-7b": -5.0}
+WITHIN_GROUP = ("zscore", "rank")
 _SCALE, _CLIP = 10.0, 10.0
 
 _CLOSED = re.compile(r"<think>.*?</think>", re.DOTALL)
@@ -43,6 +45,31 @@ def normalise(rewards: Sequence[float], preset: str) -> list[float]:
     if mean is None:
         return list(rewards)
     return [min(_CLIP, max(-_CLIP, (reward - mean) / _SCALE)) for reward in rewards]
+
+
+def normalise_group(rewards: Sequence[float], how: str) -> list[float]:
+    """The rewards of one group on another scale.
+
+    Args:
+        rewards: Raw rewards of the group's candidates.
+        how: A preset of `normalise`; `zscore`: distance to the group's mean in its standard
+            deviations, 0 where all are equal; `rank`: 0 for the lowest to 1 for the highest, equal
+            rewards share the mean of their ranks.
+
+    Raises:
+        UsageError: No such scale.
+        ValueError: `zscore` or `rank` of a single reward.
+    """
+    if how not in WITHIN_GROUP:
+        return normalise(rewards, how)
+    if len(rewards) < 2:
+        raise ValueError(f"`{how}` compares the candidates of a group, and here is one")
+    if how == "zscore":
+        mean, spread = statistics.fmean(rewards), statistics.pstdev(rewards)
+        return [(reward - mean) / spread if spread else 0.0 for reward in rewards]
+    ordered = sorted(rewards)
+    places = {r: ordered.index(r) + (ordered.count(r) - 1) / 2 for r in set(rewards)}
+    return [places[reward] / (len(rewards) - 1) for reward in rewards]
 
 
 def strip_thinking(text: str, *, opened: bool = False) -> str:

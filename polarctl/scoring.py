@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -41,6 +41,9 @@ class Scorer(Protocol):
     def score(self, items: Sequence[Item]) -> list[Scored]:
         """Rewards in the order of the items."""
 
+    def close(self) -> None:
+        """Give back what it holds, and say what there is to say of it."""
+
 
 class ModelScorer:
     """Scores with a reward model in this process.
@@ -73,13 +76,10 @@ class ModelScorer:
         Raises:
             PolarctlError: The model gave a reward that is no finite number.
         """
-        groups = [self._encode(group) for group in _by_prompt(items)]
-        found = self.rewards_of([[e.ids for e in group] for group in groups])
-        return [
-            Scored(value, len(e.ids), _cut(e))
-            for group, values in zip(groups, found, strict=True)
-            for e, value in zip(group, values, strict=True)
-        ]
+        return score_ids(items, self.model.encoder, self.rewards_of)
+
+    def close(self) -> None:
+        """Nothing to give back."""
 
     def rewards_of(self, groups: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
         """Rewards of the candidates of every group, from their token ids.
@@ -100,11 +100,7 @@ class ModelScorer:
         with torch.inference_mode(), launch.threads_for(self.model.model):
             for group, index, reward in run(groups):
                 found[group][index] = reward
-        if not all(math.isfinite(value) for values in found for value in values):
-            raise PolarctlError(
-                "the model gave a reward that is not finite",
-                hint="--dtype float32, or look at the model's training",
-            )
+        check_finite(found)
         return found
 
     def _packed(self, groups: Any) -> Iterator[tuple[int, int, float]]:
@@ -142,17 +138,42 @@ class ModelScorer:
             for k, value in zip(batch, values.tolist(), strict=True):
                 yield flat[k][0], flat[k][1], value
 
-    def _encode(self, group: list[Item]) -> list[Any]:
-        """Token ids of candidates that share prompt and reference, each as if it were alone."""
-        first = group[0]
-        found: list[Any] = self.model.encoder.report_group(
-            first.prompt,
-            first.reference,
+
+def score_ids(
+    items: Sequence[Item], encoder: Any, rewards_of: Callable[[list[list[list[int]]]], Any]
+) -> list[Scored]:
+    """Score with an engine that takes token ids, by groups of one prompt and reference.
+
+    Args:
+        items: What to score.
+        encoder: The model's template.
+        rewards_of: From the ids of each group's candidates to their rewards.
+    """
+    groups = [
+        encoder.report_group(
+            group[0].prompt,
+            group[0].reference,
             [item.output for item in group],
-            first.wrapper,
-            shared_prompt_budget=False,
+            group[0].wrapper,
+            shared_prompt_budget=False,  # each as if it were alone
         )
-        return found
+        for group in _by_prompt(items)
+    ]
+    found = rewards_of([[e.ids for e in group] for group in groups])
+    return [
+        Scored(value, len(e.ids), _cut(e))
+        for group, values in zip(groups, found, strict=True)
+        for e, value in zip(group, values, strict=True)
+    ]
+
+
+def check_finite(rewards: Iterable[Iterable[float]]) -> None:
+    """Raise PolarctlError when a reward is no finite number."""
+    if not all(math.isfinite(value) for values in rewards for value in values):
+        raise PolarctlError(
+            "the model gave a reward that is not finite",
+            hint="--dtype float32, or look at the model's training",
+        )
 
 
 def _by_prompt(items: Sequence[Item]) -> Iterator[list[Item]]:
@@ -244,7 +265,12 @@ def require_reference(record: Record) -> None:
 
 
 def score_records(
-    records: Sequence[Record], scorer: Scorer, *, no_reference: bool = False, best: bool = False
+    records: Sequence[Record],
+    scorer: Scorer,
+    *,
+    no_reference: bool = False,
+    best: bool = False,
+    prepare: Callable[[Any], Any] = lambda output: output,
 ) -> Iterable[tuple[dict[str, Any], list[Scored]]]:
     """The same records with `reward` (one output) or `rewards` (a group or a triple).
 
@@ -253,12 +279,18 @@ def score_records(
         scorer: The engine.
         no_reference: Score against an empty reference.
         best: Add `best`, the index of the highest reward of a group (the first of equals).
+        prepare: What to score in place of a candidate; the record keeps the candidate.
 
     Returns:
         Pairs of the new record and what is known of each of its rewards.
     """
     items = [
-        Item(r["prompt"], "" if no_reference else r["reference"], output, r.get("wrapper", "sft"))
+        Item(
+            r["prompt"],
+            "" if no_reference else r["reference"],
+            prepare(output),
+            r.get("wrapper", "sft"),
+        )
         for r in records
         for output in outputs_of(r)
     ]

@@ -11,6 +11,8 @@ from polarctl.metrics import (
     baseline_verdict,
     best_of_n,
     bootstrap_interval,
+    kendall_tau_b,
+    ndcg,
     pair_accuracy,
     pairs_of_group,
     quantiles,
@@ -246,3 +248,64 @@ def test_importing_the_numbers_and_the_report_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+def test_kendall_tau_b_by_hand():
+    assert kendall_tau_b([1, 2, 3], [10, 20, 30]) == 1.0
+    assert kendall_tau_b([3, 2, 1], [10, 20, 30]) == -1.0
+    # Six pairs; labels tie in (0, 1), rewards in (2, 3). Of the others (0, 2) and (0, 3) agree,
+    # (1, 2) and (1, 3) do not: (2 - 2) / sqrt(5 * 5) = 0.
+    assert kendall_tau_b([1, 3, 2, 2], [0, 0, 1, 2]) == 0.0
+    # Rewards 1, 1, 2 against labels 1, 2, 3: (0, 1) is tied, the other two agree.
+    assert kendall_tau_b([1, 1, 2], [1, 2, 3]) == pytest.approx(2 / math.sqrt(2 * 3))
+    # Nothing told: no correlation, neither way.
+    assert kendall_tau_b([4, 4, 4], [1, 2, 3]) == 0.0
+
+
+def test_ndcg_by_hand():
+    assert ndcg([0.9, 0.5, 0.1], [3, 2, 0]) == 1.0
+    # Order by reward: labels 0, 2, 3. Discounts 1, 1 / log2(3), 1 / 2.
+    second = 1 / math.log2(3)
+    worst = (2 * second + 3 / 2) / (3 + 2 * second)
+    assert ndcg([0.1, 0.5, 0.9], [3, 2, 0]) == pytest.approx(worst)
+    # Tied at ranks 1 and 2: both get the mean discount (1 + second) / 2, in whichever order.
+    tied = (3 + 0) * (1 + second) / 2 / (3 + 0 * second)
+    assert ndcg([1, 1], [3, 0]) == pytest.approx(tied)
+    assert ndcg([1, 1], [0, 3]) == pytest.approx(tied)
+
+
+RANKED = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=2, max_size=7).filter(
+    lambda pairs: len({label for _, label in pairs}) > 1
+)
+
+
+@FAST
+@given(RANKED)
+def test_rank_figures_are_bounded_and_blind_to_the_order_of_candidates(pairs):
+    rewards, labels = zip(*pairs, strict=True)
+    turned = [side[::-1] for side in (rewards, labels)]
+    assert -1 <= kendall_tau_b(rewards, labels) <= 1 and 0 < ndcg(rewards, labels) <= 1
+    assert kendall_tau_b(*turned) == pytest.approx(kendall_tau_b(rewards, labels))
+    assert ndcg(*turned) == pytest.approx(ndcg(rewards, labels))
+    assert kendall_tau_b([-r for r in rewards], labels) == -kendall_tau_b(rewards, labels)
+    assert kendall_tau_b(labels, labels) == pytest.approx(1)
+    assert ndcg(labels, labels) == pytest.approx(1)
+    if len({*rewards}) == len(rewards) and len({*labels}) == len(labels):
+        # Without ties it is the accuracy over pairs, put onto [-1, 1].
+        told = [verdict(rewards[i], rewards[j]) for i, j in pairs_of_group(labels)]
+        assert kendall_tau_b(rewards, labels) == pytest.approx(2 * sum(told) / len(told) - 1)
+
+
+@pytest.mark.parametrize("figure", [kendall_tau_b, ndcg])
+@pytest.mark.parametrize(
+    ("rewards", "labels"),
+    [([], []), ([1.0], [1.0, 2.0]), ([1.0, 2.0], [3, 3]), ([math.nan, 1.0], [0, 1])],
+)
+def test_rank_figures_refuse_what_has_no_order(figure, rewards, labels):
+    with pytest.raises(ValueError):
+        figure(rewards, labels)
+
+
+def test_ndcg_refuses_negative_labels():
+    with pytest.raises(ValueError, match="negative"):
+        ndcg([1, 2], [-1, 2])

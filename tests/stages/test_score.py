@@ -136,3 +136,85 @@ def test_a_resume_with_another_model_is_refused(candidates, tiny_rm, tmp_path, c
     assert run([*base, "-m", str(tiny_rm), "--no-reference"]) == 2
     assert "`no_reference` was False" in capfd.readouterr().err
     assert (out.read_bytes(), out.stat().st_mtime_ns) == before
+
+
+GROUP = {
+    "prompt": "q",
+    "reference": "yes",
+    "candidates": [{"output": text} for text in ("yes", "no", "perhaps so", "yes yes")],
+}
+
+
+def scored(tiny_rm, tmp_path, record, *options):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(json.dumps(record) + "\n")
+    arguments = ["score", str(source), "-m", str(tiny_rm), "-o", str(out), "--force", "-q"]
+    assert run([*arguments, *options]) == 0
+    return json.loads(out.read_text())
+
+
+def test_normalised_rewards_stand_beside_the_raw_ones(tiny_rm, tmp_path):
+    raw = scored(tiny_rm, tmp_path, GROUP)["rewards"]
+    row = scored(tiny_rm, tmp_path, GROUP, "--normalize", "polar-7b")
+    assert row["rewards"] == raw
+    assert row["normalized"] == pytest.approx([(r + 5) / 10 for r in raw])
+    ranks = scored(tiny_rm, tmp_path, GROUP, "--normalize", "rank")["normalized"]
+    assert sorted(ranks) == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert ranks.index(1) == raw.index(max(raw))
+    z = scored(tiny_rm, tmp_path, GROUP, "--normalize", "zscore")["normalized"]
+    assert sum(z) == pytest.approx(0, abs=1e-6) and sum(v * v for v in z) == pytest.approx(4)
+    single = {"prompt": "q", "reference": "yes", "output": "yes"}
+    assert isinstance(
+        scored(tiny_rm, tmp_path, single, "--normalize", "polar-1.8b")["normalized"], float
+    )
+
+
+def test_a_scale_within_a_record_needs_a_group(tiny_rm, tmp_path, capfd):
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps({"prompt": "q", "reference": "yes", "output": "yes"}) + "\n")
+    arguments = ["score", str(source), "-m", str(tiny_rm), "--normalize", "zscore"]
+    assert run(arguments) == 3
+    assert "in.jsonl:1: `--normalize zscore` compares" in capfd.readouterr().err
+    assert run([*arguments[:-1], "zscroe"]) == 2
+
+
+def test_thinking_is_stripped_for_the_score_and_kept_in_the_record(tiny_rm, tmp_path):
+    plain = {**GROUP, "candidates": [{"output": "yes"}, {"output": "no"}]}
+    thought = {**GROUP, "candidates": [{"output": "<think>hm\nhm</think>\n yes"}, {"output": "no"}]}
+    wanted = scored(tiny_rm, tmp_path, plain)["rewards"]
+    row = scored(tiny_rm, tmp_path, thought, "--strip-thinking")
+    assert row["rewards"] == pytest.approx(wanted, abs=1e-6)
+    assert row["candidates"][0]["output"].startswith("<think>")
+    assert scored(tiny_rm, tmp_path, thought)["rewards"] != pytest.approx(wanted, abs=1e-3)
+
+
+def test_details_say_what_was_read_and_cut(tiny_rm, tmp_path):
+    long = {**GROUP, "candidates": [{"output": "yes"}, {"output": "no " * 300}]}
+    row = scored(tiny_rm, tmp_path, long, "--details")
+    assert row["truncated"] == [[], ["output"]]
+    assert 5 < row["tokens"][0] < row["tokens"][1] <= 128
+    single = {"prompt": "q", "reference": "yes", "output": "yes"}
+    row = scored(tiny_rm, tmp_path, single, "--details")
+    assert isinstance(row["tokens"], int) and row["truncated"] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--backend", "sglang"], "no backend `sglang`"),
+        (["--engine-option", "a=1"], "`--engine-option` is for --backend vllm"),
+        (["--backend", "vllm", "--engine-option", "nonsense"], "not of the form KEY=VALUE"),
+    ],
+)
+def test_backends_that_do_not_exist_are_refused(options, said, tiny_rm, tmp_path, capfd):
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps(GROUP) + "\n")
+    assert run(["score", str(source), "-m", str(tiny_rm), *options]) == 2
+    assert said in capfd.readouterr().err
+
+
+def test_a_missing_vllm_is_said_with_the_way_to_get_it(tiny_rm, tmp_path, capfd):
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps(GROUP) + "\n")
+    assert run(["score", str(source), "-m", str(tiny_rm), "--backend", "vllm"]) == 4
+    assert "pip install 'polarctl[vllm]'" in capfd.readouterr().err

@@ -1,0 +1,99 @@
+"""A scoring server that speaks like vLLM, SGLang or lmdeploy, with faults by a seed."""
+
+import contextlib
+import hashlib
+import json
+import math
+import random
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+FAULTS = ("status 500", "reset", "stall", "torn", "short", "nan", "busy", "nonsense")
+
+
+def reward_of(given) -> float:
+    """A number between -10 and 10 that follows from the input."""
+    digest = hashlib.sha256(json.dumps(given).encode()).digest()
+    return int.from_bytes(digest[:4], "big") / 2**32 * 20 - 10
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers one request, or fails at it."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def reply(self, status, body, **headers):
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self):
+        self.reply(200, {"data": [{"id": "rm", "owned_by": self.server.kind}]})
+
+    def do_POST(self):
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server.seen["requests"] += 1
+        server.keys.add(self.headers.get("Authorization"))
+        if server.refuse:
+            self.reply(400, {"error": "the model takes no such input"})
+            return
+        with server.lock:
+            fails = server.draw.random() < server.share
+            fault = server.draw.choice(FAULTS) if fails else None
+        given = body["text"] if server.kind == "sglang" else body["input"]
+        rewards = [reward_of(one) for one in given]
+        if server.sigmoid:
+            rewards = [1 / (1 + math.exp(-r)) for r in rewards]
+        server.seen[fault or "good"] += 1
+        if fault == "status 500":
+            self.reply(500, b"oops")
+            return
+        if fault == "busy":
+            self.reply(429, b"later", Retry_After="0.02")
+            return
+        if fault in ("reset", "stall"):
+            time.sleep(0.02 if fault == "stall" else 0)
+            self.close_connection = True
+            with contextlib.suppress(OSError):
+                self.connection.shutdown(2)
+            return
+        if fault == "short":
+            rewards = rewards[:-1]
+        if fault == "nan":
+            rewards[0] = math.nan
+        if server.kind == "sglang":
+            reply = [{"embedding": [r]} for r in rewards]
+        else:
+            field = "probs" if server.kind == "vllm" else "data"
+            value = (lambda r: [r]) if server.kind == "vllm" else (lambda r: r)
+            reply = {"data": [{"index": i, field: value(r)} for i, r in enumerate(rewards)][::-1]}
+        data = json.dumps({"hello": 1} if fault == "nonsense" else reply).encode()
+        self.reply(200, data[: len(data) // 2] if fault == "torn" else data)
+
+
+@contextlib.contextmanager
+def serving(kind="vllm", *, share=0.0, sigmoid=False, refuse=False, port=0):
+    """A server; `share` of the requests fail."""
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    server.daemon_threads = True
+    server.kind, server.share, server.sigmoid, server.refuse = kind, share, sigmoid, refuse
+    server.draw, server.lock = random.Random(1), threading.Lock()
+    server.seen, server.keys = Counter(), set()
+    server.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -1,0 +1,189 @@
+"""vLLM for real, on the CPU: its rewards are those of transformers, offline and over HTTP."""
+
+import json
+import os
+import random
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+BIN = Path(sys.executable).parent
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+ENGINE = ["--engine-option", "enforce_eager=true"]
+WORDS = "the sea was calm that day and nobody spoke of a storm".split()
+
+
+@pytest.fixture(scope="module")
+def rm(tmp_path_factory):
+    """A tiny reward model with a random head."""
+    import torch
+    from tiny import build_lm
+
+    from polarctl import model
+
+    folder = tmp_path_factory.mktemp("models")
+    made = model.create(base=str(build_lm(folder / "lm", hidden_size=128, context=512, seed=1)))
+    torch.nn.init.normal_(made.model.score.weight, generator=torch.Generator().manual_seed(3))
+    made.save(folder / "rm")
+    return folder / "rm"
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory):
+    """Five groups of eight candidates with one prompt and reference each."""
+    draw = random.Random(0)
+
+    def text(count):
+        return " ".join(draw.choice(WORDS) for _ in range(count))
+
+    rows = [
+        {
+            "prompt": text(30),
+            "reference": text(12),
+            "candidates": [{"output": text(draw.randint(1, 9))} for _ in range(8)],
+        }
+        for _ in range(5)
+    ]
+    path = tmp_path_factory.mktemp("data") / "groups.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def score(model, data, out, *options, environment=ENVIRONMENT):
+    """Rewards by the program, and what it said."""
+    done = subprocess.run(
+        [
+            *[BIN / "polarctl", "score", data, "-m", model, "-o", out],
+            *["--dtype", "float32", *options],
+        ],
+        capture_output=True,
+        text=True,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == ""
+    rows = [json.loads(line) for line in Path(out).read_text().splitlines()]
+    return [reward for row in rows for reward in row["rewards"]], done.stderr
+
+
+@pytest.fixture(scope="module")
+def by_hf(rm, groups, tmp_path_factory):
+    return score(rm, groups, tmp_path_factory.mktemp("hf") / "scores.jsonl")[0]
+
+
+def test_the_offline_engine_gives_the_rewards_and_reads_its_prefix_cache(
+    rm, groups, by_hf, tmp_path
+):
+    found, said = score(rm, groups, tmp_path / "scores.jsonl", "--backend", "vllm", *ENGINE)
+    assert found == close(by_hf) and len(set(found)) > 30
+    assert min(found) < 0 or max(found) > 1  # no sigmoid
+    share, tokens = re.search(r"vLLM: (\d+)% of ([\d,]+) tokens came from", said).groups()
+    assert int(share) > 20 and int(tokens.replace(",", "")) > 1000
+
+
+def test_a_published_checkpoint_is_converted_once_and_scores_the_same(rm, groups, tmp_path):
+    # In the published layout; tests/internlm2 holds that layout against an oracle of its own.
+    official = tmp_path / "official"
+    made = [BIN / "polarctl", "convert", "checkpoint", rm, "--to", "internlm2", "-o", official]
+    subprocess.run(made, check=True, capture_output=True, env=ENVIRONMENT)
+    canary = tmp_path / "canary"
+    (official / "modeling_internlm2.py").write_text(f"open({str(canary)!r}, 'w')")
+    environment = {**ENVIRONMENT, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    wanted, _ = score(official, groups, tmp_path / "hf.jsonl", environment=environment)
+    options = ["--backend", "vllm", *ENGINE]
+    found, said = score(
+        official, groups, tmp_path / "vllm.jsonl", *options, environment=environment
+    )
+    assert found == close(wanted)
+    assert "vLLM reads the published checkpoint in this form" in said
+    assert len(list((tmp_path / "cache/polarctl/converted").iterdir())) == 1
+    assert not canary.exists()
+
+
+@pytest.fixture(scope="module")
+def server(rm):
+    """The address of vLLM's server."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # `vllm serve` asks for the version of the package `vllm`, which its CPU build is not.
+    program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", rm]
+    command = [*program, "--runner", "pooling", "--dtype", "float32"]
+    child = subprocess.Popen(
+        [*command, "--port", str(port), "--enforce-eager", "--served-model-name", "rm"],
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            assert child.poll() is None, child.stderr.read()[-3000:]
+            try:
+                urllib.request.urlopen(address + "/health", timeout=2)
+                break
+            except (urllib.error.URLError, OSError):
+                time.sleep(1)
+        yield address
+    finally:
+        child.terminate()
+        child.wait(60)
+
+
+def close(rewards):
+    """Equal to 1e-4, of rewards of some tens to 1e-5 of their size."""
+    return pytest.approx(rewards, abs=1e-4, rel=1e-5)
+
+
+def post(address, route, body):
+    request = urllib.request.Request(
+        address + route, json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    return json.load(urllib.request.urlopen(request, timeout=60))["data"]
+
+
+def inputs_of(rm, groups):
+    """Glued texts and token ids of all candidates."""
+    from polarctl import model
+
+    encoder = model.load_encoder(str(rm))
+    texts, ids = [], []
+    for row in map(json.loads, groups.read_text().splitlines()):
+        for candidate in row["candidates"]:
+            arguments = (row["prompt"], row["reference"], candidate["output"])
+            texts.append(encoder.text(*arguments))
+            ids.append(encoder.encode(*arguments))
+    return texts, ids
+
+
+@pytest.mark.parametrize("kind", ["text", "ids"])
+def test_the_server_gives_raw_rewards(kind, server, rm, groups, by_hf):
+    texts, ids = inputs_of(rm, groups)
+    given = texts if kind == "text" else ids
+    body = {"model": "rm", "input": given}
+    pooled = [row["data"] for row in post(server, "/pooling", body)]
+    found = [value[0] if isinstance(value, list) else value for value in pooled]
+    assert found == close(by_hf)
+    classified = post(server, "/classify", {**body, "use_activation": False})
+    assert [row["probs"][0] for row in classified] == close(by_hf)
+
+
+def test_score_through_the_server_gives_the_same(server, rm, groups, by_hf, tmp_path):
+    found, said = score(rm, groups, tmp_path / "scores.jsonl", "--server", server)
+    assert found == close(by_hf)
+    assert f"server: vllm ({server} says so)" in said
