@@ -11,7 +11,7 @@ import difflib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -78,7 +78,13 @@ class Basic(Bare):
 
 @dataclass(frozen=True, kw_only=True)
 class Common:
-    """The options that every stage has."""
+    """The options that every stage has.
+
+    Attributes:
+        NEUTRAL: Options of the stage that may differ at a resume, beside `BOOKKEEPING`.
+    """
+
+    NEUTRAL: ClassVar[frozenset[str]] = frozenset()
 
     input: Annotated[
         tuple[str, ...],
@@ -129,8 +135,7 @@ class Common:
 
 # How a run is done or described, not what it computes: these may differ at a resume.
 BOOKKEEPING = frozenset(
-    "input output config resume force dry_run manifest rejects quiet verbose no_color json "
-    "server server_model concurrency server_deadline".split()
+    "input output config resume force dry_run manifest rejects quiet verbose no_color json".split()
 )
 
 
@@ -142,7 +147,8 @@ def resolved(config: Common) -> dict[str, Any]:
 
 def semantic(config: Common) -> dict[str, Any]:
     """The options that decide what is computed."""
-    return {k: v for k, v in resolved(config).items() if k not in BOOKKEEPING}
+    neutral = BOOKKEEPING | config.NEUTRAL
+    return {k: v for k, v in resolved(config).items() if k not in neutral}
 
 
 def keys(config_type: type[Common]) -> list[str]:

@@ -43,10 +43,11 @@ def restore(saved: dict[str, Any]) -> None:
 def configure(*, quiet: bool, verbose: bool, color: bool, json_lines: bool) -> None:
     """Set how messages look; forgets the choices recorded so far.
 
-    Of several processes only the first (RANK 0) says anything but errors.
+    Of several processes only the first (RANK or POLARCTL_WORKER is 0) says anything but errors.
     """
     _state.quiet, _state.verbose, _state.json = quiet, verbose, json_lines
-    _state.silent = os.environ.get("RANK", "0") != "0"
+    own = os.environ.get("POLARCTL_WORKER") or os.environ.get("RANK") or "0"
+    _state.silent = own != "0"
     _state.color = color and "NO_COLOR" not in os.environ and sys.stderr.isatty()
     _state.choices = {}
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from polarctl import console
 from polarctl.config import Common, resolved, shard_of
 from polarctl.errors import RecordError, UsageError
-from polarctl.io import Reader, RejectSink, expand, stdin_is_missing
+from polarctl.io import Reader, RejectSink, Window, expand, stdin_is_missing
 from polarctl.output import Output
 from polarctl.records import Record
+from polarctl.workers import in_order
 
 
 def inputs_of(stage: str, config: Common) -> list[str]:
@@ -48,17 +50,53 @@ def reader_of(
 def map_windows(
     out: Output,
     reader: Reader,
-    work: Callable[[list[Record]], Iterable[dict[str, Any]]],
+    work: Callable[[list[Record]], Any],
+    take: Callable[[Any], Iterable[dict[str, Any]]] = iter,
     *,
     size: int,
     title: str,
+    environments: Sequence[Mapping[str, str]] = (),
 ) -> None:
-    """Run `work` over each window of rows and commit its records, passing over finished ones."""
+    """Run `work` over each window of rows and commit its records, passing over finished ones.
+
+    Args:
+        out: Where the records go.
+        reader: Where they come from.
+        work: From the records of a window to what is known of them; picklable where there are
+            `environments`.
+        take: From that to the records that are written; runs here, in order.
+        size: Rows of a window.
+        title: For the progress bar.
+        environments: See `polarctl.workers.in_order`; the windows are dealt to the processes.
+    """
     if out.complete:
         return
-    with console.progress(title) as bar:
+    # A window is read before its turn, and its bad rows belong to its own commit.
+    waiting: deque[tuple[Window, list[Any]]] = deque()
+    held = HeldRejects()
+    if reader.rejects is not None:
+        reader.rejects = held
+
+    def windows() -> Iterator[list[Record]]:
         for window in reader.windows(size, done=out.done, digest=out.digest):
-            for record in work(window.records):
+            waiting.append((window, held.rows))
+            held.rows = []
+            yield window.records
+
+    found = in_order(
+        windows(),
+        work,
+        environments=environments,
+        ahead=2 * len(environments),
+        task=f"computes for `{title}`",
+        hint="the same command goes on where this one stopped",
+    )
+    with console.progress(title) as bar:
+        for result in found:
+            window, bad = waiting.popleft()
+            for row in bad:
+                out.reject(*row)
+            for record in take(result):
                 out.write(record)
             out.commit(out.units + 1, window.digest)
             bar.update(reader.rows)

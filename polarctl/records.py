@@ -53,6 +53,10 @@ Wrapper = Literal["sft", "pretrain"]
 _ID = Meta(description="Identity of the prompt; when absent, a hash of the prompt's text.")
 _PROMPT = Meta(description="The prompt: a string or a list of messages.")
 _REFERENCE = Meta(description="The reference trajectory: the answer to compare with.")
+_REFERENCES = Meta(
+    description="Several references in place of `reference`; --reference-pooling joins the rewards."
+)
+_PRINCIPLE = Meta(description="What makes a response good, for `--backend principle`.")
 _WRAPPER = Meta(
     description="How prompt and answer are glued: `sft` (a newline between them, the default) for "
     "instructions, `pretrain` (nothing between them) for text to be continued."
@@ -141,6 +145,8 @@ class Candidate(Struct):
 
     prompt: Annotated[Text, _PROMPT]
     reference: Annotated[Text | UnsetType, _REFERENCE] = UNSET
+    references: Annotated[list[Text] | UnsetType, _REFERENCES] = UNSET
+    principle: Annotated[str | UnsetType, _PRINCIPLE] = UNSET
     output: Annotated[Text | UnsetType, Meta(description="The single candidate.")] = UNSET
     candidates: Annotated[
         list[NamedCandidate] | UnsetType, Meta(description="The group of candidates.")
@@ -180,7 +186,15 @@ class Score(Struct):
     best: Annotated[
         int | UnsetType, Meta(description="With `--best-of-n`: index of the highest reward.")
     ] = UNSET
+    ranking: Annotated[list[str] | UnsetType, Meta(description="A judge's, best first.")] = UNSET
+    reasoning: Annotated[str | UnsetType, Meta(description="A judge's, before it scored.")] = UNSET
+    parse_status: Annotated[
+        Literal["ok"] | UnsetType,
+        Meta(description="A judge's reply was read; a record without is rejected, never scored."),
+    ] = UNSET
     reference: Annotated[Text | UnsetType, _REFERENCE] = UNSET
+    references: Annotated[list[Text] | UnsetType, _REFERENCES] = UNSET
+    principle: Annotated[str | UnsetType, _PRINCIPLE] = UNSET
     output: Annotated[Text | UnsetType, Meta(description="The single candidate.")] = UNSET
     candidates: Annotated[
         list[NamedCandidate] | UnsetType, Meta(description="The group of candidates.")

@@ -1,9 +1,9 @@
-"""The options that the stages share which compute rewards, `score` and `eval`."""
+"""The options of the stages that compute rewards: shared by `score` and `eval`, and of engines."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar
 
 import typer
 
@@ -25,3 +25,70 @@ class ScoreConfig(Common):
     ] = 8192
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:I.")] = "auto"
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig(ScoreConfig):
+    """Options that say which engine computes the rewards, and what it is shown."""
+
+    NEUTRAL: ClassVar[frozenset[str]] = frozenset(
+        "gpus server server_model concurrency server_deadline".split()
+    )
+
+    model: Annotated[str, MODEL] = field()  # required here
+    backend: Annotated[
+        str,
+        typer.Option(
+            help="Engine: hf (transformers), vllm, or principle (a generative judge that scores "
+            "by each record's `principle`)."
+        ),
+    ] = "hf"
+    gpus: Annotated[
+        int, typer.Option(min=1, help="Processes, one for each GPU; a record stays in one.")
+    ] = 1
+    engine_option: Annotated[
+        tuple[str, ...],
+        typer.Option(
+            metavar="KEY=VALUE", help="Argument of vLLM's engine, JSON or text; may be repeated."
+        ),
+    ] = ()
+    server: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Ask a server that holds the model; --model is then its tokenizer and template, "
+            "and for a judge the name of the model there.",
+        ),
+    ] = None
+    server_type: Annotated[
+        str, typer.Option(help="What it is: auto, vllm, sglang, lmdeploy or polarctl.")
+    ] = "auto"
+    server_model: Annotated[
+        str | None, typer.Option(help="Name of the model there; default: the first it lists.")
+    ] = None
+    server_batch: Annotated[int, typer.Option(min=1, help="Inputs of a request at most.")] = 32
+    concurrency: Annotated[
+        int, typer.Option(min=1, help="Requests to the server under way at most.")
+    ] = 16
+    server_deadline: Annotated[
+        float, typer.Option(min=0, help="Seconds without a good reply before giving up.")
+    ] = 300.0
+    prompt_style: Annotated[
+        str,
+        typer.Option(
+            help="How the input is written: polar, chat (the tokenizer's chat template: other "
+            "reward models), or auto."
+        ),
+    ] = "auto"
+    reference_in_prompt: Annotated[
+        bool,
+        typer.Option(
+            "--reference-in-prompt", help="chat: put the reference into the last user message."
+        ),
+    ] = False
+    orders: Annotated[
+        int, typer.Option(min=1, help="principle: orders in which a judge sees the candidates.")
+    ] = 1
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="principle: tokens of a judge's answer at most.")
+    ] = 4096

@@ -148,17 +148,23 @@ def score_ids(
         items: What to score.
         encoder: The model's template.
         rewards_of: From the ids of each group's candidates to their rewards.
+
+    Raises:
+        RecordError: A text that cannot be encoded.
     """
-    groups = [
-        encoder.report_group(
-            group[0].prompt,
-            group[0].reference,
-            [item.output for item in group],
-            group[0].wrapper,
-            shared_prompt_budget=False,  # each as if it were alone
-        )
-        for group in _by_prompt(items)
-    ]
+    try:
+        groups = [
+            encoder.report_group(
+                group[0].prompt,
+                group[0].reference,
+                [item.output for item in group],
+                group[0].wrapper,
+                shared_prompt_budget=False,  # each as if it were alone
+            )
+            for group in _by_prompt(items)
+        ]
+    except ValueError as error:
+        raise RecordError(str(error)) from None
     found = rewards_of([[e.ids for e in group] for group in groups])
     return [
         Scored(value, len(e.ids), _cut(e))
@@ -255,9 +261,16 @@ def outputs_of(record: dict[str, Any]) -> list[Any]:
     return [record["output"]]
 
 
+def references_of(record: dict[str, Any]) -> list[Any]:
+    """What the candidates of a record are compared with: its `references`, or its one."""
+    return record["references"] if "references" in record else [record["reference"]]
+
+
 def require_reference(record: Record) -> None:
-    """Raise RecordError for a record without a reference."""
-    if "reference" not in record:
+    """Raise RecordError for a record without a reference, or with two kinds of them."""
+    if "reference" in record and "references" in record:
+        raise RecordError("has both `reference` and `references`", hint="drop one of them")
+    if not record.get("references", "reference" in record):
         raise RecordError(
             "missing field `reference`",
             hint="POLAR compares with a reference; --no-reference scores without",
@@ -269,40 +282,49 @@ def score_records(
     scorer: Scorer,
     *,
     no_reference: bool = False,
-    best: bool = False,
+    pooling: str = "mean",
     prepare: Callable[[Any], Any] = lambda output: output,
-) -> Iterable[tuple[dict[str, Any], list[Scored]]]:
+) -> Iterator[tuple[dict[str, Any], list[Scored]]]:
     """The same records with `reward` (one output) or `rewards` (a group or a triple).
 
     Args:
         records: Records with a reference (or `no_reference`).
         scorer: The engine.
         no_reference: Score against an empty reference.
-        best: Add `best`, the index of the highest reward of a group (the first of equals).
+        pooling: A candidate's reward among several `references`: their `mean` or `max`.
         prepare: What to score in place of a candidate; the record keeps the candidate.
 
-    Returns:
+    Yields:
         Pairs of the new record and what is known of each of its rewards.
     """
+    asked = [([""] if no_reference else references_of(r), outputs_of(r)) for r in records]
     items = [
-        Item(
-            r["prompt"],
-            "" if no_reference else r["reference"],
-            prepare(output),
-            r.get("wrapper", "sft"),
-        )
-        for r in records
-        for output in outputs_of(r)
+        Item(record["prompt"], reference, output, record.get("wrapper", "sft"))
+        for record, (references, outputs) in zip(records, asked, strict=True)
+        for outputs in [list(map(prepare, outputs))]
+        for reference in references
+        for output in outputs
     ]
     scored = iter(scorer.score(items))
-    for record in records:
-        mine = [next(scored) for _ in outputs_of(record)]
-        values = [s.reward for s in mine]
+    for record, (references, outputs) in zip(records, asked, strict=True):
+        rows = [[next(scored) for _ in outputs] for _ in references]
+        mine = [_pooled(column, pooling) for column in zip(*rows, strict=True)]
         result: dict[str, Any] = dict(record)
+        values = [s.reward for s in mine]
         if "candidates" in record or "chosen" in record:
             result["rewards"] = values
-            if best:
-                result["best"] = values.index(max(values))
         else:
             result["reward"] = values[0]
         yield result, mine
+
+
+def _pooled(scored: Sequence[Scored], pooling: str) -> Scored:
+    """One candidate's score from those against each of its references."""
+    if len(scored) == 1:
+        return scored[0]
+    rewards = [one.reward for one in scored]
+    return Scored(
+        max(rewards) if pooling == "max" else math.fsum(rewards) / len(rewards),
+        sum(one.tokens for one in scored),
+        tuple(name for name in PIECES if any(name in one.truncated for one in scored)),
+    )

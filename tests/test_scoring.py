@@ -41,9 +41,9 @@ def test_single_candidates_groups_and_triples_keep_their_order_and_fields():
         ),
         Record({"prompt": "p", "reference": "", "chosen": "abc", "rejected": "a"}),
     ]
-    results = [fields for fields, _ in score_records(records, LengthScorer(), best=True)]
+    results = [fields for fields, _ in score_records(records, LengthScorer())]
     assert results[0]["reward"] == 2.0 and results[0]["mine"] == 1
-    assert results[1]["rewards"] == [0.0, 1.0] and results[1]["best"] == 1
+    assert results[1]["rewards"] == [0.0, 1.0]
     assert results[2]["rewards"] == [3.0, 1.0]
 
 

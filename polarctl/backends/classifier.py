@@ -130,6 +130,9 @@ class ClassifierScorer:
             for reward, (ids, cut) in zip(rewards, encoded, strict=True)
         ]
 
+    def close(self) -> None:
+        """Nothing to give back."""
+
     def encode(self, item: Item) -> tuple[list[int], tuple[str, ...]]:
         """Token ids of a conversation, and which pieces were cut: prompt, reference, output.
 

@@ -8,7 +8,7 @@ preferences to score. A file maps the value of one field of a record to that pro
 
 The system prompt becomes the first message of the prompt (a system message that is there is put
 after it, in the same message). A chat template writes it as such; POLAR's template, which drops
-roles, gets `system prompt \n prompt`. The record that is written keeps its own prompt.
+roles, gets a line of its own for it. The record that is written keeps its own prompt.
 """
 
 from __future__ import annotations

@@ -1,0 +1,184 @@
+"""Which engine computes the rewards: from the options to a scorer, each choice checked first."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from polarctl import console, launch, manifest, model
+from polarctl.errors import MissingError, UsageError
+from polarctl.score_config import EngineConfig
+from polarctl.scoring import Scorer, load_scorer
+
+BACKENDS = ("hf", "vllm", "principle")
+STYLES = ("auto", "polar", "chat")
+
+
+def check(config: EngineConfig) -> None:
+    """Raise UsageError for options that do not go together."""
+    if config.backend not in BACKENDS:
+        raise UsageError(f"no backend `{config.backend}`", hint=f"one of {', '.join(BACKENDS)}")
+    if config.prompt_style not in STYLES:
+        raise UsageError(
+            f"no prompt style `{config.prompt_style}`", hint=f"one of {', '.join(STYLES)}"
+        )
+    if config.backend == "vllm" and config.server:
+        raise UsageError("--backend vllm is an engine of this process: leave --server out")
+    if config.engine_option and config.backend != "vllm":
+        raise UsageError("`--engine-option` is for --backend vllm")
+    if config.prompt_style == "chat" and (config.backend != "hf" or config.server):
+        raise UsageError("`--prompt-style chat` is for --backend hf, without --server")
+    if config.reference_in_prompt and config.prompt_style == "polar":
+        raise UsageError("`--reference-in-prompt` is for --prompt-style chat")
+    if config.gpus > 1 and config.server:
+        raise UsageError("`--gpus` is for engines of this machine", hint="--concurrency")
+    options_of(config)
+
+
+def options_of(config: EngineConfig) -> dict[str, Any]:
+    """`--engine-option` as keyword arguments.
+
+    Raises:
+        UsageError: Not of the form KEY=VALUE.
+    """
+    options: dict[str, Any] = {}
+    for text in config.engine_option:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise UsageError(f"`--engine-option {text}`: not of the form KEY=VALUE")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    return options
+
+
+def identity(config: EngineConfig) -> dict[str, Any]:
+    """What tells the numbers of one engine from another's."""
+    remote = config.backend == "principle" and config.server
+    return {
+        "model_identity": config.model if remote else manifest.folder_identity(config.model),
+        "engine": "server" if config.server else config.backend,
+    }
+
+
+def reads_chat(config: EngineConfig) -> bool:
+    """Whether the model is shown a conversation in place of POLAR's template.
+
+    Raises:
+        MissingError: Config or tokenizer is not there.
+        UsageError: `--reference-in-prompt` for a model that is not.
+    """
+    if config.backend != "hf" or config.server:
+        chat = False
+    elif config.prompt_style == "auto":
+        from polarctl.backends.classifier import is_chat_classifier
+
+        launch.quiet_libraries()
+        chat = is_chat_classifier(config.model)
+    else:
+        chat = config.prompt_style == "chat"
+    if config.reference_in_prompt and not chat:
+        raise UsageError(f"`--reference-in-prompt`: {config.model} reads POLAR's template")
+    return chat
+
+
+def processes(config: EngineConfig) -> list[dict[str, str]]:
+    """Environment variables of each process of `--gpus N`; none for one process.
+
+    Raises:
+        MissingError: Fewer GPUs than processes.
+        UsageError: A device for one process only.
+    """
+    if config.gpus == 1:
+        return []
+    if config.device not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"`--device {config.device}` is one GPU, --gpus {config.gpus} takes more")
+    import torch
+
+    if config.device == "cpu":
+        threads = max(1, torch.get_num_threads() // config.gpus)
+        return [{"OMP_NUM_THREADS": str(threads)}] * config.gpus
+    found = torch.cuda.device_count()
+    if found < config.gpus:
+        raise MissingError(
+            f"`--gpus {config.gpus}`: {found} GPUs found", hint="--device cpu for processes on it"
+        )
+    return [{"CUDA_VISIBLE_DEVICES": name} for name in _visible(found)[: config.gpus]]
+
+
+def _visible(found: int) -> list[str]:
+    """Names of the GPUs as CUDA takes them: numbers, or what the user has left visible."""
+    import os
+
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",") if given else list(map(str, range(found)))
+
+
+def open_scorer(config: EngineConfig, *, chat: bool) -> Scorer:
+    """The engine that was asked for, judges left out.
+
+    Args:
+        config: Options that `check` has passed.
+        chat: See `reads_chat`.
+    """
+    if config.server is not None:
+        from polarctl.backends.server import ServerScorer
+
+        launch.quiet_libraries()
+        return ServerScorer(
+            config.server,
+            model.load_encoder(config.model),
+            kind=config.server_type,
+            name=config.server_model,
+            concurrency=config.concurrency,
+            batch=config.server_batch,
+            deadline_s=config.server_deadline,
+        )
+    if config.backend == "vllm":
+        from polarctl.backends.vllm import VllmScorer
+
+        return VllmScorer(config.model, dtype=config.dtype, engine_options=options_of(config))
+    if chat:
+        from polarctl.backends.classifier import ClassifierScorer
+
+        return ClassifierScorer(
+            config.model,
+            with_reference=config.reference_in_prompt,
+            device=config.device,
+            dtype=config.dtype,
+            batch_tokens=config.batch_tokens,
+        )
+    return load_scorer(
+        config.model,
+        device=config.device,
+        dtype=config.dtype,
+        batch_tokens=config.batch_tokens,
+        no_reference=config.no_reference,
+    )
+
+
+def open_judge(config: EngineConfig) -> Any:
+    """A `polarctl.backends.principle.PrincipleScorer` for the options."""
+    from polarctl.backends.principle import Judge, LocalJudge, PrincipleScorer
+
+    judge: Judge
+    if config.server is not None:
+        from polarctl.judging.chat import ChatServer
+
+        judge = ChatServer(
+            config.server,
+            config.server_model or config.model,
+            max_new_tokens=config.max_new_tokens,
+            concurrency=config.concurrency,
+            deadline_s=config.server_deadline,
+        )
+    else:
+        judge = LocalJudge(
+            config.model,
+            device=config.device,
+            dtype=config.dtype,
+            max_new_tokens=config.max_new_tokens,
+        )
+    console.choice("rewards", "1 to 5", "a judge's scores, not rewards of a model")
+    return PrincipleScorer(judge, orders=config.orders, seed=config.seed)
