@@ -1,0 +1,73 @@
+"""The POLAR reward for verl: give this file as `reward.custom_reward_function.path`.
+
+verl calls `compute_score` once for each rollout, on rows such as `polarctl convert --to verl` writes:
+`ground_truth` is the reference, and `extra_info` holds the prompt. The reward is asked of a server
+(`vllm serve`, `polarctl serve`, SGLang, lmdeploy), so that the trainer's processes hold no second
+model; the server batches what the rollouts ask for at the same time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from polarctl.backends.server import ServerScorer
+from polarctl.errors import PolarctlError
+from polarctl.model import load_encoder
+from polarctl.rewards import PolarReward
+
+
+def compute_score(
+    data_source: str,
+    solution_str: str,
+    ground_truth: str,
+    extra_info: Mapping[str, Any] | None = None,
+    *,
+    url: str,
+    model: str,
+    normalize: str = "none",
+    strip_thinking: bool = False,
+    server_deadline: float = 300.0,
+    **_: Any,
+) -> float:
+    """The reward of one rollout.
+
+    Args:
+        data_source: The row's; not used.
+        solution_str: What the policy wrote.
+        ground_truth: The reference.
+        extra_info: The row's, with `prompt` (text or messages) and, if it is not `sft`, `wrapper`.
+        url: Address of the server that holds the reward model.
+        model: Folder or Hub id of that model, for its tokenizer and template.
+        normalize: Scale, see `polarctl.rewards.normalise`.
+        strip_thinking: Score without `<think>...</think>`.
+        server_deadline: Seconds without a good reply before giving up.
+        **_: The other things that verl gives; not used.
+
+    Raises:
+        PolarctlError: No prompt, or no good reply. A failure is never a reward.
+    """
+    known = extra_info or {}
+    if known.get("prompt") is None:
+        raise PolarctlError(
+            "the POLAR reward needs `extra_info.prompt`",
+            hint="polarctl convert --to verl writes it",
+        )
+    reward = _reward(url, model, server_deadline, normalize, strip_thinking)
+    (found,) = reward(
+        [list(known["prompt"]) if not isinstance(known["prompt"], str) else known["prompt"]],
+        [solution_str],
+        reference=[ground_truth],
+        wrapper=[known.get("wrapper")],
+    )
+    return found
+
+
+@functools.lru_cache
+def _reward(
+    url: str, model: str, deadline_s: float, normalize: str, strip_thinking: bool
+) -> PolarReward:
+    """One for each process and server: it probes the server once and keeps its connections."""
+    scorer = ServerScorer(url, load_encoder(model), deadline_s=deadline_s)
+    return PolarReward(scorer, normalize=normalize, strip_thinking=strip_thinking)
