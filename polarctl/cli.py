@@ -29,7 +29,8 @@ from polarctl import __version__, adopted, config, console, processes
 from polarctl.errors import Interrupted, PolarctlError, UsageError
 
 STAGES = (
-    "sample pair pretrain finetune score eval rft push convert quickstart schema validate".split()
+    "sample pair pretrain finetune score serve eval rft push convert quickstart schema "
+    "validate".split()
 )
 
 _RESUME = "the same command goes on from here"

@@ -157,7 +157,7 @@ class Encoder:
         published client does.
         """
         composed = self._compose(prompt, reference, outputs, wrapper, shared_prompt_budget)
-        return [Encoded(self._final_ids(text), *cuts) for text, cuts in composed]
+        return [Encoded(self.glued_ids(text), *cuts) for text, cuts in composed]
 
     def _compose(
         self, prompt: Text, reference: Text, outputs: Sequence[Text], wrapper: str, shared: bool
@@ -214,7 +214,12 @@ class Encoder:
                     break
         return "".join(kept)
 
-    def _final_ids(self, text: str) -> list[int]:
+    def glued_ids(self, text: str) -> list[int]:
+        """Return the token ids of a glued string (`text`).
+
+        Raises:
+            ValueError: It spells the separator or the reward token a second time, or no reward.
+        """
         ids = self.tokenizer.encode(text, add_special_tokens=True)
         # Last defence: a tokenizer may read more than the exact string as a marker, which the
         # cleaning of strings cannot see.

@@ -189,7 +189,7 @@ def _by_prompt(items: Sequence[Item]) -> Iterator[list[Item]]:
 
 
 def load_scorer(
-    path: str, *, device: str, dtype: str, batch_tokens: int, no_reference: bool = False
+    path: str, *, device: str, dtype: str, batch_tokens: int, no_reference: bool | None = False
 ) -> ModelScorer:
     """A reward model as a scorer, from the options that every scoring stage has.
 
@@ -198,14 +198,15 @@ def load_scorer(
         device: `--device`.
         dtype: `--dtype`.
         batch_tokens: `--batch-tokens`.
-        no_reference: `--no-reference`; a model that was trained otherwise is warned of.
+        no_reference: `--no-reference`; a model that was trained otherwise is warned of. None: as
+            it was trained.
     """
     from polarctl import launch, model
 
     launch.quiet_libraries()
     where = launch.device_of(device)
     loaded = model.load(path, device=where, dtype=launch.dtype_of(dtype, where))
-    if loaded.no_reference != no_reference:
+    if no_reference not in (None, loaded.no_reference):
         trained = "without" if loaded.no_reference else "with"
         console.warn(f"{path}: was trained {trained} references and now scores otherwise")
     return ModelScorer(loaded, batch_tokens)

@@ -1,6 +1,6 @@
 """The POLAR reward for verl: give this file as `reward.custom_reward_function.path`.
 
-verl calls `compute_score` once for each rollout, on rows such as `polarctl convert --to verl` writes:
+verl calls `compute_score` once a rollout, on rows such as `polarctl convert --to verl` writes:
 `ground_truth` is the reference, and `extra_info` holds the prompt. The reward is asked of a server
 (`vllm serve`, `polarctl serve`, SGLang, lmdeploy), so that the trainer's processes hold no second
 model; the server batches what the rollouts ask for at the same time.

@@ -6,15 +6,17 @@ right after a comment `<!-- test: NAME -->` is run as well: `FIXTURES[NAME]` pre
 the block runs there with `bash -euo pipefail`.
 """
 
+import contextlib
 import importlib.util
 import os
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.exceptions import TyperException
@@ -82,9 +84,40 @@ def training(folder: Path) -> None:
     (folder / "triples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-# Name in `<!-- test: NAME -->` to a function that prepares the folder.
-FIXTURES: dict[str, Callable[[Path], None]] = {
+def official(folder: Path) -> None:
+    """A tiny model in the published layout, a policy, candidates and prompts."""
+    import json
+
+    from tests.internlm2.official import build_official
+    from tests.tiny import build_lm
+
+    build_official(folder / "POLAR-7B", format="bin", max_positions=512)
+    build_lm(folder / "models" / "policy", chat=True, seed=2)
+    asked = [f"What is the sum of {i} and {i + 1}?" for i in range(8)]
+    outputs = [{"output": "7", "label": 1}, {"output": "Paris", "label": 0}]
+    rows = [{"prompt": text, "reference": "It is 7."} for text in asked]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    groups = [json.dumps({**row, "candidates": outputs}) + "\n" for row in rows]
+    (folder / "candidates.jsonl").write_text("".join(groups))
+
+
+@contextlib.contextmanager
+def hub(folder: Path) -> Iterator[dict[str, str]]:
+    """A Hub that has `internlm/POLAR-7B`, tiny."""
+    from tests.download_hub import serving
+    from tests.internlm2.official import build_official
+
+    model = build_official(folder / "hub", format="safetensors", sharded=True, max_positions=512)
+    with serving("internlm/POLAR-7B", model) as url:
+        yield {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "cache")}
+
+
+# Name in `<!-- test: NAME -->` to a function that prepares the folder; one that is a context holds
+# something open meanwhile and gives environment variables.
+FIXTURES: dict[str, Callable[[Path], Any]] = {
     "empty": empty,
+    "hub": hub,
+    "official": official,
     "pipeline": pipeline,
     "plan": training,
     "validate": training,
@@ -208,17 +241,18 @@ def test_every_command_in_a_stages_docstring_is_one_that_the_program_takes():
 )
 def test_a_marked_block_runs(block, tmp_path):
     assert block.fixture in FIXTURES, f"{block.where}: no fixture `{block.fixture}`"
-    FIXTURES[block.fixture](tmp_path)
+    prepared = FIXTURES[block.fixture](tmp_path) or contextlib.nullcontext({})
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    result = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", block.text],
-        cwd=tmp_path,
-        env={**os.environ, "PATH": path},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    with prepared as variables:
+        result = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", block.text],
+            cwd=tmp_path,
+            env={**os.environ, "PATH": path, **variables},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
     assert result.returncode == 0, f"{block.where}\n{result.stdout}\n{result.stderr}"
 
 

@@ -24,7 +24,7 @@ from polarctl.encoding import Encoder
 from polarctl.errors import MissingError, PolarctlError, UsageError
 from polarctl.scoring import Item, Scored, score_ids
 
-TYPES = ("auto", "vllm", "sglang", "lmdeploy")
+TYPES = ("auto", "vllm", "sglang", "lmdeploy", "polarctl")
 KEY_VARIABLE = "POLARCTL_SERVER_KEY"
 _AGAIN = {408, 429, 500, 502, 503, 504}
 _FIRST_WAIT_S, _LONGEST_WAIT_S, _REQUEST_S = 0.1, 10.0, 120.0
@@ -45,7 +45,7 @@ class ServerScorer:
     Args:
         url: Where it is, such as http://127.0.0.1:8000.
         encoder: The template of the checkpoint that it serves.
-        kind: `vllm`, `sglang`, `lmdeploy`, or `auto` to ask it.
+        kind: One of `TYPES`; `auto` asks it.
         name: Model name in the requests; None: the first that it lists.
         concurrency: Requests under way at most.
         batch: Inputs of a request at most.
@@ -180,7 +180,7 @@ class ServerScorer:
             raise _Fault("a reply that is no JSON") from None
 
     def _request(self, ids: Sequence[Sequence[int]], activation: bool) -> tuple[str, Any]:
-        if self.kind == "vllm":
+        if self.kind in ("vllm", "polarctl"):
             given = [list(one) for one in ids]
             return "/classify", {"model": self.name, "input": given, "use_activation": activation}
         decode = self.encoder.tokenizer.decode
@@ -213,7 +213,7 @@ class ServerScorer:
             if owner not in TYPES[1:]:
                 raise UsageError(
                     f"{self.url}: what kind of server this is cannot be told (`{owner}`)",
-                    hint="--server-type vllm, sglang or lmdeploy",
+                    hint=f"--server-type {', '.join(TYPES[1:])}",
                 )
             kind = owner
             console.choice("server", kind, f"{self.url} says so")
@@ -250,7 +250,7 @@ def _rewards(kind: str, reply: Any, count: int) -> list[float]:
             found = [row["embedding"][0] for row in rows]
         else:
             rows = sorted(reply["data"], key=lambda row: row["index"])
-            field = "probs" if kind == "vllm" else "data"
+            field = "data" if kind == "lmdeploy" else "probs"
             found = [row[field] for row in rows]
             found = [value[0] if isinstance(value, list) else value for value in found]
         rewards = [float(value) for value in found]

@@ -145,4 +145,4 @@ def test_the_key_comes_from_the_environment_and_is_never_said(
 def test_an_unknown_kind_of_server_is_asked_about(data, tiny_rm, tmp_path, capfd):
     with serving("something") as server:
         assert score(data, tiny_rm, tmp_path / "o.jsonl", server) == 2
-    assert "--server-type vllm, sglang or lmdeploy" in capfd.readouterr().err
+    assert "--server-type vllm, sglang, lmdeploy, polarctl" in capfd.readouterr().err

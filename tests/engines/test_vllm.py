@@ -27,18 +27,27 @@ WORDS = "the sea was calm that day and nobody spoke of a storm".split()
 
 
 @pytest.fixture(scope="module")
-def rm(tmp_path_factory):
-    """A tiny reward model with a random head."""
-    import torch
-    from tiny import build_lm
+def canary(tmp_path_factory):
+    """A file that exists once code from the published folder has run."""
+    return tmp_path_factory.mktemp("canary") / "sang"
 
-    from polarctl import model
 
-    folder = tmp_path_factory.mktemp("models")
-    made = model.create(base=str(build_lm(folder / "lm", hidden_size=128, context=512, seed=1)))
-    torch.nn.init.normal_(made.model.score.weight, generator=torch.Generator().manual_seed(3))
-    made.save(folder / "rm")
-    return folder / "rm"
+@pytest.fixture(scope="module")
+def official(canary, tmp_path_factory):
+    """A tiny reward model in the published layout, as POLAR-7B is downloaded."""
+    from internlm2.official import build_official
+
+    folder = tmp_path_factory.mktemp("models") / "POLAR-7B"
+    return build_official(folder, format="bin", hidden=128, max_positions=512, canary=canary)
+
+
+@pytest.fixture(scope="module")
+def rm(official, tmp_path_factory):
+    """The same as a plain classifier."""
+    folder = tmp_path_factory.mktemp("models") / "POLAR-7B-llama"
+    made = [BIN / "polarctl", "convert", "checkpoint", official, "-o", folder]
+    subprocess.run(made, check=True, capture_output=True, env=ENVIRONMENT)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -81,34 +90,31 @@ def score(model, data, out, *options, environment=ENVIRONMENT):
 
 
 @pytest.fixture(scope="module")
-def by_hf(rm, groups, tmp_path_factory):
-    return score(rm, groups, tmp_path_factory.mktemp("hf") / "scores.jsonl")[0]
+def by_hf(official, groups, tmp_path_factory):
+    return score(official, groups, tmp_path_factory.mktemp("hf") / "scores.jsonl")[0]
 
 
-def test_the_offline_engine_gives_the_rewards_and_reads_its_prefix_cache(
-    rm, groups, by_hf, tmp_path
+def test_transformers_gives_the_rewards_of_the_published_architecture(official, groups, by_hf):
+    from internlm2 import oracle
+    from internlm2.official import weights
+
+    settings = json.loads((official / "config.json").read_text())
+    state = weights(settings)
+    _, ids = inputs_of(official, groups)
+    assert [oracle.reward(state, settings, one) for one in ids[::4]] == close(by_hf[::4])
+    assert len(set(by_hf)) > 30 and (min(by_hf) < 0 or max(by_hf) > 1)
+
+
+def test_the_offline_engine_reads_the_published_folder_and_its_prefix_cache(
+    official, groups, by_hf, canary, tmp_path
 ):
-    found, said = score(rm, groups, tmp_path / "scores.jsonl", "--backend", "vllm", *ENGINE)
-    assert found == close(by_hf) and len(set(found)) > 30
-    assert min(found) < 0 or max(found) > 1  # no sigmoid
+    environment = {**ENVIRONMENT, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    options = ["--backend", "vllm", *ENGINE]
+    out = tmp_path / "scores.jsonl"
+    found, said = score(official, groups, out, *options, environment=environment)
+    assert found == close(by_hf)
     share, tokens = re.search(r"vLLM: (\d+)% of ([\d,]+) tokens came from", said).groups()
     assert int(share) > 20 and int(tokens.replace(",", "")) > 1000
-
-
-def test_a_published_checkpoint_is_converted_once_and_scores_the_same(rm, groups, tmp_path):
-    # In the published layout; tests/internlm2 holds that layout against an oracle of its own.
-    official = tmp_path / "official"
-    made = [BIN / "polarctl", "convert", "checkpoint", rm, "--to", "internlm2", "-o", official]
-    subprocess.run(made, check=True, capture_output=True, env=ENVIRONMENT)
-    canary = tmp_path / "canary"
-    (official / "modeling_internlm2.py").write_text(f"open({str(canary)!r}, 'w')")
-    environment = {**ENVIRONMENT, "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    wanted, _ = score(official, groups, tmp_path / "hf.jsonl", environment=environment)
-    options = ["--backend", "vllm", *ENGINE]
-    found, said = score(
-        official, groups, tmp_path / "vllm.jsonl", *options, environment=environment
-    )
-    assert found == close(wanted)
     assert "vLLM reads the published checkpoint in this form" in said
     assert len(list((tmp_path / "cache/polarctl/converted").iterdir())) == 1
     assert not canary.exists()
@@ -183,7 +189,21 @@ def test_the_server_gives_raw_rewards(kind, server, rm, groups, by_hf):
     assert [row["probs"][0] for row in classified] == close(by_hf)
 
 
-def test_score_through_the_server_gives_the_same(server, rm, groups, by_hf, tmp_path):
-    found, said = score(rm, groups, tmp_path / "scores.jsonl", "--server", server)
+def test_score_through_the_server_gives_the_same(server, official, groups, by_hf, tmp_path):
+    found, said = score(official, groups, tmp_path / "scores.jsonl", "--server", server)
     assert found == close(by_hf)
     assert f"server: vllm ({server} says so)" in said
+
+
+def test_polarctl_serve_gives_the_same(official, groups, by_hf, canary, tmp_path):
+    command = [BIN / "polarctl", "serve", "-m", official, "--port", "0", "--dtype", "float32"]
+    child = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    try:
+        address = next(line for line in child.stderr if line.startswith("serving")).split()[-1]
+        found, said = score(official, groups, tmp_path / "scores.jsonl", "--server", address)
+    finally:
+        child.terminate()
+        assert child.wait(60) == 0
+    assert found == close(by_hf)
+    assert "server: polarctl" in said
+    assert not canary.exists()

@@ -113,7 +113,7 @@ def weights(config: dict, *, seed: int = 0) -> dict:
     dim = hidden // heads
     dtype = getattr(torch, config["torch_dtype"])
 
-    def random(*shape, scale=0.3):
+    def random(*shape, scale=0.3 * (32 / hidden) ** 0.5):
         return (torch.randn(*shape, generator=generator) * scale).to(dtype)
 
     found = {"model.tok_embeddings.weight": random(config["vocab_size"], hidden, scale=1.0)}
@@ -174,6 +174,7 @@ def build_official(
     architecture: str = "InternLM2ForRewardModel",
     bias: bool = False,
     dtype: str = "float32",
+    hidden: int = 32,
     max_positions: int = 64,
     scaling: dict | None = None,
     canary: Path | None = None,
@@ -190,6 +191,7 @@ def build_official(
         architecture: That of a reward model or of a causal LM.
         bias: Whether attention has biases.
         dtype: Precision in the files.
+        hidden: Width.
         max_positions: `max_position_embeddings`.
         scaling: `rope_scaling`; default: dynamic with factor 2, as published.
         canary: Also write the code files that `auto_map` names; run, they would make this file.
@@ -208,9 +210,9 @@ def build_official(
         "attn_implementation": "eager",
         "bias": bias,
         "hidden_act": "silu",
-        "hidden_size": 32,
+        "hidden_size": hidden,
         "initializer_range": 0.02,
-        "intermediate_size": 48,
+        "intermediate_size": 3 * hidden // 2,
         "max_position_embeddings": max_positions,
         "model_type": "internlm2",
         "num_attention_heads": 4,

@@ -1,0 +1,1 @@
+"""The reward model behind HTTP, for those who run no vLLM."""

@@ -1,0 +1,110 @@
+r"""Serve a reward model over HTTP: for RL trainers, and for those who run no vLLM.
+
+Answers at /score (records, as `polarctl score` reads them), /classify and /pooling (the shapes of
+vLLM, SGLang and lmdeploy) and /get_reward (OpenRLHF), with raw rewards; /v1/models, /health and
+/metrics say how it is. Requests that arrive together are computed together.
+
+It listens on this machine alone. On another --host every route but /health asks for a key
+(`Authorization: Bearer ...`), which comes from POLARCTL_SERVER_KEY or --key-file. SIGTERM lets it
+finish what it has begun, and is its normal end.
+
+\b
+polarctl serve -m runs/rm --port 8000
+polarctl score candidates.jsonl -m runs/rm --server http://127.0.0.1:8000 -o scores.jsonl
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from polarctl.config import Bare
+
+KEY_VARIABLE = "POLARCTL_SERVER_KEY"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Bare):
+    """Options of `polarctl serve`."""
+
+    model: Annotated[str, typer.Option("--model", "-m", help="Reward model: a folder or a Hub id.")]
+    served_model_name: Annotated[
+        str | None, typer.Option(help="Its name in replies; default: --model.")
+    ] = None
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000
+    key_file: Annotated[
+        str | None, typer.Option(metavar="PATH", help="File whose first line is the key.")
+    ] = None
+    max_body_mib: Annotated[int, typer.Option(min=1, help="Size of a request at most.")] = 32
+    max_inputs: Annotated[int, typer.Option(min=1, help="Rewards of a request at most.")] = 4096
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one forward pass.")] = 8192
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:I.")] = "auto"
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
+
+
+def run(config: Config) -> None:
+    """Serve until a signal comes."""
+    from polarctl.errors import need
+
+    key = _key(config)
+    _check_host(config.host, key)
+    try:
+        from polarctl.serving import app, listening
+    except ImportError:
+        raise need("fastapi, uvicorn, prometheus-client", "serve") from None
+    from polarctl.scoring import load_scorer
+
+    with listening.bound(config.host, config.port) as (listener, address):
+        scorer = load_scorer(
+            config.model,
+            device=config.device,
+            dtype=config.dtype,
+            batch_tokens=config.batch_tokens,
+            no_reference=None,
+        )
+        limits = app.Limits(body_bytes=config.max_body_mib << 20, inputs=config.max_inputs)
+        service = app.Service(scorer, config.served_model_name or config.model, limits)
+        listening.serve(app.create(service, key), listener, f"serving {config.model} on {address}")
+
+
+def _key(config: Config) -> str | None:
+    """The key that clients must send, if any."""
+    import os
+    from pathlib import Path
+
+    from polarctl.errors import UsageError
+
+    if config.key_file is None:
+        text, source = os.environ.get(KEY_VARIABLE), KEY_VARIABLE
+    else:
+        source = config.key_file
+        try:
+            text = (Path(config.key_file).read_text(encoding="utf-8").splitlines() or [""])[0]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{config.key_file}: cannot be read: {error}") from None
+    if text is None:
+        return None
+    key = text.strip()
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise UsageError(f"{source}: holds no key: ASCII without spaces")
+    return key
+
+
+def _check_host(host: str, key: str | None) -> None:
+    """Raise UsageError for an address that others reach, without a key."""
+    import ipaddress
+
+    from polarctl.errors import UsageError
+
+    try:
+        local = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = host == "localhost"
+    if not local and key is None:
+        raise UsageError(
+            f"`--host {host}` can be reached from elsewhere and needs a key",
+            hint=f"{KEY_VARIABLE}=... or --key-file PATH",
+        )

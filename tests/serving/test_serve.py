@@ -1,0 +1,286 @@
+"""`polarctl serve` as clients meet it: a real process, over HTTP."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx2 as httpx
+import pytest
+from internlm2.official import build_official
+
+from polarctl import model
+from polarctl.cli import run
+
+CANDIDATES = ["yes", "no", "it is so", "perhaps " * 9]
+GROUP = {
+    "prompt": "Is it so? " * 5,
+    "reference": "yes",
+    "candidates": [{"output": text} for text in CANDIDATES],
+}
+SINGLE = {"prompt": [{"role": "user", "content": "Why?"}], "reference": "So.", "output": "No."}
+
+
+def started(*arguments, **variables):
+    """A server process, and the line that it says when it is ready."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "polarctl", "serve", *map(str, arguments)],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+    )
+    said = ""
+    for line in child.stderr:
+        said += line
+        if line.startswith("serving "):
+            threading.Thread(target=child.stderr.read, daemon=True).start()
+            return child, line.split()[-1]
+    raise AssertionError(f"status {child.wait()}: {said}")
+
+
+@contextlib.contextmanager
+def serving(*arguments, **variables):
+    child, address = started(*arguments, "--port", 0, **variables)
+    try:
+        with httpx.Client(base_url=address, timeout=30) as client:
+            yield client
+    finally:
+        child.terminate()
+        assert child.wait(30) == 0
+
+
+@pytest.fixture(scope="module")
+def server(tiny_rm):
+    with serving("-m", tiny_rm, "--max-inputs", 600, "--max-body-mib", 1) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def wanted(tiny_rm, tmp_path_factory):
+    """What `polarctl score` gives for the group."""
+    folder = tmp_path_factory.mktemp("score")
+    (folder / "in.jsonl").write_text(json.dumps(GROUP) + "\n")
+    out = folder / "out.jsonl"
+    assert run(["score", str(folder / "in.jsonl"), "-m", str(tiny_rm), "-o", str(out), "-q"]) == 0
+    return pytest.approx(json.loads(out.read_text())["rewards"], abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def inputs(tiny_rm):
+    """The glued texts of the group's candidates, and their ids."""
+    encoder = model.load_encoder(str(tiny_rm))
+    given = [(GROUP["prompt"], "yes", text) for text in CANDIDATES]
+    return [encoder.text(*one) for one in given], [encoder.encode(*one) for one in given]
+
+
+def post(server, route, body, status=200):
+    reply = server.post(route, json=body)
+    assert reply.status_code == status, reply.text
+    return reply.json()
+
+
+# -- every route gives the rewards of `score` -----------------------------------------------------
+
+
+def test_records_are_scored_as_they_are_in_a_file(server, wanted):
+    one = post(server, "/score", GROUP)
+    assert one["rewards"] == wanted and one["truncated"] == [[], [], [], ["output"]]
+    assert all(type(count) is int for count in one["tokens"])
+    both = post(server, "/score", [SINGLE, GROUP])
+    assert set(both[0]) == {"reward", "tokens", "truncated"} and both[1]["rewards"] == wanted
+    pair = {**GROUP, "chosen": "yes", "rejected": "no"}
+    del pair["candidates"]
+    assert post(server, "/score", pair)["rewards"] == pytest.approx(one["rewards"][:2], abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["text", "ids"])
+def test_the_shapes_of_vllm(kind, server, wanted, inputs):
+    given = inputs[kind]
+    body = {"model": "POLAR-7B", "input": given, "use_activation": False, "priority": 3}
+    reply = post(server, "/classify", body)
+    assert [row["probs"] for row in reply["data"]] == [[r] for r in wanted.expected]
+    assert [row["index"] for row in reply["data"]] == [0, 1, 2, 3]
+    assert reply["usage"]["prompt_tokens"] == sum(map(len, inputs[1]))
+    reply = post(server, "/pooling", {"model": "POLAR-7B", "input": given})
+    assert [row["data"][0] for row in reply["data"]] == wanted
+    (row,) = post(server, "/classify", {"input": given[2]})["data"]
+    assert row["probs"] == pytest.approx([wanted.expected[2]], abs=1e-5)
+
+
+def test_the_three_modes_of_the_published_client(server, wanted, inputs):
+    texts, _ = inputs
+    vllm = post(server, "/pooling", {"input": texts, "model": "internlm/POLAR-7B"})
+    assert [row["data"][-1] for row in vllm["data"]] == wanted
+    lmdeploy = post(server, "/pooling", {"input": texts})
+    assert [row["data"][-1] for row in lmdeploy["data"]] == wanted
+    sglang = post(server, "/classify", {"model": "internlm/POLAR-7B", "text": texts})
+    assert [row["embedding"][0] for row in sglang] == wanted
+
+
+def test_openrlhf_gets_a_reward_for_each_rollout(server, wanted):
+    prompt = GROUP["prompt"]
+    body = {
+        "query": [prompt + text for text in CANDIDATES],
+        "prompts": [prompt] * 4,
+        "labels": ["yes"] * 4,
+    }
+    reply = post(server, "/get_reward", body)
+    assert reply["rewards"] == wanted and reply["scores"] == wanted and reply["extra_logs"] == {}
+    body["query"][1] = "something else"
+    said = post(server, "/get_reward", body, 400)["error"]["message"]
+    assert said == "`query[1]` does not begin with its prompt"
+
+
+@pytest.mark.parametrize("kind", ["auto", "polarctl", "vllm", "sglang", "lmdeploy"])
+def test_score_through_the_server_gives_the_same(kind, server, wanted, tiny_rm, tmp_path):
+    (tmp_path / "in.jsonl").write_text(json.dumps(GROUP) + "\n")
+    arguments = ["score", str(tmp_path / "in.jsonl"), "-m", str(tiny_rm), "--server-type", kind]
+    arguments += ["--server", str(server.base_url), "-o", str(tmp_path / "out.jsonl")]
+    assert run(arguments) == 0
+    assert json.loads((tmp_path / "out.jsonl").read_text())["rewards"] == wanted
+
+
+def test_a_published_checkpoint_is_served_without_its_code(tmp_path):
+    canary = tmp_path / "canary"
+    folder = build_official(tmp_path / "POLAR-7B", format="bin", max_positions=512, canary=canary)
+    (tmp_path / "in.jsonl").write_text(json.dumps(GROUP) + "\n")
+    out = tmp_path / "out.jsonl"
+    assert run(["score", str(tmp_path / "in.jsonl"), "-m", str(folder), "-o", str(out)]) == 0
+    with serving("-m", folder, "--served-model-name", "POLAR-7B") as client:
+        found = post(client, "/score", GROUP)["rewards"]
+        assert client.get("/v1/models").json()["data"][0]["id"] == "POLAR-7B"
+    assert found == pytest.approx(json.loads(out.read_text())["rewards"], abs=1e-5)
+    assert not canary.exists()
+
+
+def test_many_clients_at_once_each_get_their_own_rewards(server, inputs):
+    _, ids = inputs
+    alone = [post(server, "/classify", {"input": one})["data"][0]["probs"][0] for one in ids]
+    draw = random.Random(0)
+
+    def ask(_):
+        order = draw.sample(range(4), draw.randint(1, 4))
+        reply = post(server, "/classify", {"input": [ids[i] for i in order]})
+        return order, [row["probs"][0] for row in reply["data"]]
+
+    before = metrics(server)
+    with ThreadPoolExecutor(24) as pool:
+        for order, found in pool.map(ask, range(200)):
+            assert found == pytest.approx([alone[i] for i in order], abs=1e-5)
+    after = metrics(server)
+    requests = 'polarctl_requests_total{route="/classify",status="200"}'
+    assert after[requests] - before[requests] == 200
+    batches = after["polarctl_batches_total"] - before["polarctl_batches_total"]
+    assert batches < 150  # those that wait together are computed together
+
+
+def metrics(server):
+    lines = server.get("/metrics").text.splitlines()
+    pairs = [line.rsplit(" ", 1) for line in lines if not line.startswith("#")]
+    return {name: float(value) for name, value in pairs}
+
+
+# -- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "status", "said"),
+    [
+        ("/classify", {}, 400, "`input` must be"),
+        ("/classify", {"input": []}, 400, "`input` must be"),
+        ("/classify", {"input": [1.5]}, 400, "`input[0]` is no text"),
+        ("/classify", {"input": [["a"]]}, 400, "`input[0]` is no text"),
+        ("/classify", {"text": 3}, 400, "`text` must be"),
+        ("/classify", {"input": "no reward token"}, 400, "the tokenizer reads"),
+        ("/classify", {"input": [[1, 2, 3]]}, 400, "an input must end in"),
+        ("/classify", {"input": ["x"] * 601}, 413, "601 inputs; a request takes 600"),
+        ("/pooling", [1], 400, "must be a JSON object"),
+        ("/score", {"prompt": "p", "reference": "r"}, 400, "the record: needs either `output`"),
+        ("/score", [SINGLE, {"prompt": "p", "output": "o"}], 400, "record 1: missing field"),
+        ("/score", [SINGLE, 3], 400, "record 1 is no JSON object"),
+        ("/get_reward", {"query": ["a"], "prompts": ["a"]}, 400, "`labels` must be a list"),
+        ("/get_reward", {"query": ["a"], "prompts": [], "labels": []}, 400, "of one length"),
+    ],
+)
+def test_a_bad_request_is_told_what_is_wrong(route, body, status, said, server):
+    reply = post(server, route, body, status)
+    assert said in reply["error"]["message"] and reply["error"]["code"] == status
+
+
+def test_ids_that_the_model_does_not_know_are_refused(server, inputs):
+    _, ids = inputs
+    for wrong in (-1, 10**6):
+        said = post(server, "/classify", {"input": [[wrong, *ids[0]]]}, 400)["error"]["message"]
+        assert "a token id that is not in 0 to" in said
+    said = post(server, "/classify", {"input": [ids[0] * 400]}, 400)["error"]["message"]
+    assert "tokens; the model takes" in said
+
+
+def test_nonsense_and_large_bodies_end_in_an_error_and_the_server_goes_on(server, inputs):
+    assert server.post("/score", content=b"{nope").status_code == 400
+    assert server.post("/score", content=b"\xff" * 100).status_code == 400
+    assert server.post("/score", content=b" " * (1 << 20) + b"{}").status_code == 413
+    assert server.post("/score", content=(b" " * 9999 for _ in range(999))).status_code == 413
+    assert server.get("/nowhere").status_code == 404
+    assert server.get("/score").status_code == 405
+    assert server.get("/health").status_code == 200
+    post(server, "/classify", {"input": inputs[1]})
+
+
+# -- who may ask ----------------------------------------------------------------------------------
+
+
+def test_with_a_key_every_route_but_health_asks_for_it(tiny_rm, tmp_path):
+    (tmp_path / "key").write_text("s3cret\nnot this\n")
+    with serving("-m", tiny_rm, "--key-file", tmp_path / "key", "--host", "0.0.0.0") as client:
+        assert client.get("/health").status_code == 200
+        routes = ["/v1/models", "/metrics", "/docs", "/openapi.json", "/nowhere"]
+        assert {client.get(route).status_code for route in routes} == {401}
+        for sent in ({}, {"Authorization": "s3cret"}, {"Authorization": "Bearer s3cre"}):
+            assert client.post("/score", json=GROUP, headers=sent).status_code == 401
+        known = {"Authorization": "Bearer s3cret"}
+        assert client.post("/score", json=GROUP, headers=known).status_code == 200
+        assert client.get("/metrics", headers=known).status_code == 200
+
+
+def test_another_address_needs_a_key(tiny_rm, tmp_path, capfd, monkeypatch):
+    monkeypatch.delenv("POLARCTL_SERVER_KEY", raising=False)
+    assert run(["serve", "-m", str(tiny_rm), "--host", "0.0.0.0"]) == 2
+    assert "needs a key" in capfd.readouterr().err
+    (tmp_path / "empty").write_text("\n")
+    assert run(["serve", "-m", str(tiny_rm), "--key-file", str(tmp_path / "empty")]) == 2
+    assert run(["serve", "-m", str(tiny_rm), "--key-file", str(tmp_path / "no")]) == 2
+
+
+def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(tiny_rm, capfd):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert run(["serve", "-m", str(tiny_rm), "--port", port]) == 2
+    said = capfd.readouterr().err
+    assert f"cannot listen on 127.0.0.1:{port}: " in said and "device" not in said
+    assert run(["serve", "-m", "no/where", "--port", "0"]) == 4
+
+
+# -- its end --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_lets_it_finish_what_it_has_begun(number, status, tiny_rm, inputs):
+    child, address = started("-m", tiny_rm, "--port", 0)
+    body = {"input": [inputs[1][3]] * 4000}
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(httpx.post, address + "/classify", json=body, timeout=60)
+        while "polarctl_batches_total 0.0" in httpx.get(address + "/metrics").text:
+            time.sleep(0.005)
+        child.send_signal(number)
+        reply = waiting.result()
+    assert reply.status_code == 200 and len(reply.json()["data"]) == 4000
+    assert child.wait(30) == status
