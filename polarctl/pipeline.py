@@ -12,7 +12,7 @@ from polarctl.errors import RecordError, UsageError
 from polarctl.io import Reader, RejectSink, Window, expand, stdin_is_missing
 from polarctl.output import Output
 from polarctl.records import Record
-from polarctl.workers import in_order
+from polarctl.workers import in_order, in_threads
 
 
 def inputs_of(stage: str, config: Common) -> list[str]:
@@ -56,6 +56,7 @@ def map_windows(
     size: int,
     title: str,
     environments: Sequence[Mapping[str, str]] = (),
+    threads: int = 1,
 ) -> None:
     """Run `work` over each window of rows and commit its records, passing over finished ones.
 
@@ -68,6 +69,7 @@ def map_windows(
         size: Rows of a window.
         title: For the progress bar.
         environments: See `polarctl.workers.in_order`; the windows are dealt to the processes.
+        threads: Windows that are worked on at a time, where work is mostly waiting for a server.
     """
     if out.complete:
         return
@@ -83,14 +85,17 @@ def map_windows(
             held.rows = []
             yield window.records
 
-    found = in_order(
-        windows(),
-        work,
-        environments=environments,
-        ahead=2 * len(environments),
-        task=f"computes for `{title}`",
-        hint="the same command goes on where this one stopped",
-    )
+    if threads > 1:
+        found = in_threads(windows(), work, threads=threads)
+    else:
+        found = in_order(
+            windows(),
+            work,
+            environments=environments,
+            ahead=2 * len(environments),
+            task=f"computes for `{title}`",
+            hint="the same command goes on where this one stopped",
+        )
     with console.progress(title) as bar:
         for result in found:
             window, bad = waiting.popleft()

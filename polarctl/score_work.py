@@ -65,7 +65,7 @@ class Done:
 
 
 class ScoreWork:
-    """Scores windows; opens the engine at the first one. Can be pickled before that.
+    """Scores windows. Opens the engine at the first one, and can be pickled before that.
 
     Args:
         config: The engine's options.
@@ -123,8 +123,7 @@ class ScoreWork:
         Raises:
             PolarctlError: The engine cannot be opened, or fails.
         """
-        if self._engine is None:
-            self._open()
+        self.open()
         done = Done()
         if self.principle:
             self._judge(window, done)
@@ -149,7 +148,10 @@ class ScoreWork:
         else:
             self._engine.close()
 
-    def _open(self) -> None:
+    def open(self) -> None:
+        """Open the engine, if it is not; not from several threads."""
+        if self._engine is not None:
+            return
         import os
 
         from polarctl.workers import NUMBER

@@ -21,7 +21,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection, Pipe
 from typing import Any, TypeVar
 
@@ -92,6 +92,36 @@ def in_order(
             yield from found
             if wrong is not None:
                 raise wrong from _InWorker(trace)
+    if failure is not None:
+        raise failure
+
+
+def in_threads(items: Iterator[A], work: Callable[[A], B], *, threads: int) -> Iterator[B]:
+    """What `work` gives for each item, in order, for work that mostly waits.
+
+    Args:
+        items: Read in the caller's thread, `threads` items before their turn.
+        work: Runs in several threads at a time.
+        threads: How many.
+
+    Raises:
+        Exception: What `items` or `work` raise, once everything before it was handed out.
+    """
+    waiting: deque[Future[B]] = deque()
+    failure: Exception | None = None
+    more = True
+    with ThreadPoolExecutor(threads) as pool:
+        while True:
+            while more and len(waiting) < threads:
+                try:
+                    waiting.append(pool.submit(work, next(items)))
+                except StopIteration:
+                    more = False
+                except Exception as error:  # its turn is after what is under way
+                    failure, more = error, False
+            if not waiting:
+                break
+            yield waiting.popleft().result()
     if failure is not None:
         raise failure
 

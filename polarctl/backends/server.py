@@ -70,14 +70,15 @@ class ServerScorer:
         if kind not in TYPES:
             raise UsageError(f"no server type `{kind}`", hint=f"one of {', '.join(TYPES)}")
         self.url, self.encoder, self.batch = url.rstrip("/"), encoder, batch
-        self.concurrency, self.deadline_s = concurrency, deadline_s
+        self.deadline_s = deadline_s
         key = os.environ.get(KEY_VARIABLE)
         self.client = httpx.Client(
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=min(_REQUEST_S, max(1.0, deadline_s)),
             limits=httpx.Limits(max_connections=concurrency),
         )
-        self._lock, self._alive = Lock(), time.monotonic()
+        self._lock, self._alive, self._dead = Lock(), time.monotonic(), False
+        self._pool = ThreadPoolExecutor(concurrency)
         self.retries = 0
         try:
             self.kind, self.name = self._known(kind, name)
@@ -96,22 +97,23 @@ class ServerScorer:
         return score_ids(items, self.encoder, self.rewards_of)
 
     def rewards_of(self, groups: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
-        """Rewards of the candidates of every group, from their token ids."""
-        chunks = list(self._chunks(groups))
-        self._alive = time.monotonic()
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            waiting = [pool.submit(self._asked, chunk) for chunk in chunks]
-            try:
-                flat = iter([reward for future in waiting for reward in future.result()])
-            except BaseException:
-                for future in waiting:
-                    future.cancel()
-                self._alive = -math.inf  # the others give up as well
-                raise
+        """Rewards of the candidates of every group, from their token ids. Threads may share it."""
+        with self._lock:
+            self._alive = max(self._alive, time.monotonic())
+        waiting = [self._pool.submit(self._asked, chunk) for chunk in self._chunks(groups)]
+        try:
+            flat = iter([reward for future in waiting for reward in future.result()])
+        except BaseException:
+            for future in waiting:
+                future.cancel()
+            self._dead = True  # the others give up as well
+            raise
         return [[next(flat) for _ in group] for group in groups]
 
     def close(self) -> None:
         """Give the connections back; say how often the server had to be asked again."""
+        self._dead = True
+        self._pool.shutdown(cancel_futures=True)
         self.client.close()
         if self.retries:
             console.warn(f"{self.url}: {self.retries:,} requests had to be sent again")
@@ -147,7 +149,7 @@ class ServerScorer:
                 with self._lock:
                     self.retries += 1
                     silent = time.monotonic() - self._alive
-                if silent + pause > self.deadline_s:
+                if self._dead or silent + pause > self.deadline_s:
                     raise MissingError(
                         f"{self.url}: no good reply for {self.deadline_s:g} s ({fault})",
                         hint="start the server; the same command goes on from here",

@@ -95,9 +95,14 @@ def test_a_dead_server_ends_the_run_within_the_deadline(data, tiny_rm, tmp_path,
     assert "no server answers" in capfd.readouterr().err
 
 
-def test_a_server_that_dies_half_way_keeps_what_was_paid_for(data, tiny_rm, healthy, tmp_path):
-    out = tmp_path / "scores.jsonl"
+def test_a_server_that_dies_half_way_keeps_what_was_paid_for(tiny_rm, tmp_path):
+    out, data = tmp_path / "scores.jsonl", tmp_path / "many.jsonl"
+    row = {"reference": "yes", "output": "no"}
+    with open(data, "w") as stream:  # 16 windows; three are asked for at a time
+        stream.writelines(json.dumps({"prompt": f"q{i}", **row}) + "\n" for i in range(8192))
     with serving() as server:
+        assert score(data, tiny_rm, tmp_path / "whole.jsonl", server, "-q") == 0
+        healthy = (tmp_path / "whole.jsonl").read_bytes()
         port = server.server_address[1]
 
         child = subprocess.Popen(
@@ -110,7 +115,7 @@ def test_a_server_that_dies_half_way_keeps_what_was_paid_for(data, tiny_rm, heal
         )
         while child.poll() is None and not (out.exists() and out.stat().st_size):
             time.sleep(0.002)
-        server.share = 1.0  # the second window of 512 rows finds it broken
+        server.share = 1.0  # the windows that are asked for later find it broken
         _, said = child.communicate(timeout=60)
     if child.returncode == 0:
         pytest.fail("the run was over before the server died")
