@@ -48,6 +48,32 @@ def best_of_n_table(report: Mapping[str, Any]) -> Table | None:
     )
 
 
+def ranking_table(report: Mapping[str, Any]) -> Table | None:
+    """Rank agreement with the labels, or None without groups of three."""
+    figures = report.get("ranking")
+    if not figures:
+        return None
+    names = list(figures["kendall_tau_b"])
+    heads = {"kendall_tau_b": "Kendall tau-b", "ndcg": "NDCG"}
+    rows = [
+        [SCORERS.get(name, name), *(_number(figures[metric].get(name)) for metric in figures)]
+        for name in names
+    ]
+    groups = figures["kendall_tau_b"][names[0]]["n"]
+    return Table(
+        ("ordered by", *(heads[metric] for metric in figures)),
+        rows,
+        f"order within {groups} groups of three or more, 95 % intervals over prompts",
+    )
+
+
+def _number(figure: Mapping[str, Any] | None) -> str:
+    """A figure that is no share: 0.512 [0.480, 0.544]."""
+    if figure is None:
+        return ""
+    return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
+
+
 def write(folder: str, report: Mapping[str, Any], margins: Sequence[float], source: str) -> None:
     """Write report.json, report.html, margins.png and accuracy.png into a folder.
 
@@ -71,9 +97,12 @@ def write(folder: str, report: Mapping[str, Any], margins: Sequence[float], sour
         Section("Accuracy", table=table(report), images=[Image(bars, "Accuracy by category")]),
         Section("Margins", images=[Image(histogram, "Histogram of reward margins")]),
     ]
-    best = best_of_n_table(report)
-    if best is not None:
-        sections.insert(1, Section("Best of n", table=best))
+    for title, part in (
+        ("Order", ranking_table(report)),
+        ("Best of n", best_of_n_table(report)),
+    ):
+        if part is not None:
+            sections.insert(1, Section(title, table=part))
     if report["skipped"]:
         skipped = [[reason, str(number)] for reason, number in report["skipped"].items()]
         sections.append(Section("Left out", table=Table(("reason", "records"), skipped)))

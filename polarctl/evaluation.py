@@ -20,6 +20,8 @@ from polarctl.metrics import (
     baseline_verdict,
     best_of_n,
     bootstrap_interval,
+    kendall_tau_b,
+    ndcg,
     pairs_of_group,
     quantiles,
     text_length,
@@ -42,6 +44,9 @@ class Cases:
         margins: Reward of the better minus that of the worse.
         best: Scorer name to the label of the candidate that it ranks first, for every group.
         best_clusters: Prompt id of every group.
+        ranks: "kendall_tau_b" and "ndcg" to scorer name to the value of every group of three
+            candidates or more; no "ndcg" for a group with a negative label.
+        rank_clusters: Prompt id of every such group.
         skipped: Reason to number of records that hold no comparison.
         between_policies: Cases whose reference and better candidate are by one policy.
     """
@@ -52,6 +57,8 @@ class Cases:
     margins: list[float] = field(default_factory=list)
     best: dict[str, list[float]] = field(default_factory=dict)
     best_clusters: list[str] = field(default_factory=list)
+    ranks: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    rank_clusters: list[str] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
     between_policies: int = 0
 
@@ -100,6 +107,8 @@ def verdicts(record: Record, by: str, cases: Cases) -> Iterator[dict[str, Any]]:
     cluster, category = prompt_id(record), record.get(by)
     if "candidates" in record:
         _best(cases, cluster, labels, {MODEL: rewards, **scores})
+        if len(labels) > 2:
+            _ranks(cases, cluster, labels, {MODEL: rewards, **scores})
     author = record.get("reference_policy")
     cases.between_policies += len(pairs) * (author is not None and author == record.get("policy"))
     names = [c.get("name") for c in record.get("candidates", [])] or ["chosen", "rejected"]
@@ -153,6 +162,19 @@ def _best(
         cases.best.setdefault(name, []).append(value)
 
 
+def _ranks(
+    cases: Cases, cluster: str, labels: Sequence[float], scores: Mapping[str, Sequence[float]]
+) -> None:
+    cases.rank_clusters.append(cluster)
+    metrics = {"kendall_tau_b": kendall_tau_b}
+    if min(labels) >= 0:
+        metrics["ndcg"] = ndcg
+    for metric, function in metrics.items():
+        found = cases.ranks.setdefault(metric, {})
+        for name, values in scores.items():
+            found.setdefault(name, []).append(function(values, labels))
+
+
 def summarise(cases: Cases, seed: int) -> dict[str, Any]:
     """The report record (`polarctl.records.Report`) of all cases.
 
@@ -190,6 +212,17 @@ def summarise(cases: Cases, seed: int) -> dict[str, Any]:
             for name, values in cases.best.items()
             if len(values) == len(cases.best_clusters)
         }
+    groups_ranked = len(cases.rank_clusters)
+    if groups_ranked:
+        report["ranking"] = {
+            metric: {
+                name: _rank_estimate(metric, values, cases.rank_clusters, seed)
+                for name, values in found.items()
+                if len(values) == groups_ranked
+            }
+            for metric, found in cases.ranks.items()
+            if len(found[MODEL]) == groups_ranked
+        }
     return report
 
 
@@ -207,6 +240,16 @@ def estimate(values: Sequence[float], clusters: Sequence[str], seed: int) -> dic
         "n": interval.n,
         "clusters": interval.clusters,
     }
+
+
+def _rank_estimate(
+    metric: str, values: Sequence[float], clusters: Sequence[str], seed: int
+) -> dict[str, Any]:
+    """`estimate`, which takes shares, of values from -1 to 1 or from 0 to 1."""
+    if metric == "ndcg":
+        return estimate(values, clusters, seed)
+    found = estimate([(value + 1) / 2 for value in values], clusters, seed)
+    return found | {name: 2 * found[name] - 1 for name in ("value", "low", "high")}
 
 
 def interval_of(figure: Mapping[str, Any]) -> Interval:

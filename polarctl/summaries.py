@@ -36,6 +36,13 @@ class Report(Struct):
         dict[str, Estimate] | UnsetType,
         Meta(description="Mean label of the candidate that each scorer ranks first (groups)."),
     ] = UNSET
+    ranking: Annotated[
+        dict[str, dict[str, Estimate]] | UnsetType,
+        Meta(
+            description="`kendall_tau_b` and `ndcg` of each scorer's order, over groups of three "
+            "candidates or more."
+        ),
+    ] = UNSET
     skipped: Annotated[
         dict[str, int], Meta(description="Reason to number of records without a comparison.")
     ] = {}

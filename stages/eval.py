@@ -104,7 +104,11 @@ def run(config: Config) -> None:
             source = ", ".join(paths) if paths != ["-"] else "standard input"
             eval_report.write(config.report, report, cases.margins, source)
             console.note(f"report: {config.report}/report.html")
-    tables = [eval_report.table(report), eval_report.best_of_n_table(report)]
+    tables = [
+        eval_report.table(report),
+        eval_report.best_of_n_table(report),
+        eval_report.ranking_table(report),
+    ]
     for part in tables:
         if part is not None:
             console.show(terminal_table(part))

@@ -127,3 +127,31 @@ def test_with_a_model_it_scores_first_and_agrees_with_score(tiny_rm, tmp_path):
     assert run(["score", path, "-m", model, "-o", scores, "-q"]) == 0
     assert run(["eval", scores, "-o", piped, "-q"]) == 0
     assert open(direct).read() == open(piped).read()
+
+
+def test_graded_groups_give_rank_agreement(tmp_path, capfd):
+    def group(i, rewards, labels, **more):
+        candidates = [{"output": "x" * (9 - k), "label": label} for k, label in enumerate(labels)]
+        return {"prompt": f"q{i}", "candidates": candidates, "rewards": rewards, **more}
+
+    rows = [
+        group(0, [3, 2, 1], [3, 2, 1]),  # tau 1, NDCG 1; so does `longer`
+        group(1, [1, 2, 3], [3, 2, 1]),  # tau -1
+        group(2, [1, 0], [1, 0]),  # a pair ranks nothing
+    ]
+    folder = tmp_path / "report"
+    out = str(tmp_path / "o")
+    assert run(["eval", write(tmp_path / "s.jsonl", rows), "-o", out, "--report", str(folder)]) == 0
+    report = json.loads((folder / "report.json").read_text())
+    check(report, Report)
+    tau = report["ranking"]["kendall_tau_b"]
+    assert tau["model"]["value"] == 0 and tau["model"]["n"] == 2
+    assert tau["length"]["value"] == 1
+    # DCG of 1, 2, 3 over that of 3, 2, 1: (1 + 2 / log2(3) + 3 / 2) / (3 + 2 / log2(3) + 1 / 2)
+    reversed_order = (1 + 2 / 1.5849625 + 1.5) / (3 + 2 / 1.5849625 + 0.5)
+    assert report["ranking"]["ndcg"]["model"]["value"] == pytest.approx((1 + reversed_order) / 2)
+    assert "Kendall tau-b" in (folder / "report.html").read_text()
+    assert "0.000 [-1.000, 1.000]" in capfd.readouterr().err
+    negative = [group(0, [3, 2, 1], [3, 2, -1])]
+    assert run(["eval", write(tmp_path / "n.jsonl", negative), "-o", str(tmp_path / "n")]) == 0
+    assert "NDCG" not in capfd.readouterr().err
