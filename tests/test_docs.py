@@ -91,7 +91,7 @@ def official(folder: Path) -> None:
     from tests.internlm2.official import build_official
     from tests.tiny import build_lm
 
-    build_official(folder / "POLAR-7B", format="bin", max_positions=512)
+    build_official(folder / "POLAR-7B", format="bin", hidden=128, max_positions=512)
     build_lm(folder / "models" / "policy", chat=True, seed=2)
     asked = [f"What is the sum of {i} and {i + 1}?" for i in range(8)]
     outputs = [{"output": "7", "label": 1}, {"output": "Paris", "label": 0}]
@@ -99,6 +99,24 @@ def official(folder: Path) -> None:
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     groups = [json.dumps({**row, "candidates": outputs}) + "\n" for row in rows]
     (folder / "candidates.jsonl").write_text("".join(groups))
+
+
+@contextlib.contextmanager
+def baselines(folder: Path) -> Iterator[dict[str, str]]:
+    """Other people's models, tiny, in folders by their names, and a judge's server."""
+    import json
+
+    from tests.backends.test_classifier import build_classifier
+    from tests.judge_server import JudgeServer
+    from tests.tiny import build_lm
+
+    build_classifier(folder / "Skywork" / "Skywork-Reward-V2-Llama-3.1-8B", context=256)
+    build_lm(folder / "WisdomShell" / "RewardAnything-8B-v1", chat=True)
+    outputs = [{"output": "7", "label": 1}, {"output": "Paris!", "label": 0}]
+    row = {"prompt": "3 + 4?", "reference": "7", "principle": "Be right.", "candidates": outputs}
+    (folder / "candidates.jsonl").write_text(json.dumps(row) + "\n")
+    with JudgeServer() as server:
+        yield {"JUDGE_URL": server.url}
 
 
 @contextlib.contextmanager
@@ -112,10 +130,14 @@ def hub(folder: Path) -> Iterator[dict[str, str]]:
         yield {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "cache")}
 
 
+# In the lane with vLLM: tests/engines/test_page.py.
+ELSEWHERE = ("vllm-serve", "vllm-client", "vllm-offline")
+
 # Name in `<!-- test: NAME -->` to a function that prepares the folder; one that is a context holds
 # something open meanwhile and gives environment variables.
 FIXTURES: dict[str, Callable[[Path], Any]] = {
     "empty": empty,
+    "baselines": baselines,
     "hub": hub,
     "official": official,
     "pipeline": pipeline,
@@ -237,7 +259,12 @@ def test_every_command_in_a_stages_docstring_is_one_that_the_program_takes():
 
 
 @pytest.mark.parametrize(
-    "block", [pytest.param(block, id=block.where) for block in BLOCKS if block.fixture]
+    "block",
+    [
+        pytest.param(block, id=block.where)
+        for block in BLOCKS
+        if block.fixture and block.fixture not in ELSEWHERE
+    ],
 )
 def test_a_marked_block_runs(block, tmp_path):
     assert block.fixture in FIXTURES, f"{block.where}: no fixture `{block.fixture}`"

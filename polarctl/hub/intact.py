@@ -103,7 +103,7 @@ def check_weights(folder: Path, names: Iterable[str]) -> None:
     if not tensors:
         raise UsageError(
             f"{folder}: no weights in safetensors format",
-            hint="pickles (.bin, .pt) are not published",
+            hint="pickles (.bin, .pt) are not published; `polarctl convert checkpoint` writes it",
         )
     index = folder / "model.safetensors.index.json"
     shards = [name for name in tensors if name.startswith("model-")]
