@@ -161,20 +161,29 @@ def _nearest(key: str, known: list[str]) -> str:
     return f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(known)}"
 
 
+def yaml_of(path: str) -> Any:
+    """What a YAML file says.
+
+    Raises:
+        UsageError: Unreadable, or no YAML.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: no YAML: {' '.join(str(error).split())}") from None
+
+
 def read_yaml(path: str, config_type: type[Common]) -> dict[str, Any]:
     """The options of a `--config` file.
 
     Raises:
         UsageError: Unreadable, no mapping, an unknown key (names the nearest), a wrong type.
     """
-    import yaml
-
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: no YAML: {' '.join(str(error).split())}") from None
+    values = yaml_of(path)
     if values is None:
         return {}
     if not isinstance(values, dict):

@@ -106,6 +106,11 @@ def choices() -> dict[str, dict[str, str]]:
     return dict(_state.choices)
 
 
+def keep(choices: dict[str, dict[str, str]]) -> None:
+    """Keep for the manifest what another process of this run has chosen, and said."""
+    _state.choices = {**choices, **_state.choices}
+
+
 class Progress(Protocol):
     """A counter that somebody watches."""
 

@@ -256,10 +256,7 @@ def _is_classifier(config: Any) -> bool:
 
 
 def _classifier(path: str, config: Any, dtype: Any, *, head: bool) -> Any:
-    if internlm2.read(path) is not None:
-        model, absent = classifier.load(path, config, dtype)
-    else:
-        model, absent = _from_pretrained(path, config, dtype)
+    model, absent = load_classifier(path, config, dtype)
     missing = set(absent) - (set() if head else {"score.weight"})
     if missing:
         raise MissingError(
@@ -271,7 +268,19 @@ def _classifier(path: str, config: Any, dtype: Any, *, head: bool) -> Any:
     return model
 
 
-def _from_pretrained(path: str, config: Any, dtype: Any) -> tuple[Any, list[str]]:
+def load_classifier(path: str, config: Any, dtype: Any) -> tuple[Any, list[str]]:
+    """A sequence classifier and the names of weights that its files lack; runs no code from them.
+
+    Args:
+        path: Folder or Hub id, in transformers' layout or in InternLM2's.
+        config: Its config.
+        dtype: Precision.
+
+    Raises:
+        MissingError: It cannot be loaded.
+    """
+    if internlm2.read(path) is not None:
+        return classifier.load(path, config, dtype)
     try:
         model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
             path,

@@ -51,6 +51,7 @@ class Done:
         rewards: All raw rewards.
         tokens: Tokens that were read for them.
         cuts: Inputs that were cut.
+        choices: What the process chose automatically so far.
     """
 
     records: list[dict[str, Any]] = field(default_factory=list)
@@ -58,6 +59,7 @@ class Done:
     rewards: list[float] = field(default_factory=list)
     tokens: int = 0
     cuts: Cuts = field(default_factory=Cuts)
+    choices: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def reject(self, where: str, reason: str, raw: Any = None) -> None:
         """Set a record aside."""
@@ -127,16 +129,17 @@ class ScoreWork:
         done = Done()
         if self.principle:
             self._judge(window, done)
-            return done
-        try:
-            self._add(window, done)
-        except RecordError:
-            done = Done()  # which one it is: each alone
-            for record in window:
-                try:
-                    self._add([record], done)
-                except RecordError as error:
-                    done.reject(record.where or prompt_id(record), error.reason, dict(record))
+        else:
+            try:
+                self._add(window, done)
+            except RecordError:
+                done = Done()  # which one it is: each alone
+                for record in window:
+                    try:
+                        self._add([record], done)
+                    except RecordError as error:
+                        done.reject(record.where or prompt_id(record), error.reason, dict(record))
+        done.choices = console.choices()
         return done
 
     def close(self) -> None:

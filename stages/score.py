@@ -61,7 +61,7 @@ class Config(EngineConfig):
 
 def run(config: Config) -> None:
     """Score every record of the input."""
-    from polarctl import engines, io, manifest, pipeline
+    from polarctl import console, engines, io, manifest, pipeline
     from polarctl.output import Output
     from polarctl.score_summary import Summary
     from polarctl.score_work import ScoreWork, Wishes
@@ -96,6 +96,7 @@ def run(config: Config) -> None:
         summary = Summary()
 
         def take(done: Any) -> Any:
+            console.keep(done.choices)
             for row in done.rejected:
                 out.reject(*row)
             counts["tokens"] += done.tokens

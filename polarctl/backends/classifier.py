@@ -25,8 +25,6 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import transformers
-
 from polarctl import console, launch
 from polarctl import model as models
 from polarctl.encoding import content_text
@@ -232,35 +230,13 @@ def _load(path: str, dtype: Any) -> tuple[Any, Any]:
             f"{path}: its tokenizer has no chat template",
             hint="save a chat_template.jinja beside the tokenizer",
         )
-    missing: list[str]
-    if internlm2.read(path) is not None:
-        model, missing = internlm2_classifier.load(path, config, dtype)
-    else:
-        model, missing = _from_pretrained(path, config, dtype)
+    model, missing = models.load_classifier(path, config, dtype)
     if missing:
         raise MissingError(f"{path}: weights are missing: {', '.join(sorted(missing)[:3])}")
     if not hasattr(model, "score"):  # models that read forwards and backwards have no such head
         raise MissingError(f"{path}: does not read its reward at the last token")
     internlm2_classifier.forget_longer_inputs(model)
     return model, tokenizer
-
-
-def _from_pretrained(path: str, config: Any, dtype: Any) -> tuple[Any, list[str]]:
-    try:
-        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-            path,
-            config=config,
-            dtype=dtype,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for this
-        raise MissingError(
-            f"{path}: the model cannot be loaded ({models.first_line(error)})",
-            hint="a folder with config.json and model.safetensors, or a Hub id",
-        ) from None
-    return model, list(info["missing_keys"])
 
 
 def _limit(config: Any, tokenizer: Any) -> int:

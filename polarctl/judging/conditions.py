@@ -14,9 +14,9 @@ roles, gets a line of its own for it. The record that is written keeps its own p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
+from polarctl.config import yaml_of
 from polarctl.encoding import content_text
 from polarctl.errors import RecordError, UsageError
 from polarctl.records import Record
@@ -101,14 +101,7 @@ def read(field: str, path: str) -> Conditions:
     Raises:
         UsageError: Unreadable, or no such mapping.
     """
-    import yaml
-
-    try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: no YAML: {' '.join(str(error).split())}") from None
+    found = yaml_of(path)
     if not isinstance(found, dict) or not found:
         raise UsageError(f"{path}: must map values of `{field}` to system prompts")
     for value, system in found.items():

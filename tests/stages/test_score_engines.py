@@ -102,10 +102,9 @@ def command(many, tiny_rm, folder, *options):
 def same(one, other):
     for name in ("out.jsonl", "rejects.jsonl"):
         assert (one / name).read_bytes() == (other / name).read_bytes()
-    counts = [
-        json.loads((f / "out.jsonl.manifest.json").read_text())["counts"] for f in (one, other)
-    ]
-    assert counts[0] == counts[1] and counts[0]["records"] == 2099
+    made = [json.loads((f / "out.jsonl.manifest.json").read_text()) for f in (one, other)]
+    assert made[0]["counts"] == made[1]["counts"] and made[0]["counts"]["records"] == 2099
+    assert made[0]["choices"]["dtype"] == made[1]["choices"]["dtype"]
 
 
 def test_two_processes_write_the_bytes_of_one(many, tiny_rm, by_one, tmp_path, monkeypatch, capfd):
