@@ -110,7 +110,8 @@ def in_threads(items: Iterator[A], work: Callable[[A], B], *, threads: int) -> I
     waiting: deque[Future[B]] = deque()
     failure: Exception | None = None
     more = True
-    with ThreadPoolExecutor(threads) as pool:
+    pool = ThreadPoolExecutor(threads)
+    try:
         while True:
             while more and len(waiting) < threads:
                 try:
@@ -122,6 +123,9 @@ def in_threads(items: Iterator[A], work: Callable[[A], B], *, threads: int) -> I
             if not waiting:
                 break
             yield waiting.popleft().result()
+    finally:
+        # Not waited for: whoever closes what they wait for ends them.
+        pool.shutdown(wait=False, cancel_futures=True)
     if failure is not None:
         raise failure
 

@@ -43,6 +43,7 @@ class Handler(BaseHTTPRequestHandler):
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         server.seen["requests"] += 1
+        time.sleep(server.seconds)
         server.keys.add(self.headers.get("Authorization"))
         if server.refuse:
             self.reply(400, {"error": "the model takes no such input"})
@@ -82,11 +83,12 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def serving(kind="vllm", *, share=0.0, sigmoid=False, refuse=False, port=0):
-    """A server; `share` of the requests fail."""
+def serving(kind="vllm", *, share=0.0, sigmoid=False, refuse=False, port=0, seconds=0.0):
+    """A server; `share` of the requests fail, and each takes some seconds."""
     server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     server.daemon_threads = True
     server.kind, server.share, server.sigmoid, server.refuse = kind, share, sigmoid, refuse
+    server.seconds = seconds
     server.draw, server.lock = random.Random(1), threading.Lock()
     server.seen, server.keys = Counter(), set()
     server.url = f"http://127.0.0.1:{server.server_address[1]}"

@@ -1,6 +1,7 @@
 """`polarctl score --server` against servers that fail in every way we know."""
 
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -122,6 +123,32 @@ def test_a_server_that_dies_half_way_keeps_what_was_paid_for(tiny_rm, tmp_path):
     assert child.returncode == 4, said
     assert healthy.startswith(out.read_bytes()) and out.stat().st_size
     with serving(port=port, share=0.1) as server:
+        assert score(data, tiny_rm, out, server, "-q") == 0
+    assert out.read_bytes() == healthy
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_run_after_the_requests_under_way(
+    number, status, data, tiny_rm, healthy, tmp_path
+):
+    out = tmp_path / "scores.jsonl"
+    with serving(seconds=0.8) as server:  # 66 requests, 4 at a time: 13 s
+        child = subprocess.Popen(
+            [
+                *[sys.executable, "-m", "polarctl", "score", data, "-m", tiny_rm, "-o", out],
+                *["--server", server.url, "--concurrency", "4"],
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        while server.seen["requests"] < 6:
+            time.sleep(0.01)
+        start = time.monotonic()
+        child.send_signal(number)
+        _, said = child.communicate(timeout=60)
+        assert child.returncode == status, said
+        assert time.monotonic() - start < 6
+    with serving() as server:
         assert score(data, tiny_rm, out, server, "-q") == 0
     assert out.read_bytes() == healthy
 
