@@ -35,6 +35,13 @@ class Config(Bare):
     ] = None
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000
+    end_token: Annotated[
+        tuple[str, ...],
+        typer.Option(
+            metavar="TEXT",
+            help="/get_reward: what the policy ends its texts with, as `<|im_end|>`; repeatable.",
+        ),
+    ] = ()
     key_file: Annotated[
         str | None, typer.Option(metavar="PATH", help="File whose first line is the key.")
     ] = None
@@ -66,8 +73,11 @@ def run(config: Config) -> None:
             no_reference=None,
         )
         limits = app.Limits(body_bytes=config.max_body_mib << 20, inputs=config.max_inputs)
-        service = app.Service(scorer, config.served_model_name or config.model, limits)
-        listening.serve(app.create(service, key), listener, f"serving {config.model} on {address}")
+        name = config.served_model_name or config.model
+        service = app.Service(scorer, name, limits, config.end_token)
+        greeting = f"serving {config.model} on {address}"
+        if listening.serve(app.create(service, key), listener, greeting):
+            raise typer.Exit(130)  # there is nothing to say, and nothing to go on with
 
 
 def _key(config: Config) -> str | None:

@@ -13,6 +13,8 @@ import anyio.to_thread
 import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from polarctl import __version__, console
 from polarctl.errors import PolarctlError, RecordError
@@ -55,10 +57,12 @@ class Service:
         scorer: The model.
         name: Its name in replies.
         limits: What a request may ask for.
+        ends: See `polarctl.serving.shapes.rollouts_of`.
     """
 
-    def __init__(self, scorer: ModelScorer, name: str, limits: Limits):
+    def __init__(self, scorer: ModelScorer, name: str, limits: Limits, ends: Sequence[str] = ()):
         self.encoder, self.name, self.limits = scorer.model.encoder, name, limits
+        self.ends = tuple(ends)
         self.no_reference = scorer.model.no_reference
         self.vocabulary = scorer.model.model.config.vocab_size
         self.longest = self.encoder.max_length + 64  # other merges can make it a few longer
@@ -72,7 +76,7 @@ class Service:
         return found
 
     def close(self) -> None:
-        """Finish what waits."""
+        """Stop the model's thread."""
         self.batcher.close()
 
     def _rewards_of(self, groups: Any) -> list[list[float]]:
@@ -131,7 +135,7 @@ class Service:
 
     def get_reward(self, body: Any) -> Any:
         """`/get_reward`, as OpenRLHF asks."""
-        items = shapes.rollouts_of(_object(body))
+        items = shapes.rollouts_of(_object(body), self.ends)
         self._limit(len(items))
         rewards = [one.reward for one in self.score(items)]
         return {"rewards": rewards, "scores": rewards, "extra_logs": {}}
@@ -165,6 +169,10 @@ def create(service: Service, key: str | None = None) -> FastAPI:
 
     app = FastAPI(title="polarctl serve", version=__version__, lifespan=life)
 
+    @app.exception_handler(HTTPException)
+    async def nowhere(request: Request, error: HTTPException) -> Response:
+        return _error(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
+
     @app.middleware("http")
     async def watch(request: Request, go: Callable[[Request], Awaitable[Response]]) -> Response:
         start, path = time.monotonic(), request.url.path
@@ -195,7 +203,7 @@ def create(service: Service, key: str | None = None) -> FastAPI:
         row = {"id": service.name, "object": "model", "owned_by": "polarctl"}
         return {"object": "list", "data": [{**row, "max_model_len": service.longest}]}
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         """Ready."""
         return Response()
@@ -259,6 +267,8 @@ def _failed(error: Exception) -> Response:
         return _error(503, "the server is stopping")
     if isinstance(error, RecordError):
         return _error(400, error.reason)
+    if isinstance(error, ClientDisconnect):
+        return _error(400, "the body ends too early")
     console.warn(f"a request failed: {type(error).__name__}: {error}")
     said = str(error) if isinstance(error, PolarctlError) else "the server failed at this request"
     return _error(500, said)

@@ -59,9 +59,11 @@ class Batcher:
         return len(self._waiting)
 
     def close(self) -> None:
-        """Finish what is waiting, and stop."""
+        """Finish what is computed now, and stop; what waits still has nobody left to hear of it."""
         with self._changed:
             self._closed = True
+            while self._waiting:
+                self._waiting.popleft()[1].set_exception(Closed())
             self._changed.notify()
         self._thread.join()
 

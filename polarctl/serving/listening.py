@@ -34,7 +34,7 @@ def bound(host: str, port: int) -> Iterator[tuple[socket.socket, str]]:
         yield listener, f"http://{shown}:{listener.getsockname()[1]}"
 
 
-def serve(app: FastAPI, listener: socket.socket, greeting: str) -> None:
+def serve(app: FastAPI, listener: socket.socket, greeting: str) -> bool:
     """Answer until SIGTERM, the normal end, or Ctrl-C; requests under way are finished.
 
     Args:
@@ -42,8 +42,8 @@ def serve(app: FastAPI, listener: socket.socket, greeting: str) -> None:
         listener: Where to listen.
         greeting: What is said when it is ready.
 
-    Raises:
-        KeyboardInterrupt: Ctrl-C.
+    Returns:
+        Whether it was Ctrl-C.
     """
     config = uvicorn.Config(
         app,
@@ -54,8 +54,7 @@ def serve(app: FastAPI, listener: socket.socket, greeting: str) -> None:
     )
     server = _Server(config, greeting)
     server.run(sockets=[listener])
-    if server.interrupted:
-        raise KeyboardInterrupt
+    return server.interrupted
 
 
 class _Server(uvicorn.Server):

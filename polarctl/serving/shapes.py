@@ -129,8 +129,12 @@ def embedded(rewards: Sequence[float], counts: Sequence[int]) -> list[dict[str, 
     ]
 
 
-def rollouts_of(body: dict[str, Any]) -> list[Item]:
+def rollouts_of(body: dict[str, Any], ends: Sequence[str] = ()) -> list[Item]:
     """What OpenRLHF asks for: `labels` are the references, and a query goes on from its prompt.
+
+    Args:
+        body: The request.
+        ends: What a policy may end its text with; one of them is taken off a response.
 
     Raises:
         Refused: Lists that do not fit together.
@@ -147,5 +151,10 @@ def rollouts_of(body: dict[str, Any]) -> list[Item]:
     for index, (query, prompt, label) in enumerate(zip(*lists, strict=True)):
         if not query.startswith(prompt):
             raise Refused(400, f"`query[{index}]` does not begin with its prompt")
-        items.append(Item(prompt, label, query[len(prompt) :]))
+        items.append(Item(prompt, label, _without_end(query[len(prompt) :], ends)))
     return items
+
+
+def _without_end(response: str, ends: Sequence[str]) -> str:
+    text = response.rstrip()
+    return next((text[: -len(end)] for end in ends if text.endswith(end)), response)

@@ -18,6 +18,7 @@ from internlm2.official import build_official
 
 from polarctl import model
 from polarctl.cli import run
+from polarctl.serving.batching import Batcher, Closed
 
 CANDIDATES = ["yes", "no", "it is so", "perhaps " * 9]
 GROUP = {
@@ -59,7 +60,8 @@ def serving(*arguments, **variables):
 
 @pytest.fixture(scope="module")
 def server(tiny_rm):
-    with serving("-m", tiny_rm, "--max-inputs", 600, "--max-body-mib", 1) as client:
+    options = ["--max-inputs", 600, "--max-body-mib", 1, "--end-token", "<|im_end|>"]
+    with serving("-m", tiny_rm, *options, "--end-token", "</s>") as client:
         yield client
 
 
@@ -134,6 +136,10 @@ def test_openrlhf_gets_a_reward_for_each_rollout(server, wanted):
     }
     reply = post(server, "/get_reward", body)
     assert reply["rewards"] == wanted and reply["scores"] == wanted and reply["extra_logs"] == {}
+    body["query"] = [prompt + "yes" + end for end in ("<|im_end|>", "</s>\n", "", "<|eot_id|>")]
+    rewards = post(server, "/get_reward", body)["rewards"]
+    assert rewards[:3] == pytest.approx([wanted.expected[0]] * 3, abs=1e-5)
+    assert rewards[3] != pytest.approx(rewards[2], abs=1e-3)  # nobody has said that it ends a text
     body["query"][1] = "something else"
     said = post(server, "/get_reward", body, 400)["error"]["message"]
     assert said == "`query[1]` does not begin with its prompt"
@@ -229,10 +235,25 @@ def test_nonsense_and_large_bodies_end_in_an_error_and_the_server_goes_on(server
     assert server.post("/score", content=b"\xff" * 100).status_code == 400
     assert server.post("/score", content=b" " * (1 << 20) + b"{}").status_code == 413
     assert server.post("/score", content=(b" " * 9999 for _ in range(999))).status_code == 413
-    assert server.get("/nowhere").status_code == 404
-    assert server.get("/score").status_code == 405
-    assert server.get("/health").status_code == 200
+    for route, status in (("/nowhere", 404), ("/score", 405)):
+        reply = server.get(route)
+        assert reply.status_code == reply.json()["error"]["code"] == status
+    assert server.get("/health").status_code == server.head("/health").status_code == 200
     post(server, "/classify", {"input": inputs[1]})
+
+
+def test_a_client_that_goes_away_is_no_failure_of_the_server(server):
+    gone = 'polarctl_requests_total{route="/score",status="400"}'
+    before = metrics(server)
+    head = b"POST /score HTTP/1.1\r\nHost: here\r\nContent-Length: 1000\r\n\r\n{"
+    with socket.create_connection((server.base_url.host, server.base_url.port)) as client:
+        client.sendall(head)
+    until = time.monotonic() + 10
+    while metrics(server).get(gone, 0) == before.get(gone, 0):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    failed = 'polarctl_requests_total{route="/score",status="500"}'
+    assert metrics(server).get(failed, 0) == before.get(failed, 0)
 
 
 # -- who may ask ----------------------------------------------------------------------------------
@@ -284,3 +305,30 @@ def test_a_signal_lets_it_finish_what_it_has_begun(number, status, tiny_rm, inpu
         reply = waiting.result()
     assert reply.status_code == 200 and len(reply.json()["data"]) == 4000
     assert child.wait(30) == status
+
+
+def test_closing_computes_nothing_more_for_those_who_have_given_up():
+    started, go_on, computed = threading.Event(), threading.Event(), []
+
+    def rewards_of(groups):
+        started.set()
+        go_on.wait(10)
+        computed.append(len(groups))
+        return [[0.0] for _ in groups]
+
+    batcher = Batcher(rewards_of, batch_tokens=1)
+    with ThreadPoolExecutor(4) as pool:
+        first = pool.submit(batcher.rewards, [[[1]]])
+        assert started.wait(10)
+        others = [pool.submit(batcher.rewards, [[[1]]]) for _ in range(2)]
+        while batcher.waiting() < 2:
+            time.sleep(0.001)
+        closing = pool.submit(batcher.close)
+        for other in others:
+            with pytest.raises(Closed):
+                other.result(10)
+        go_on.set()
+        closing.result(10)
+    assert first.result() == [[0.0]] and computed == [1]
+    with pytest.raises(Closed):
+        batcher.rewards([[[1]]])
