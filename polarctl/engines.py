@@ -107,6 +107,23 @@ def processes(config: EngineConfig) -> list[dict[str, str]]:
     return [{"CUDA_VISIBLE_DEVICES": name} for name in _visible(found)[: config.gpus]]
 
 
+def windows_at_once(config: EngineConfig) -> int:
+    """Windows of records that one process works on at a time.
+
+    Three for a server, so that it has work while a window waits for its last reply; two on a GPU,
+    where one is tokenized while the other is computed; one on a CPU, where both want its cores.
+    """
+    if config.backend == "principle" or config.gpus > 1:
+        return 1
+    if config.server is not None:
+        return 3
+    if config.backend == "vllm" or config.device == "cpu":
+        return 1
+    import torch
+
+    return 2 if torch.cuda.is_available() else 1
+
+
 def _visible(found: int) -> list[str]:
     """Names of the GPUs as CUDA takes them: numbers, or what the user has left visible."""
     import os

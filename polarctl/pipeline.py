@@ -69,7 +69,7 @@ def map_windows(
         size: Rows of a window.
         title: For the progress bar.
         environments: See `polarctl.workers.in_order`; the windows are dealt to the processes.
-        threads: Windows that are worked on at a time, where work is mostly waiting for a server.
+        threads: Windows that are worked on at a time in this process.
     """
     if out.complete:
         return

@@ -152,7 +152,7 @@ class ScoreWork:
             self._engine.close()
 
     def open(self) -> None:
-        """Open the engine, if it is not; not from several threads."""
+        """Open the engine, if it is not. Before several threads share this object."""
         if self._engine is not None:
             return
         import os

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class ModelScorer:
 
     What candidates of one prompt and reference share is computed once, and several groups go
     through the model in one row. A model whose attention cannot be exchanged for that scores
-    padded batches.
+    padded batches. Threads may share it: the model computes for one at a time.
 
     Args:
         model: A `polarctl.model.RewardModel`; its attention is exchanged.
@@ -62,6 +63,7 @@ class ModelScorer:
         from polarctl.internlm2.config import rope_limit
 
         self.model, self.batch_tokens = model, batch_tokens
+        self._computing = threading.Lock()
         self.limit = rope_limit(model.model.config) or math.inf
         self.module: Any
         try:
@@ -97,7 +99,7 @@ class ModelScorer:
 
         found = [[math.nan] * len(candidates) for candidates in groups]
         run = self._padded if isinstance(self.module, Padded) else self._packed
-        with torch.inference_mode(), launch.threads_for(self.model.model):
+        with self._computing, torch.inference_mode(), launch.threads_for(self.model.model):
             for group, index, reward in run(groups):
                 found[group][index] = reward
         check_finite(found)

@@ -21,7 +21,6 @@ from polarctl.score_config import EngineConfig
 
 WINDOW_ROWS = 512
 JUDGED_ROWS = 64  # a judge writes thousands of tokens for a record
-AHEAD = 3  # windows that a server is asked for at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +103,8 @@ def run(config: Config) -> None:
             summary.add(len(done.records), done.rewards, done.tokens)
             yield from done.records
 
-        threads = 1
-        if config.server is not None and config.backend != "principle":
-            threads = AHEAD  # so that the server has work while a window waits for its last reply
+        threads = engines.windows_at_once(config)
+        if threads > 1:
             work.open()
         try:
             pipeline.map_windows(

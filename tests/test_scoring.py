@@ -81,6 +81,19 @@ def test_batch_budget_and_grouping_do_not_change_rewards(tiny_rm):
     assert large == pytest.approx(small, abs=1e-5)
 
 
+def test_threads_share_a_model_and_get_the_bits_that_one_gets(tiny_rm):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from polarctl import model
+    from polarctl.scoring import ModelScorer
+
+    scorer = ModelScorer(model.load(str(tiny_rm)))
+    windows = [[Item(f"q{w}", "ref", "x" * (i % 9)) for i in range(40)] for w in range(12)]
+    alone = list(map(scorer.score, windows))
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(scorer.score, windows)) == alone
+
+
 def counted(scorer):
     """The scorer and a list that gets the tokens of every forward pass."""
     seen = []
