@@ -14,7 +14,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from threading import Lock
+from threading import Event, Lock
 from typing import Any
 
 import httpx2 as httpx
@@ -74,10 +74,10 @@ class ServerScorer:
         key = os.environ.get(KEY_VARIABLE)
         self.client = httpx.Client(
             headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=min(_REQUEST_S, max(1.0, deadline_s)),
+            timeout=min(_REQUEST_S, max(1.0, deadline_s / 3)),  # one that hangs is no dead server
             limits=httpx.Limits(max_connections=concurrency),
         )
-        self._lock, self._alive, self._dead = Lock(), time.monotonic(), False
+        self._lock, self._alive, self._stop = Lock(), time.monotonic(), Event()
         self._pool = ThreadPoolExecutor(concurrency)
         self.retries = 0
         try:
@@ -106,13 +106,13 @@ class ServerScorer:
         except BaseException:
             for future in waiting:
                 future.cancel()
-            self._dead = True  # the others give up as well
+            self._stop.set()  # the others give up as well
             raise
         return [[next(flat) for _ in group] for group in groups]
 
     def close(self) -> None:
         """Give the connections back; say how often the server had to be asked again."""
-        self._dead = True
+        self._stop.set()
         self._pool.shutdown(cancel_futures=True)
         self.client.close()
         if self.retries:
@@ -149,12 +149,12 @@ class ServerScorer:
                 with self._lock:
                     self.retries += 1
                     silent = time.monotonic() - self._alive
-                if self._dead or silent + pause > self.deadline_s:
+                if self._stop.is_set() or silent + pause > self.deadline_s:
                     raise MissingError(
                         f"{self.url}: no good reply for {self.deadline_s:g} s ({fault})",
                         hint="start the server; the same command goes on from here",
                     ) from None
-                time.sleep(pause)
+                self._stop.wait(pause)
                 wait = min(2 * wait, _LONGEST_WAIT_S)
 
     def _sent(self, method: str, route: str, body: Any = None) -> Any:

@@ -10,7 +10,8 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-FAULTS = ("status 500", "reset", "stall", "torn", "short", "nan", "busy", "nonsense")
+STATUS = {"status 500": 500, "busy": 429, "overloaded": 503}
+FAULTS = (*STATUS, "reset", "stall", "torn", "short", "long", "nan", "nonsense")
 
 
 def reward_of(given) -> float:
@@ -42,8 +43,14 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        server.seen["requests"] += 1
+        with server.lock:  # counts are compared exactly
+            server.seen["requests"] += 1
+            hangs = server.seen["requests"] in server.hangs
         time.sleep(server.seconds)
+        if hangs:
+            time.sleep(server.hang_s)
+            self.close_connection = True
+            return
         server.keys.add(self.headers.get("Authorization"))
         if server.refuse:
             self.reply(400, {"error": "the model takes no such input"})
@@ -55,12 +62,11 @@ class Handler(BaseHTTPRequestHandler):
         rewards = [reward_of(one) for one in given]
         if server.sigmoid:
             rewards = [1 / (1 + math.exp(-r)) for r in rewards]
-        server.seen[fault or "good"] += 1
-        if fault == "status 500":
-            self.reply(500, b"oops")
-            return
-        if fault == "busy":
-            self.reply(429, b"later", Retry_After="0.02")
+        with server.lock:
+            server.seen[fault or "good"] += 1
+        if fault in STATUS:
+            later = {} if fault == "status 500" else {"Retry_After": "0.02"}
+            self.reply(STATUS[fault], b"oops", **later)
             return
         if fault in ("reset", "stall"):
             time.sleep(0.02 if fault == "stall" else 0)
@@ -70,6 +76,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         if fault == "short":
             rewards = rewards[:-1]
+        if fault == "long":
+            rewards = [*rewards, 0.0]
         if fault == "nan":
             rewards[0] = math.nan
         if server.kind == "sglang":
@@ -77,18 +85,30 @@ class Handler(BaseHTTPRequestHandler):
         else:
             field = "probs" if server.kind == "vllm" else "data"
             value = (lambda r: [r]) if server.kind == "vllm" else (lambda r: r)
-            reply = {"data": [{"index": i, field: value(r)} for i, r in enumerate(rewards)][::-1]}
+            rows = [{"index": i, field: value(r)} for i, r in enumerate(rewards)]
+            random.Random(len(rows)).shuffle(rows)  # the index says which is which
+            reply = {"data": rows}
         data = json.dumps({"hello": 1} if fault == "nonsense" else reply).encode()
         self.reply(200, data[: len(data) // 2] if fault == "torn" else data)
 
 
 @contextlib.contextmanager
-def serving(kind="vllm", *, share=0.0, sigmoid=False, refuse=False, port=0, seconds=0.0):
-    """A server; `share` of the requests fail, and each takes some seconds."""
+def serving(
+    kind="vllm",
+    *,
+    share=0.0,
+    sigmoid=False,
+    refuse=False,
+    port=0,
+    seconds=0.0,
+    hangs=(),
+    hang_s=0.0,
+):
+    """A server; `share` of the requests fail, each takes `seconds`, those of `hangs` for ever."""
     server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     server.daemon_threads = True
     server.kind, server.share, server.sigmoid, server.refuse = kind, share, sigmoid, refuse
-    server.seconds = seconds
+    server.seconds, server.hangs, server.hang_s = seconds, frozenset(hangs), hang_s
     server.draw, server.lock = random.Random(1), threading.Lock()
     server.seen, server.keys = Counter(), set()
     server.url = f"http://127.0.0.1:{server.server_address[1]}"

@@ -153,6 +153,18 @@ def test_a_signal_ends_the_run_after_the_requests_under_way(
     assert out.read_bytes() == healthy
 
 
+def test_a_request_that_hangs_while_nothing_else_is_under_way_is_asked_again(
+    data, tiny_rm, healthy, tmp_path, capfd
+):
+    out = tmp_path / "scores.jsonl"
+    options = ["--limit", "8", "--server-deadline", "6"]
+    with serving(hangs=(2,), hang_s=9) as server:  # the first asks who is there
+        assert score(data, tiny_rm, out, server, *options) == 0
+        assert server.seen["requests"] == 3
+    assert healthy.startswith(out.read_bytes()) and out.stat().st_size
+    assert "1 requests had to be sent again" in capfd.readouterr().err
+
+
 def test_a_sigmoid_is_refused_with_the_reason(data, tiny_rm, tmp_path, capfd):
     with serving(sigmoid=True) as server:
         assert score(data, tiny_rm, tmp_path / "o.jsonl", server) == 2

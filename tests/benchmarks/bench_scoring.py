@@ -8,7 +8,7 @@ width 512, random weights, float32 on a CPU. Contenders in turn in one process, 
 thread.
 The bound is N (P + c) / (P + N c). Sequences have equal length, which spares the plain forward its
 padding. `records`: `polarctl score` as a whole, on files that grow, with a model so small that what
-is around it shows.
+is around it shows; peak memory is that of the program's process.
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ def records() -> None:
         made = model.create(base=str(build_lm(folder / "lm")))
         torch.nn.init.normal_(made.model.score.weight)
         made.save(folder / "rm")
-        print("records    seconds   records/s   (four candidates a record, 28 k weights)")
-        for count in (250, 1000, 4000):
+        print("records    seconds   records/s   peak MiB   (4 candidates a record, 28 k weights)")
+        for count in (500, 2000, 8000):
             data = folder / f"{count}.jsonl"
             rows = (
                 {
@@ -132,21 +132,38 @@ def records() -> None:
             )
             data.write_text("".join(json.dumps(row) + "\n" for row in rows))
             before = os.times()
-            program = [sys.executable, "-m", "polarctl", "score", str(data), "-m"]
-            options = [str(folder / "rm"), "-o", str(folder / "out.jsonl"), "-q", "--force"]
-            subprocess.run(
-                [*program, *options], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-            )
+            peak = _scored(folder / "rm", data, folder / "out.jsonl")
             after = os.times()
             spent = after.children_user - before.children_user
-            print(f"{count:7}   {spent:8.1f}   {count / spent:9.0f}")
-        _shares(folder / "rm", folder / "4000.jsonl")
+            print(f"{count:7}   {spent:8.1f}   {count / spent:9.0f}   {peak:8.0f}")
+        _shares(folder / "rm", data)
+
+
+def _scored(rm: Path, data: Path, out: Path) -> float:
+    """Run `polarctl score` in a process of its own; its highest resident memory, MiB."""
+    # Linux's `ru_maxrss` of a child begins at its parent's: the process itself reads its peak.
+    code = (
+        "import sys; from polarctl.cli import run; status = run(sys.argv[1:]);"
+        "print(next(line.split()[1] for line in open('/proc/self/status') if 'VmHWM' in line));"
+        "sys.exit(status)"
+    )
+    options = ["score", str(data), "-m", str(rm), "-o", str(out), "-q", "--force"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *options],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    return int(done.stdout.split()[-1]) / 1024
 
 
 def _shares(rm: Path, data: Path) -> None:
-    """Seconds of reading, of encoding and of the model for the same records."""
+    """Shares of reading, of encoding, of the model and of writing for the same records."""
     from polarctl import model
-    from polarctl.io import Reader
+    from polarctl.config import Common
+    from polarctl.io import Reader, sizes
+    from polarctl.output import Output
     from polarctl.scoring import kind_of_scorable
 
     loaded = model.load(str(rm))
@@ -164,14 +181,23 @@ def _shares(rm: Path, data: Path) -> None:
         for r in read
     ]
     after_encoding = time.process_time()
-    scorer.rewards_of(encoded)
+    rewards = scorer.rewards_of(encoded)
+    after_scoring = time.process_time()
+    config = Common(input=(str(data),), output=str(data) + ".out")
+    with Output("score", config, sizes([str(data)])) as out:
+        for index, (record, values) in enumerate(zip(read, rewards, strict=True), 1):
+            out.write({**record, "rewards": values})
+            if index % 512 == 0:
+                out.commit(out.units + 1)
+        out.commit(out.units + 1)
     end = time.process_time()
     whole = end - start
     print(
         f"of {whole:.1f} s in one process: "
         f"reading and checking {(after_reading - start) / whole:.1%}, "
         f"tokenizing {(after_encoding - after_reading) / whole:.1%}, "
-        f"the model {(end - after_encoding) / whole:.1%}"
+        f"the model {(after_scoring - after_encoding) / whole:.1%}, "
+        f"writing {(end - after_scoring) / whole:.1%}"
     )
 
 
