@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from polarctl import console, launch, manifest, model
 from polarctl.errors import MissingError, UsageError
 from polarctl.score_config import EngineConfig
-from polarctl.scoring import Scorer, load_scorer
+from polarctl.scoring import ModelScorer, Scorer, load_scorer
+
+if TYPE_CHECKING:
+    from polarctl.backends.classifier import ClassifierScorer
 
 BACKENDS = ("hf", "vllm", "principle")
 STYLES = ("auto", "polar", "chat")
@@ -18,10 +21,7 @@ def check(config: EngineConfig) -> None:
     """Raise UsageError for options that do not go together."""
     if config.backend not in BACKENDS:
         raise UsageError(f"no backend `{config.backend}`", hint=f"one of {', '.join(BACKENDS)}")
-    if config.prompt_style not in STYLES:
-        raise UsageError(
-            f"no prompt style `{config.prompt_style}`", hint=f"one of {', '.join(STYLES)}"
-        )
+    check_style(config.prompt_style)
     if config.backend == "vllm" and config.server:
         raise UsageError("--backend vllm is an engine of this process: leave --server out")
     if config.engine_option and config.backend != "vllm":
@@ -33,6 +33,12 @@ def check(config: EngineConfig) -> None:
     if config.gpus > 1 and config.server:
         raise UsageError("`--gpus` is for engines of this machine", hint="--concurrency")
     options_of(config)
+
+
+def check_style(style: str) -> None:
+    """Raise UsageError for a `--prompt-style` that there is not."""
+    if style not in STYLES:
+        raise UsageError(f"no prompt style `{style}`", hint=f"one of {', '.join(STYLES)}")
 
 
 def options_of(config: EngineConfig) -> dict[str, Any]:
@@ -69,18 +75,25 @@ def reads_chat(config: EngineConfig) -> bool:
         MissingError: Config or tokenizer is not there.
         UsageError: `--reference-in-prompt` for a model that is not.
     """
-    if config.backend != "hf" or config.server:
-        chat = False
-    elif config.prompt_style == "auto":
-        from polarctl.backends.classifier import is_chat_classifier
-
-        launch.quiet_libraries()
-        chat = is_chat_classifier(config.model)
-    else:
-        chat = config.prompt_style == "chat"
+    here = config.backend == "hf" and not config.server
+    chat = here and is_chat(config.model, config.prompt_style)
     if config.reference_in_prompt and not chat:
         raise UsageError(f"`--reference-in-prompt`: {config.model} reads POLAR's template")
     return chat
+
+
+def is_chat(path: str, style: str) -> bool:
+    """Whether a model of this process is shown a conversation, from its `--prompt-style`.
+
+    Raises:
+        MissingError: Config or tokenizer is not there.
+    """
+    if style != "auto":
+        return style == "chat"
+    from polarctl.backends.classifier import is_chat_classifier
+
+    launch.quiet_libraries()
+    return is_chat_classifier(path)
 
 
 def processes(config: EngineConfig) -> list[dict[str, str]]:
@@ -156,23 +169,39 @@ def open_scorer(config: EngineConfig, *, chat: bool) -> Scorer:
         from polarctl.backends.vllm import VllmScorer
 
         return VllmScorer(config.model, dtype=config.dtype, engine_options=options_of(config))
-    if chat:
-        from polarctl.backends.classifier import ClassifierScorer
-
-        return ClassifierScorer(
-            config.model,
-            with_reference=config.reference_in_prompt,
-            device=config.device,
-            dtype=config.dtype,
-            batch_tokens=config.batch_tokens,
-        )
-    return load_scorer(
+    return open_here(
         config.model,
+        chat=chat,
+        with_reference=config.reference_in_prompt,
+        no_reference=config.no_reference,
         device=config.device,
         dtype=config.dtype,
         batch_tokens=config.batch_tokens,
-        no_reference=config.no_reference,
     )
+
+
+def open_here(
+    path: str,
+    *,
+    chat: bool,
+    with_reference: bool = False,
+    no_reference: bool | None = None,
+    **options: Any,
+) -> ModelScorer | ClassifierScorer:
+    """A reward model in this process.
+
+    Args:
+        path: Folder or Hub id.
+        chat: See `is_chat`.
+        with_reference: `--reference-in-prompt`, for one that reads conversations.
+        no_reference: See `polarctl.scoring.load_scorer`, for one that does not.
+        **options: `device`, `dtype` and `batch_tokens`.
+    """
+    if chat:
+        from polarctl.backends.classifier import ClassifierScorer
+
+        return ClassifierScorer(path, with_reference=with_reference, **options)
+    return load_scorer(path, no_reference=no_reference, **options)
 
 
 def open_judge(config: EngineConfig) -> Any:

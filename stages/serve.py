@@ -45,8 +45,34 @@ class Config(Bare):
     key_file: Annotated[
         str | None, typer.Option(metavar="PATH", help="File whose first line is the key.")
     ] = None
+    prompt_style: Annotated[
+        str,
+        typer.Option(
+            help="How the input is written: polar, chat (the tokenizer's chat template: other "
+            "reward models), or auto."
+        ),
+    ] = "auto"
     max_body_mib: Annotated[int, typer.Option(min=1, help="Size of a request at most.")] = 32
-    max_inputs: Annotated[int, typer.Option(min=1, help="Rewards of a request at most.")] = 4096
+    max_inputs: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Rewards of a request at most; a candidate counts for each of its references.",
+        ),
+    ] = 4096
+    max_text_chars: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Characters of one text at most (to tokenize one takes up to 350 bytes)."
+        ),
+    ] = 262_144
+    max_chars: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Characters of a request at most, each input with its prompt and reference.",
+        ),
+    ] = 33_554_432
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one forward pass.")] = 8192
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:I.")] = "auto"
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
@@ -58,21 +84,30 @@ def run(config: Config) -> None:
 
     key = _key(config)
     _check_host(config.host, key)
+
+    from polarctl import engines
+
+    engines.check_style(config.prompt_style)
     try:
         from polarctl.serving import app, listening
+        from polarctl.serving.limits import Limits
     except ImportError:
         raise need("fastapi, uvicorn, prometheus-client", "serve") from None
-    from polarctl.scoring import load_scorer
 
     with listening.bound(config.host, config.port) as (listener, address):
-        scorer = load_scorer(
+        limits = Limits(
+            body_bytes=config.max_body_mib << 20,
+            inputs=config.max_inputs,
+            text_chars=config.max_text_chars,
+            chars=config.max_chars,
+        )
+        scorer = engines.open_here(
             config.model,
+            chat=engines.is_chat(config.model, config.prompt_style),
             device=config.device,
             dtype=config.dtype,
             batch_tokens=config.batch_tokens,
-            no_reference=None,
         )
-        limits = app.Limits(body_bytes=config.max_body_mib << 20, inputs=config.max_inputs)
         name = config.served_model_name or config.model
         service = app.Service(scorer, name, limits, config.end_token)
         greeting = f"serving {config.model} on {address}"

@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -116,12 +117,33 @@ class ClassifierScorer:
             RecordError: The chat template refuses a conversation, or nothing of it fits.
             PolarctlError: The model gave a reward that is no finite number.
         """
-        encoded = [self.encode(item) for item in items]
+        return self.score_with(items, self.engine.rewards_of)
+
+    def score_with(
+        self,
+        items: Sequence[Item],
+        rewards_of: Callable[[list[list[list[int]]]], list[list[float]]],
+        turn: AbstractContextManager[Any] | None = None,
+    ) -> list[Scored]:
+        """The same with an engine of the caller's.
+
+        Args:
+            items: What to score.
+            rewards_of: From the ids of each prompt's conversations to their rewards.
+            turn: Entered for every conversation that is tokenized.
+
+        Raises:
+            RecordError: See `score`.
+        """
+        encoded = []
+        for item in items:
+            with turn or nullcontext():
+                encoded.append(self.encode(item))
         same_prompt = itertools.groupby(
             range(len(items)), lambda i: (items[i].prompt, items[i].reference)
         )
         groups = [list(group) for _, group in same_prompt]
-        found = self.engine.rewards_of([[encoded[i][0] for i in group] for group in groups])
+        found = rewards_of([[encoded[i][0] for i in group] for group in groups])
         rewards = itertools.chain.from_iterable(found)
         return [
             Scored(reward, len(ids), cut)

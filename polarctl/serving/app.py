@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hmac
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+import anyio
 import anyio.to_thread
 import orjson
 from fastapi import FastAPI, Request, Response
@@ -17,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from polarctl import __version__, console
+from polarctl.backends.classifier import ClassifierScorer
 from polarctl.errors import PolarctlError, RecordError
 from polarctl.records import KINDS, Record, check
 from polarctl.scoring import (
@@ -25,53 +28,63 @@ from polarctl.scoring import (
     Scored,
     kind_of_scorable,
     outputs_of,
+    references_of,
     require_reference,
     score_ids,
     score_records,
 )
 from polarctl.serving import shapes
 from polarctl.serving.batching import Batcher, Closed
+from polarctl.serving.limits import Gate, InTurns, Limits, Refused, Size
 from polarctl.serving.meters import Meters
-from polarctl.serving.shapes import Refused
 
 _THREADS = 256  # requests under way; what is beyond waits
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What a request may ask for.
-
-    Attributes:
-        body_bytes: Size of its body.
-        inputs: Rewards.
-    """
-
-    body_bytes: int = 32 << 20
-    inputs: int = 4096
+_TOKENIZING = 4  # of them
+_AT_ONCE = 4  # the largest requests that are held at the same time
+_ARRIVES_S = 60  # a body, whole
 
 
 class Service:
     """A reward model that many requests share; see `polarctl.scoring.Scorer`.
 
     Args:
-        scorer: The model.
+        scorer: The model. One that reads conversations takes records and rollouts alone.
         name: Its name in replies.
         limits: What a request may ask for.
         ends: See `polarctl.serving.shapes.rollouts_of`.
     """
 
-    def __init__(self, scorer: ModelScorer, name: str, limits: Limits, ends: Sequence[str] = ()):
-        self.encoder, self.name, self.limits = scorer.model.encoder, name, limits
-        self.ends = tuple(ends)
-        self.no_reference = scorer.model.no_reference
-        self.vocabulary = scorer.model.model.config.vocab_size
-        self.longest = self.encoder.max_length + 64  # other merges can make it a few longer
-        self.batcher = Batcher(scorer.rewards_of, scorer.batch_tokens, self._count)
+    def __init__(
+        self,
+        scorer: ModelScorer | ClassifierScorer,
+        name: str,
+        limits: Limits,
+        ends: Sequence[str] = (),
+    ):
+        self.name, self.limits, self.ends = name, limits, tuple(ends)
+        self._turns = threading.Semaphore(_TOKENIZING)
+        self.bodies = Gate(_AT_ONCE * limits.body_bytes)
+        self._texts = Gate(_AT_ONCE * limits.chars)
+        self.chat: ClassifierScorer | None = None
+        if isinstance(scorer, ClassifierScorer):
+            self.chat, engine = scorer, scorer.engine
+            self.no_reference, self.longest = scorer.reference is None, scorer.limit
+        else:
+            engine = scorer
+            self.encoder = copy.copy(engine.model.encoder)
+            self.encoder.tokenizer = InTurns(self.encoder.tokenizer, self._turns)
+            self.no_reference = engine.model.no_reference
+            self.longest = self.encoder.max_length + 64  # other merges can make it a few longer
+            self.vocabulary = engine.model.model.config.vocab_size
+        self.batcher = Batcher(engine.rewards_of, engine.batch_tokens, self._count)
         self.meters = Meters(self.batcher.waiting)
 
     def score(self, items: Sequence[Item]) -> list[Scored]:
         """Rewards in the order of the items."""
-        found = score_ids(items, self.encoder, self._rewards_of)
+        if self.chat is None:
+            found = score_ids(items, self.encoder, self._rewards_of)
+        else:
+            found = self.chat.score_with(items, self._rewards_of, self._turns)
         self.meters.inputs.inc(len(found))
         return found
 
@@ -104,9 +117,14 @@ class Service:
             except RecordError as error:
                 raise Refused(400, f"{where}: {error.reason}") from None
             records.append(record)
-        self._limit(sum(len(outputs_of(record)) for record in records))
+        size = Size(self.limits)
+        for record in records:
+            references = [""] if self.no_reference else references_of(record)
+            size.add(record["prompt"], references, outputs_of(record))
+        with self._texts.holding(size.chars):
+            scored = list(score_records(records, self, no_reference=self.no_reference))
         replies = []
-        for fields, details in score_records(records, self, no_reference=self.no_reference):
+        for fields, details in scored:
             many = "rewards" in fields
             name = "rewards" if many else "reward"
             tokens = [one.tokens for one in details]
@@ -136,21 +154,25 @@ class Service:
     def get_reward(self, body: Any) -> Any:
         """`/get_reward`, as OpenRLHF asks."""
         items = shapes.rollouts_of(_object(body), self.ends)
-        self._limit(len(items))
-        rewards = [one.reward for one in self.score(items)]
+        size = Size(self.limits)
+        for item in items:
+            size.add(item.prompt, [item.reference], [item.output])
+        with self._texts.holding(size.chars):
+            rewards = [one.reward for one in self.score(items)]
         return {"rewards": rewards, "scores": rewards, "extra_logs": {}}
 
     def _given(self, body: Any) -> tuple[list[list[int]], list[float]]:
+        if self.chat is not None:
+            raise Refused(400, "the model reads conversations, not whole inputs: /score takes them")
         given = shapes.inputs_of(_object(body))
-        self._limit(len(given))
-        inputs = [shapes.ids_of(g, self.encoder, self.vocabulary, self.longest) for g in given]
-        found = self.batcher.rewards(shapes.grouped(inputs))
+        size = Size(self.limits)
+        for one in given:
+            size.add_input(one)
+        with self._texts.holding(size.chars):
+            inputs = [shapes.ids_of(g, self.encoder, self.vocabulary, self.longest) for g in given]
+            found = self.batcher.rewards(shapes.grouped(inputs))
         self.meters.inputs.inc(len(inputs))
         return inputs, [reward for group in found for reward in group]
-
-    def _limit(self, count: int) -> None:
-        if count > self.limits.inputs:
-            raise Refused(413, f"{count:,} inputs; a request takes {self.limits.inputs:,}")
 
 
 def create(service: Service, key: str | None = None) -> FastAPI:
@@ -167,15 +189,20 @@ def create(service: Service, key: str | None = None) -> FastAPI:
         yield
         service.close()
 
-    app = FastAPI(title="polarctl serve", version=__version__, lifespan=life)
+    app = FastAPI(
+        title="polarctl serve", version=__version__, lifespan=life, redirect_slashes=False
+    )
 
     @app.exception_handler(HTTPException)
     async def nowhere(request: Request, error: HTTPException) -> Response:
-        return _error(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
+        return _error(
+            error.status_code, f"{request.method} {request.scope['path']}: {error.detail}"
+        )
 
     @app.middleware("http")
     async def watch(request: Request, go: Callable[[Request], Awaitable[Response]]) -> Response:
-        start, path = time.monotonic(), request.url.path
+        # What the router goes by. `request.url` is put together with what a client sends as Host.
+        start, path = time.monotonic(), request.scope["path"]
         try:
             if key is not None and path != "/health":
                 _admit(request, key)
@@ -195,7 +222,7 @@ def create(service: Service, key: str | None = None) -> FastAPI:
         ("/pooling", service.pooling),
         ("/get_reward", service.get_reward),
     ):
-        app.post(path)(_route(answer, service.limits.body_bytes))
+        app.post(path)(_route(answer, service.limits.body_bytes, service.bodies))
 
     @app.get("/v1/models")
     async def models() -> Any:
@@ -219,28 +246,42 @@ def create(service: Service, key: str | None = None) -> FastAPI:
 _ROUTES = ("/score", "/classify", "/pooling", "/get_reward", "/v1/models", "/health", "/metrics")
 
 
-def _route(answer: Callable[[Any], Any], most: int) -> Callable[[Request], Awaitable[Response]]:
-    async def handle(request: Request) -> Response:
-        body = await _read(request, most)
+def _route(
+    answer: Callable[[Any], Any], most: int, gate: Gate
+) -> Callable[[Request], Awaitable[Response]]:
+    def work(body: bytes) -> bytes:
         try:
             decoded = orjson.loads(body)
         except ValueError:
             raise Refused(400, "the body is no JSON") from None
-        reply = await run_in_threadpool(answer, decoded)
-        return Response(orjson.dumps(reply), media_type="application/json")
+        return orjson.dumps(answer(decoded))
+
+    async def handle(request: Request) -> Response:
+        parts: list[bytes] = []
+        try:
+            await _read(request, most, gate, parts)
+            reply = await run_in_threadpool(work, b"".join(parts))
+        finally:
+            gate.give(sum(map(len, parts)))
+        return Response(reply, media_type="application/json")
 
     handle.__doc__ = answer.__doc__
     return handle
 
 
-async def _read(request: Request, most: int) -> bytes:
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > most:
-            raise Refused(413, f"a body of more than {most:,} bytes")
-        parts.append(part)
-    return b"".join(parts)
+async def _read(request: Request, most: int, gate: Gate, parts: list[bytes]) -> None:
+    """Add what comes of a body to `parts`; all of these are held in the gate."""
+    size = 0
+    try:
+        with anyio.fail_after(_ARRIVES_S):
+            async for part in request.stream():
+                size += len(part)
+                if size > most:
+                    raise Refused(413, f"a body of more than {most:,} bytes (--max-body-mib)")
+                gate.take(len(part))
+                parts.append(part)
+    except TimeoutError:
+        raise Refused(408, f"the body did not arrive within {_ARRIVES_S} s") from None
 
 
 def _admit(request: Request, key: str) -> None:
@@ -257,7 +298,7 @@ def _object(body: Any) -> dict[str, Any]:
 
 def _error(status: int, message: str) -> Response:
     body = {"error": {"message": message, "type": "error", "code": status}}
-    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(status)
     return Response(orjson.dumps(body), status, headers, "application/json")
 
 

@@ -2,27 +2,76 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
+from polarctl.packing import portions, span_of
+
 Ids = Sequence[int]
 Groups = list[list[Ids]]
-Request = tuple[Groups, "Future[list[list[float]]]"]
 
 
 class Closed(Exception):
     """The server is stopping and takes no more work."""
 
 
+class _Request:
+    """Groups of candidates, in portions that fit into a batch.
+
+    Attributes:
+        portions: (group, its candidates, tokens) of those that nobody has taken.
+        answer: The rewards, once all are there.
+    """
+
+    def __init__(self, groups: Groups, budget: int):
+        self._groups = groups
+        self._found = [[math.nan] * len(candidates) for candidates in groups]
+        self.portions: deque[tuple[int, list[int], int]] = deque()
+        for number, candidates in enumerate(groups):
+            span = span_of(candidates)
+            for part in portions(candidates, budget):
+                tokens = span.prefix + sum(span.branches[i] for i in part)
+                self.portions.append((number, part, tokens))
+        self._open = len(self.portions)
+        self.answer: Future[list[list[float]]] = Future()
+        if not self._open:
+            self.answer.set_result(self._found)
+
+    def ids(self, number: int, part: list[int]) -> list[Ids]:
+        """The candidates of a portion."""
+        return [self._groups[number][i] for i in part]
+
+    def put(self, number: int, part: list[int], rewards: Sequence[float]) -> None:
+        """Take the rewards of a portion."""
+        for i, reward in zip(part, rewards, strict=True):
+            self._found[number][i] = reward
+        self._open -= 1
+        if not self._open and not self.answer.done():
+            self.answer.set_result(self._found)
+
+    def fail(self, error: Exception) -> None:
+        """End it by an error."""
+        self.portions.clear()
+        if not self.answer.done():
+            self.answer.set_exception(error)
+
+
+Work = tuple[_Request, int, list[int]]
+
+
 class Batcher:
     """Computes rewards for many threads in one.
 
+    Requests take turns, a portion of one batch at most each time: a large one does not keep the
+    others waiting until it is done.
+
     Args:
         rewards_of: From the ids of each group's candidates to their rewards; called in one thread.
-        batch_tokens: Tokens that are computed together at most, prefixes counted for each
-            candidate (a larger request goes alone).
+        batch_tokens: Tokens that are computed together at most, a group's prefix counted once (a
+            longer input goes alone).
         batches: Called with the requests and tokens of every batch.
     """
 
@@ -33,7 +82,7 @@ class Batcher:
         batches: Callable[[int, int], None] = lambda requests, tokens: None,
     ):
         self._rewards_of, self._budget, self._batches = rewards_of, batch_tokens, batches
-        self._waiting: deque[Request] = deque()
+        self._waiting: deque[_Request] = deque()
         self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
@@ -46,16 +95,17 @@ class Batcher:
             Closed: The server is stopping.
             PolarctlError: The model failed at it.
         """
-        answer: Future[list[list[float]]] = Future()
+        request = _Request(groups, self._budget)
         with self._changed:
             if self._closed:
                 raise Closed
-            self._waiting.append((groups, answer))
-            self._changed.notify()
-        return answer.result()
+            if request.portions:
+                self._waiting.append(request)
+                self._changed.notify()
+        return request.answer.result()
 
     def waiting(self) -> int:
-        """Requests that wait."""
+        """Requests of which something waits."""
         return len(self._waiting)
 
     def close(self) -> None:
@@ -63,7 +113,7 @@ class Batcher:
         with self._changed:
             self._closed = True
             while self._waiting:
-                self._waiting.popleft()[1].set_exception(Closed())
+                self._waiting.popleft().fail(Closed())
             self._changed.notify()
         self._thread.join()
 
@@ -73,34 +123,42 @@ class Batcher:
         while batch := self._next():
             self._compute(batch)
 
-    def _next(self) -> list[Request]:
-        """The requests that go together; none when all is done."""
-        batch: list[Request] = []
+    def _next(self) -> list[Work]:
+        """What goes together, a portion of each request in turn; nothing when all is done."""
+        batch: list[Work] = []
         tokens = 0
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             while self._waiting:
-                size = _tokens(self._waiting[0][0])
+                request = self._waiting[0]
+                number, part, size = request.portions[0]
                 if batch and tokens + size > self._budget:
                     break
-                batch.append(self._waiting.popleft())
+                request.portions.popleft()
+                batch.append((request, number, part))
                 tokens += size
+                self._waiting.popleft()
+                if request.portions:
+                    self._waiting.append(request)
         if batch:
-            self._batches(len(batch), tokens)
+            self._batches(len({id(request) for request, _, _ in batch}), tokens)
         return batch
 
-    def _compute(self, batch: list[Request]) -> None:
+    def _compute(self, batch: list[Work]) -> None:
         try:
-            found = iter(self._rewards_of([group for groups, _ in batch for group in groups]))
-            for groups, answer in batch:
-                answer.set_result([next(found) for _ in groups])
+            found = self._rewards_of([request.ids(number, part) for request, number, part in batch])
+            for (request, number, part), rewards in zip(batch, found, strict=True):
+                request.put(number, part, rewards)
         except Exception as error:
             if len(batch) == 1:
-                batch[0][1].set_exception(error)
+                self._drop(batch[0][0], error)
                 return
-            for entry in batch:  # one request must not fail the others
-                self._compute([entry])
+            for work in batch:  # one request must not fail the others
+                if not work[0].answer.done():
+                    self._compute([work])
 
-
-def _tokens(groups: Groups) -> int:
-    return sum(len(ids) for group in groups for ids in group)
+    def _drop(self, request: _Request, error: Exception) -> None:
+        with self._changed:
+            if request in self._waiting:
+                self._waiting.remove(request)
+            request.fail(error)

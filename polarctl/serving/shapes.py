@@ -18,19 +18,7 @@ from typing import Any
 from polarctl.encoding import Encoder
 from polarctl.packing import common_prefix
 from polarctl.scoring import Item
-
-
-class Refused(Exception):
-    """A request that cannot be answered.
-
-    Args:
-        status: HTTP status.
-        message: What is wrong with it.
-    """
-
-    def __init__(self, status: int, message: str):
-        super().__init__(message)
-        self.status = status
+from polarctl.serving.limits import Refused
 
 
 def inputs_of(body: dict[str, Any]) -> list[Any]:
