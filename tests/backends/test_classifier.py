@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import build_tokenizer
+from tiny import build_chat_rm as build_classifier
 
 from polarctl.backends.classifier import ClassifierScorer, is_chat_classifier
 from polarctl.errors import MissingError, RecordError, UsageError
@@ -17,36 +17,6 @@ TURNS = [
     {"role": "assistant", "content": "Because."},
     {"role": "user", "content": [{"type": "text", "text": "And "}, {"type": "text", "text": "so"}]},
 ]
-
-
-def build_classifier(folder, *, labels=1, chat=True, context=128, pad=None, **config):
-    """A folder with a random Llama classifier, as baselines are published."""
-    from transformers import LlamaConfig, LlamaForSequenceClassification
-
-    tokenizer = build_tokenizer(chat=chat)
-    if pad:
-        tokenizer.add_special_tokens({"pad_token": pad})
-    torch.manual_seed(7)
-    model = LlamaForSequenceClassification(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=context,
-            initializer_range=0.4,
-            num_labels=labels,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            **config,
-        )
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import random
+import re
+import select
 import signal
 import socket
 import subprocess
@@ -15,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx2 as httpx
 import pytest
 from internlm2.official import build_official
+from tiny import build_chat_rm
 
 from polarctl import model
 from polarctl.cli import run
@@ -51,7 +54,8 @@ def started(*arguments, **variables):
 def serving(*arguments, **variables):
     child, address = started(*arguments, "--port", 0, **variables)
     try:
-        with httpx.Client(base_url=address, timeout=30) as client:
+        with httpx.Client(base_url=address, timeout=60) as client:
+            client.pid = child.pid
             yield client
     finally:
         child.terminate()
@@ -194,6 +198,49 @@ def metrics(server):
     return {name: float(value) for name, value in pairs}
 
 
+def test_a_chat_reward_model_is_read_as_score_reads_it(tmp_path, capfd):
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = build_chat_rm(tmp_path / "skywork", pad="<|pad|>")
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def reward(output):
+        turns = [("user", GROUP["prompt"]), ("assistant", output)]
+        ids = tokenizer.apply_chat_template(
+            [{"role": role, "content": text} for role, text in turns], return_tensors="pt"
+        )["input_ids"]
+        with torch.inference_mode():
+            return model(ids).logits.item()
+
+    wanted = pytest.approx([reward(text) for text in CANDIDATES[:3]], abs=1e-5)
+    group = {**GROUP, "candidates": GROUP["candidates"][:3]}
+    (tmp_path / "in.jsonl").write_text(json.dumps(group) + "\n")
+    out = tmp_path / "out.jsonl"
+    assert run(["score", str(tmp_path / "in.jsonl"), "-m", str(folder), "-o", str(out)]) == 0
+    assert json.loads(out.read_text())["rewards"] == wanted
+    prompts, rollouts = [GROUP["prompt"]] * 3, [GROUP["prompt"] + text for text in CANDIDATES[:3]]
+    for style in ("auto", "chat"):
+        with serving("-m", folder, "--prompt-style", style) as client:
+            assert post(client, "/score", group)["rewards"] == wanted
+            del group["reference"]  # it reads none
+            assert post(client, "/score", group)["rewards"] == wanted
+            group["reference"] = "yes"
+            body = {"query": rollouts, "prompts": prompts, "labels": ["yes"] * 3}
+            assert post(client, "/get_reward", body)["rewards"] == wanted
+            # Whole inputs are written by POLAR's template, so their rewards would mean nothing.
+            for route in ("/classify", "/pooling"):
+                for given in ([5, 6, 7], "yes<|reward|>yes[UNUSED_TOKEN_130]"):
+                    said = post(client, route, {"input": given}, 400)["error"]["message"]
+                    assert "reads conversations" in said and "/score" in said
+    capfd.readouterr()
+    assert run(["serve", "-m", str(folder), "--port", "0", "--prompt-style", "polar"]) == 2
+    assert "its template does not work" in capfd.readouterr().err
+    assert run(["serve", "-m", str(folder), "--port", "0", "--prompt-style", "chatty"]) == 2
+    assert "no prompt style `chatty`" in capfd.readouterr().err
+
+
 # -- what is refused ------------------------------------------------------------------------------
 
 
@@ -256,6 +303,154 @@ def test_a_client_that_goes_away_is_no_failure_of_the_server(server):
     assert metrics(server).get(failed, 0) == before.get(failed, 0)
 
 
+# -- one request does not end the server ----------------------------------------------------------
+
+
+def peak_mib(client):
+    """The most memory that the server's process has had."""
+    with open(f"/proc/{client.pid}/status") as status:
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read())[1]) / 1024
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_rm):
+    """A server with its default limits."""
+    with serving("-m", tiny_rm) as client:
+        post(client, "/score", GROUP)  # what it loads once, it has
+        yield client
+
+
+needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
+
+
+@needs_proc
+def test_a_text_of_30_mib_is_refused_before_it_is_tokenized(plain, wanted):
+    text = "The sea was calm. " * (30 * 2**20 // 18)
+    before = peak_mib(plain)
+    start = time.monotonic()
+    for route, body in (
+        ("/score", {**SINGLE, "output": text}),
+        ("/score", {**SINGLE, "prompt": [{"role": "user", "content": text}]}),
+        ("/score", {**GROUP, "candidates": [{"output": "a"}, {"output": text}]}),
+        ("/classify", {"input": text}),
+        ("/pooling", {"input": ["a", text]}),
+        ("/get_reward", {"query": ["a" + text], "prompts": ["a"], "labels": [""]}),
+    ):
+        said = post(plain, route, body, 413)["error"]["message"]
+        assert re.search(r"31,4\d\d,\d\d\d characters; .* 262,144 \(--max-text-chars\)", said)
+    assert time.monotonic() - start < 60  # to tokenize one takes longer
+    assert peak_mib(plain) - before < 400  # the bodies; tokenizing one takes more than 6,000
+    assert post(plain, "/score", GROUP)["rewards"] == wanted
+
+
+@needs_proc
+def test_texts_of_the_longest_kind_at_once_stay_in_bounded_memory(plain, wanted):
+    text = "a" * 262_144
+    before = peak_mib(plain)
+    with ThreadPoolExecutor(32) as pool:
+        asked = [pool.submit(post, plain, "/score", {**SINGLE, "output": text}) for _ in range(32)]
+        done = 0
+        while not all(one.done() for one in asked):
+            assert post(plain, "/score", GROUP)["rewards"] == wanted
+            done += 1
+        assert done > 1
+        assert {tuple(one.result()["truncated"]) for one in asked} == {("output",)}
+    # 75 MiB for each of four texts that are tokenized at a time, and their ids.
+    assert peak_mib(plain) - before < 1000
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        # 200 references and 200 candidates are 40,000 rewards.
+        (
+            {
+                "prompt": "p",
+                "references": ["r"] * 200,
+                "candidates": [{"output": "o"}] * 200,
+            },
+            "40,000 inputs; a request takes 4,096 (--max-inputs)",
+        ),
+        ([{**SINGLE, "references": ["r"] * 4097}], "has both `reference` and `references`"),
+        ({"prompt": "p", "references": ["r"] * 4097, "output": "o"}, "4,097 inputs"),
+        ([GROUP] * 1025, "4,100 inputs"),
+        # 4,000 x (260,000 + 1 + 1): the prompt is read with every candidate.
+        (
+            {"prompt": "a" * 260_000, "reference": "r", "candidates": [{"output": "o"}] * 4000},
+            "1,040,008,000 characters",
+        ),
+        # 100 times 200,000 characters of a reference, as many of a candidate, and 1 of the prompt.
+        (
+            {
+                "prompt": "p",
+                "references": ["r" * 200_000] * 10,
+                "candidates": [{"output": "o" * 200_000}] * 10,
+            },
+            "40,000,100 characters",
+        ),
+    ],
+    ids=["product", "both", "references", "groups", "prompt", "texts"],
+)
+def test_all_inputs_of_a_request_are_bounded_before_the_first(body, said, plain):
+    start = time.monotonic()
+    reply = plain.post("/score", json=body)
+    assert reply.status_code == (400 if "both" in said else 413), reply.text
+    assert said in reply.json()["error"]["message"]
+    assert time.monotonic() - start < 10
+
+
+def test_the_limits_are_options(tiny_rm):
+    with serving("-m", tiny_rm, "--max-text-chars", 10, "--max-chars", 50) as client:
+        fits = {"prompt": "0123456789", "reference": "r", "output": "0123456789"}
+        post(client, "/score", fits)
+        said = post(client, "/score", {**fits, "reference": "0" * 11}, 413)["error"]["message"]
+        assert said == "a text of 11 characters; the server takes 10 (--max-text-chars)"
+        said = post(client, "/score", [fits] * 3, 413)["error"]["message"]
+        assert said.startswith("63 characters, each input with its prompt and reference; a request")
+        rollouts = {"query": ["abcd"] * 10, "prompts": ["ab"] * 10, "labels": ["e"] * 10}
+        post(client, "/get_reward", rollouts)  # 10 x (2 + 1 + 2) are 50
+        rollouts["labels"][0] = "ef"
+        assert "51 characters" in post(client, "/get_reward", rollouts, 413)["error"]["message"]
+        ids = {"input": [[1] * 26, [2] * 25]}
+        assert "51 characters" in post(client, "/pooling", ids, 413)["error"]["message"]
+
+
+def test_bodies_on_their_way_are_bounded_together(tiny_rm):
+    head = b"POST /score HTTP/1.1\r\nHost: here\r\nContent-Length: 1048576\r\n\r\n"
+    with serving("-m", tiny_rm, "--max-body-mib", 1) as client, contextlib.ExitStack() as stack:
+        slow = []
+        for _ in range(5):  # 4.95 MiB, and the server holds four times the largest body
+            place = client.base_url.host, client.base_url.port
+            slow.append(stack.enter_context(socket.create_connection(place)))
+            slow[-1].sendall(head + b" " * (1048576 - 10_000))
+        (refused, *others), _, _ = select.select(slow, [], [], 30)
+        reply = refused.recv(65536)
+        assert reply.startswith(b"HTTP/1.1 503") and b"retry-after: 1" in reply.lower()
+        assert not others
+        post(client, "/score", SINGLE)  # what fits is answered in the meantime
+        assert select.select([one for one in slow if one is not refused], [], [], 0.2)[0] == []
+        stack.close()
+        until = time.monotonic() + 30
+        while client.post("/score", json={**SINGLE, "note": "a" * 900_000}).status_code != 200:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+
+
+def test_a_large_request_does_not_keep_others_waiting(tiny_rm, wanted):
+    large = {**GROUP, "candidates": [{"output": f"{i} it is so"} for i in range(4000)]}
+    with serving("-m", tiny_rm, "--batch-tokens", 256) as client, ThreadPoolExecutor() as pool:
+        waiting = pool.submit(post, client, "/score", large)
+        while "polarctl_batches_total 0.0" in client.get("/metrics").text:
+            time.sleep(0.005)
+        served = 0
+        while not waiting.done() and served < 5:
+            assert post(client, "/score", GROUP)["rewards"] == wanted
+            served += 1
+        assert served == 5 and not waiting.done()
+        alone = post(client, "/score", {**GROUP, "candidates": large["candidates"][3990:]})
+        assert waiting.result()["rewards"][3990:] == pytest.approx(alone["rewards"], abs=1e-5)
+
+
 # -- who may ask ----------------------------------------------------------------------------------
 
 
@@ -270,6 +465,51 @@ def test_with_a_key_every_route_but_health_asks_for_it(tiny_rm, tmp_path):
         known = {"Authorization": "Bearer s3cret"}
         assert client.post("/score", json=GROUP, headers=known).status_code == 200
         assert client.get("/metrics", headers=known).status_code == 200
+
+
+def raw(client, method, target, host, *headers):
+    """The status of a request as it stands: clients would tidy it up."""
+    lines = [f"{method} {target} HTTP/1.1", f"Host: {host}", "Connection: close", *headers]
+    with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
+        connection.sendall("\r\n".join([*lines, "Content-Length: 0", "", ""]).encode("latin-1"))
+        reply = b"".join(iter(lambda: connection.recv(65536), b""))
+    return int(reply.split()[1])
+
+
+def test_no_way_of_writing_a_request_goes_round_the_key(tiny_rm):
+    from fastapi.routing import APIRoute
+    from starlette.routing import Route
+
+    from polarctl.scoring import load_scorer
+    from polarctl.serving.app import Service, create
+    from polarctl.serving.limits import Limits
+
+    scorer = load_scorer(str(tiny_rm), device="cpu", dtype="auto", batch_tokens=64)
+    service = Service(scorer, "rm", Limits())
+    app = create(service, "s3cret")
+    service.close()
+    # The check is for HTTP requests: there must be no mounted application and no web socket.
+    assert {type(route) for route in app.routes} == {APIRoute, Route}
+    paths = {route.path for route in app.routes}
+    assert {"/score", "/metrics", "/v1/models", "/docs", "/openapi.json", "/health"} <= paths
+    targets = sorted(paths - {"/health"})
+    targets += [path + "/" for path in paths] + ["/" + path for path in paths]
+    targets += ["/%6detrics", "/%2Fmetrics", "/health/../metrics", "/health%2F..%2Fmetrics"]
+    targets += ["/metrics?x=/health", "/metrics#/health", "/health%0A", "/HEALTH", "*", "/"]
+    targets += ["http://x/health", "http://x/metrics", "/metrics;/health"]
+    hosts = ["here", "x/health#", "x/health?", "/health#", "x/health", "[", "", "a b", "@/health#"]
+    with serving("-m", tiny_rm, POLARCTL_SERVER_KEY="s3cret") as client:
+        for host in hosts:
+            for target in targets:
+                for method in ("GET", "POST", "HEAD", "OPTIONS"):
+                    status = raw(client, method, target, host)
+                    assert status in (400, 401), (method, target, host, status)
+                    assert status == 401 or host != "here" or target == "*"
+            known = "Authorization: Bearer s3cret"
+            assert raw(client, "GET", "/metrics", host, known) in (200, 400)
+            assert raw(client, "GET", "/nowhere", host, known) in (404, 400)
+        assert raw(client, "GET", "/health", "here") == 200
+        assert raw(client, "GET", "/metrics", "x/health#", known) == 200
 
 
 def test_another_address_needs_a_key(tiny_rm, tmp_path, capfd, monkeypatch):
@@ -305,6 +545,34 @@ def test_a_signal_lets_it_finish_what_it_has_begun(number, status, tiny_rm, inpu
         reply = waiting.result()
     assert reply.status_code == 200 and len(reply.json()["data"]) == 4000
     assert child.wait(30) == status
+
+
+def test_a_request_that_fails_takes_no_other_with_it():
+    entered, go_on = threading.Event(), threading.Event()
+
+    def rewards_of(groups):
+        entered.set()
+        assert go_on.wait(10)
+        if any(13 in ids for group in groups for ids in group):
+            raise ValueError("13")
+        return [[float(sum(ids)) for ids in group] for group in groups]
+
+    batcher = Batcher(rewards_of, batch_tokens=4)
+    with ThreadPoolExecutor(4) as pool:
+        first = pool.submit(batcher.rewards, [[[1, 2]]])
+        assert entered.wait(10)
+        # Both are larger than a batch and share one.
+        good = pool.submit(batcher.rewards, [[[1, 2], [1, 3]], [[4]], [[1, 2, 3, 4, 5]], [[6, 7]]])
+        bad = pool.submit(batcher.rewards, [[[3]], [[9, 13]], [[4, 5, 6]], [[8]]])
+        while batcher.waiting() < 2:
+            time.sleep(0.001)
+        go_on.set()
+        assert first.result(10) == [[3.0]]
+        assert good.result(10) == [[3.0, 4.0], [4.0], [15.0], [13.0]]
+        with pytest.raises(ValueError, match="13"):
+            bad.result(10)
+    assert batcher.rewards([]) == [] and batcher.waiting() == 0
+    batcher.close()
 
 
 def test_closing_computes_nothing_more_for_those_who_have_given_up():
