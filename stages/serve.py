@@ -62,6 +62,7 @@ def run(config: Config) -> None:
         from polarctl.serving import app, listening
     except ImportError:
         raise need("fastapi, uvicorn, prometheus-client", "serve") from None
+    from polarctl import manifest
     from polarctl.scoring import load_scorer
 
     with listening.bound(config.host, config.port) as (listener, address):
@@ -74,7 +75,8 @@ def run(config: Config) -> None:
         )
         limits = app.Limits(body_bytes=config.max_body_mib << 20, inputs=config.max_inputs)
         name = config.served_model_name or config.model
-        service = app.Service(scorer, name, limits, config.end_token)
+        identity = manifest.folder_identity(config.model)
+        service = app.Service(scorer, name, limits, config.end_token, identity)
         greeting = f"serving {config.model} on {address}"
         if listening.serve(app.create(service, key), listener, greeting):
             raise typer.Exit(130)  # there is nothing to say, and nothing to go on with

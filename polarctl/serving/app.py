@@ -58,9 +58,18 @@ class Service:
         name: Its name in replies.
         limits: What a request may ask for.
         ends: See `polarctl.serving.shapes.rollouts_of`.
+        fingerprint: What tells its weights from others, for `/v1/models`.
     """
 
-    def __init__(self, scorer: ModelScorer, name: str, limits: Limits, ends: Sequence[str] = ()):
+    def __init__(
+        self,
+        scorer: ModelScorer,
+        name: str,
+        limits: Limits,
+        ends: Sequence[str] = (),
+        fingerprint: str = "",
+    ):
+        self.fingerprint = fingerprint
         self.encoder, self.name, self.limits = scorer.model.encoder, name, limits
         self.ends = tuple(ends)
         self.no_reference = scorer.model.no_reference
@@ -201,6 +210,7 @@ def create(service: Service, key: str | None = None) -> FastAPI:
     async def models() -> Any:
         """The one model, as OpenAI's API lists it."""
         row = {"id": service.name, "object": "model", "owned_by": "polarctl"}
+        row |= {"root": service.name, "fingerprint": service.fingerprint}
         return {"object": "list", "data": [{**row, "max_model_len": service.longest}]}
 
     @app.api_route("/health", methods=["GET", "HEAD"])
