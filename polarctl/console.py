@@ -7,14 +7,19 @@ readable; `--json` turns every message into a JSON object a line.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 PLAIN_INTERVAL_S = 30.0
+_SHORTEST_HIDDEN = 8  # in what we say ourselves: `a` as a key would leave no message readable
+_PASSWORD = re.compile(r"(?<=://)[^\s/?#:]*:[^\s/?#]*(?=@)")
+_UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # terminal escapes, bidi overrides, surrogates, ...
 
 
 @dataclass
@@ -28,6 +33,44 @@ class _State:
 
 
 _state = _State()
+_hidden: set[str] = set()
+
+
+def hide(*secrets: str) -> None:
+    """Never say these texts: keys and passwords. Shown as `***` for the rest of the process."""
+    _hidden.update(filter(None, secrets))
+
+
+def plain(text: str, most: int = 300) -> str:
+    """What somebody else has said, fit for a message: one line, bounded, no secrets, no escapes.
+
+    Args:
+        text: From a server or a library.
+        most: Characters at most.
+    """
+    line = _clean(" ".join(text.split()), 1)
+    return line if len(line) <= most else line[: most - 3] + "..."
+
+
+def _clean(value: Any, shortest: int = _SHORTEST_HIDDEN) -> Any:
+    """Texts, also inside lists and dicts, with what cannot be seen written out and no secrets."""
+    if isinstance(value, dict):
+        return {_clean(key, shortest): _clean(entry, shortest) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_clean(entry, shortest) for entry in value]
+    if not isinstance(value, str):
+        return value
+    for secret in sorted(_hidden, key=len, reverse=True):
+        if len(secret) >= shortest:
+            value = value.replace(secret, "***")
+    value = _PASSWORD.sub("***", value)
+    return value if value.isprintable() else "".join(map(_seen, value))
+
+
+def _seen(character: str) -> str:
+    if character in "\n\t" or unicodedata.category(character) not in _UNSEEN:
+        return character
+    return character.encode("unicode_escape").decode()
 
 
 def snapshot() -> dict[str, Any]:
@@ -55,6 +98,7 @@ def configure(*, quiet: bool, verbose: bool, color: bool, json_lines: bool) -> N
 def _emit(kind: str, message: str, style: str = "", **fields: Any) -> None:
     if _state.silent and kind not in ("error", "hint"):
         return
+    message, fields = _clean(message), _clean(fields)
     if _state.json:
         import json
 
@@ -97,6 +141,7 @@ def error(message: str, hint: str | None = None, **fields: Any) -> None:
 
 def choice(what: str, value: str, reason: str) -> None:
     """Say an automatic choice with its reason, and keep it for the manifest."""
+    value, reason = _clean(value), _clean(reason)
     _state.choices[what] = {"value": value, "reason": reason}
     note(f"{what}: {value} ({reason})", choice=what, value=value, reason=reason)
 

@@ -146,10 +146,17 @@ class ScoreWork:
         """Give back what the engine holds; it says what there is to say."""
         if self._engine is None:
             return
-        if self.principle:
-            self._engine.say()
-        else:
-            self._engine.close()
+        self._engine.close()
+
+    def served(self) -> dict[str, Any]:
+        """What the server says that it serves; opens the engine.
+
+        Raises:
+            MissingError: No server answers.
+        """
+        self.open()
+        found: dict[str, Any] = self._engine.served()
+        return found
 
     def open(self) -> None:
         """Open the engine, if it is not. Before several threads share this object."""

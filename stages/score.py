@@ -60,8 +60,10 @@ class Config(EngineConfig):
 
 def run(config: Config) -> None:
     """Score every record of the input."""
+    from contextlib import closing
+
     from polarctl import console, engines, io, manifest, pipeline
-    from polarctl.output import Output
+    from polarctl.output import Output, check_paths
     from polarctl.score_summary import Summary
     from polarctl.score_work import ScoreWork, Wishes
     from polarctl.scoring import Cuts, kind_of_scorable
@@ -84,7 +86,10 @@ def run(config: Config) -> None:
     identity = engines.identity(config)
     if config.conditions:
         identity["conditions_identity"] = manifest.file_identity(config.conditions)
-    with Output("score", config, io.sizes(paths), identity) as out:
+    if config.server is not None:
+        check_paths(config, paths)  # before a server is waited for
+        identity |= engines.served_identity(config, work.served)
+    with closing(work), Output("score", config, io.sizes(paths), identity) as out:
         if out.complete:
             return
         environments = engines.processes(config)
@@ -106,18 +111,15 @@ def run(config: Config) -> None:
         threads = engines.windows_at_once(config)
         if threads > 1:
             work.open()
-        try:
-            pipeline.map_windows(
-                out,
-                reader,
-                work,
-                take,
-                size=JUDGED_ROWS if config.backend == "principle" else WINDOW_ROWS,
-                title="score",
-                environments=environments,
-                threads=threads,
-            )
-        finally:
-            work.close()
+        pipeline.map_windows(
+            out,
+            reader,
+            work,
+            take,
+            size=JUDGED_ROWS if config.backend == "principle" else WINDOW_ROWS,
+            title="score",
+            environments=environments,
+            threads=threads,
+        )
         cuts.say()
         summary.say()

@@ -93,6 +93,7 @@ def run(config: Config) -> None:
         from polarctl.serving.limits import Limits
     except ImportError:
         raise need("fastapi, uvicorn, prometheus-client", "serve") from None
+    from polarctl import manifest
 
     with listening.bound(config.host, config.port) as (listener, address):
         limits = Limits(
@@ -109,7 +110,8 @@ def run(config: Config) -> None:
             batch_tokens=config.batch_tokens,
         )
         name = config.served_model_name or config.model
-        service = app.Service(scorer, name, limits, config.end_token)
+        identity = manifest.folder_identity(config.model)
+        service = app.Service(scorer, name, limits, config.end_token, identity)
         greeting = f"serving {config.model} on {address}"
         if listening.serve(app.create(service, key), listener, greeting):
             raise typer.Exit(130)  # there is nothing to say, and nothing to go on with

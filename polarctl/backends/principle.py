@@ -16,6 +16,7 @@ from polarctl import console, launch, seeding
 from polarctl.backends.generation import Unfit, Writer
 from polarctl.errors import RecordError, UsageError
 from polarctl.io import RejectSink
+from polarctl.judging.chat import ChatServer
 from polarctl.judging.masking import masked_names, orders_of, unmasked
 from polarctl.judging.parsing import Failure, Judgement, Reply, parse
 from polarctl.judging.prompting import INSTRUCTIONS, question
@@ -31,6 +32,9 @@ class Judge(Protocol):
         self, questions: Sequence[list[dict[str, str]]], seeds: Sequence[int]
     ) -> list[Reply | Failure]:
         """The replies in the order of the questions; messages and a seed each."""
+
+    def close(self) -> None:
+        """Give back what it holds."""
 
 
 class LocalJudge:
@@ -72,6 +76,9 @@ class LocalJudge:
         self.writer = Writer(
             policy, device=where, dtype=launch.dtype_of(dtype, where), batch_size=batch_size
         )
+
+    def close(self) -> None:
+        """Nothing is held."""
 
     def ask(
         self, questions: Sequence[list[dict[str, str]]], seeds: Sequence[int]
@@ -199,8 +206,14 @@ class PrincipleScorer:
             scores[candidate].append(read.scores[name])
             places[candidate].append(read.ranking.index(name))
 
-    def say(self) -> None:
-        """Warn of replies whose ranking contradicts their scores."""
+    def served(self) -> dict[str, Any]:
+        """What tells the server's judge from another; see `ChatServer.served`."""
+        assert isinstance(self.asked, ChatServer)
+        return self.asked.served()
+
+    def close(self) -> None:
+        """Give back what the judge holds; warn of rankings that contradict their scores."""
+        self.asked.close()
         if self.contradictions:
             console.warn(
                 f"{self.contradictions:,} replies put a lower score before a higher one; "

@@ -2,41 +2,28 @@
 
 Inputs are made here, by the template of the checkpoint, so that they are those of every other
 engine: as token ids where the server takes them, else as the glued text. What fails for a while is
-asked again: lost connections, time-outs, 408, 429, 5xx, and replies that are no rewards. What fails
-for good (any other 4xx) ends the run. No failure ever becomes a reward.
+asked again (`polarctl.remote`), and so is a reply that is not exactly one finite number for each
+input. What fails for good (any other 4xx) ends the run, and so does a reply by another model. No
+failure ever becomes a reward.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-import os
-import random
-import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from threading import Event, Lock
 from typing import Any
-
-import httpx2 as httpx
 
 from polarctl import console
 from polarctl.encoding import Encoder
 from polarctl.errors import MissingError, PolarctlError, UsageError
+from polarctl.remote import PROBE, Answer, Fault, Remote, Request, refuse_errors, served, unlike
 from polarctl.scoring import Item, Scored, score_ids
 
 TYPES = ("auto", "vllm", "sglang", "lmdeploy", "polarctl")
 KEY_VARIABLE = "POLARCTL_SERVER_KEY"
-_AGAIN = {408, 429, 500, 502, 503, 504}
-_FIRST_WAIT_S, _LONGEST_WAIT_S, _REQUEST_S = 0.1, 10.0, 120.0
+_REQUEST_S = 120.0
 _PROBES = ("Yes.", "No.", "a", "It is 7.", "the sea was calm", "?", "1 2 3", "def f(): pass")
-
-
-class _Fault(Exception):
-    """A reply that may be better the next time."""
-
-    def __init__(self, why: str, wait_s: float | None = None):
-        super().__init__(why)
-        self.wait_s = wait_s
 
 
 class ServerScorer:
@@ -49,11 +36,15 @@ class ServerScorer:
         name: Model name in the requests; None: the first that it lists.
         concurrency: Requests under way at most.
         batch: Inputs of a request at most.
-        deadline_s: Seconds without any good reply after which it counts as dead.
+        deadline_s: Seconds for which a failed request is sent again without any good reply.
+
+    Attributes:
+        kind: What it is.
+        name: Model name in the requests.
 
     Raises:
-        MissingError: No answer within the deadline.
-        UsageError: No such kind, or the server gives a function of the reward.
+        MissingError: No answer within the deadline, or a refused key.
+        UsageError: No such kind or model, or the server gives a function of the reward.
     """
 
     def __init__(
@@ -70,53 +61,54 @@ class ServerScorer:
         if kind not in TYPES:
             raise UsageError(f"no server type `{kind}`", hint=f"one of {', '.join(TYPES)}")
         self.url, self.encoder, self.batch = url.rstrip("/"), encoder, batch
-        self.deadline_s = deadline_s
-        key = os.environ.get(KEY_VARIABLE)
-        self.client = httpx.Client(
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=min(_REQUEST_S, max(1.0, deadline_s / 3)),  # one that hangs is no dead server
-            limits=httpx.Limits(max_connections=concurrency),
+        self.remote = Remote(
+            self.url,
+            key_variable=KEY_VARIABLE,
+            concurrency=concurrency,
+            timeout_s=min(_REQUEST_S, max(1.0, deadline_s / 3)),  # one that hangs is no dead server
+            deadline_s=deadline_s,
+            hint="vllm serve DIR --runner pooling, and --server URL",
         )
-        self._lock, self._alive, self._stop = Lock(), time.monotonic(), Event()
-        self._pool = ThreadPoolExecutor(concurrency)
-        self.retries = 0
+        self._names: set[str] = set()
+        self._reply_name: str | None = None
         try:
-            self.kind, self.name = self._known(kind, name)
-            self._refuse_sigmoid()
+            row = self._row(kind, name)
+            self.kind, self.name = self._known(kind, name, row)
+            probe = self._probe()
+            self._refuse_sigmoid(probe)
         except BaseException:
             self.close()
             raise
+        self._served = self._identity(row, probe)
+        self._checked = self.remote.again
 
     def score(self, items: Sequence[Item]) -> list[Scored]:
         """Rewards in the order of the items.
 
         Raises:
             MissingError: The server is dead.
-            PolarctlError: It refuses a request.
+            PolarctlError: It refuses a request, or serves another model than at the start.
         """
         return score_ids(items, self.encoder, self.rewards_of)
 
     def rewards_of(self, groups: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
         """Rewards of the candidates of every group, from their token ids. Threads may share it."""
-        with self._lock:
-            self._alive = max(self._alive, time.monotonic())
-        waiting = [self._pool.submit(self._asked, chunk) for chunk in self._chunks(groups)]
-        try:
-            flat = iter([reward for future in waiting for reward in future.result()])
-        except BaseException:
-            for future in waiting:
-                future.cancel()
-            self._stop.set()  # the others give up as well
-            raise
-        return [[next(flat) for _ in group] for group in groups]
+        flat = iter(self._asked(list(self._chunks(groups))))
+        found = [[next(flat) for _ in group] for group in groups]
+        if self._checked != self.remote.again:
+            self._check()
+        return found
+
+    def served(self) -> dict[str, Any]:
+        """What tells its model from another: what it lists of it, and its rewards of eight texts.
+
+        Fields of a run's identity, all named `served_...`.
+        """
+        return self._served
 
     def close(self) -> None:
         """Give the connections back; say how often the server had to be asked again."""
-        self._stop.set()
-        self._pool.shutdown(cancel_futures=True)
-        self.client.close()
-        if self.retries:
-            console.warn(f"{self.url}: {self.retries:,} requests had to be sent again")
+        self.remote.close()
 
     def _chunks(self, groups: Sequence[Sequence[Sequence[int]]]) -> Iterator[list[Sequence[int]]]:
         """Inputs of a request each; a group stays together, for the server's prefix cache."""
@@ -131,107 +123,95 @@ class ServerScorer:
         if chunk:
             yield chunk
 
-    # -- one request ------------------------------------------------------------------------------
+    # -- requests ---------------------------------------------------------------------------------
 
-    def _asked(self, ids: Sequence[Sequence[int]], activation: bool = False) -> list[float]:
-        """Rewards of some inputs, asked for until the server answers or counts as dead."""
-        route, body = self._request(ids, activation)
-        wait = _FIRST_WAIT_S
-        while True:
-            try:
-                reply = self._sent("POST", route, body)
-                rewards = _rewards(self.kind, reply, len(ids))
-                with self._lock:
-                    self._alive = max(self._alive, time.monotonic())
-                return rewards
-            except _Fault as fault:
-                pause = fault.wait_s or wait * random.uniform(0.5, 1.5)
-                with self._lock:
-                    self.retries += 1
-                    silent = time.monotonic() - self._alive
-                if self._stop.is_set() or silent + pause > self.deadline_s:
-                    raise MissingError(
-                        f"{self.url}: no good reply for {self.deadline_s:g} s ({fault})",
-                        hint="start the server; the same command goes on from here",
-                    ) from None
-                self._stop.wait(pause)
-                wait = min(2 * wait, _LONGEST_WAIT_S)
+    def _asked(
+        self, chunks: Sequence[Sequence[Sequence[int]]], activation: bool = False
+    ) -> list[float]:
+        """Rewards of the inputs of all chunks, a request each."""
+        requests = []
+        for ids in chunks:
+            route, body = self._body(ids, activation)
+            read = functools.partial(self._read, count=len(ids))
+            requests.append(Request("POST", self.url + route, {"model": self.name, **body}, read))
+        return [reward for rewards in self.remote.ask(requests) for reward in rewards]
 
-    def _sent(self, method: str, route: str, body: Any = None) -> Any:
-        """The decoded reply to one request.
-
-        Raises:
-            _Fault: It may be better the next time.
-            PolarctlError: It never will.
-        """
-        try:
-            reply = self.client.request(method, self.url + route, json=body)
-        except httpx.TransportError as error:
-            raise _Fault(type(error).__name__) from None
-        if reply.status_code in _AGAIN:
-            raise _Fault(f"status {reply.status_code}", _seconds(reply.headers.get("Retry-After")))
-        if reply.status_code >= 400:
-            text = " ".join(reply.text.split())[:300]
-            raise PolarctlError(
-                f"{self.url}{route}: status {reply.status_code}: {text}",
-                hint="--server-type, or the model that the server holds",
-            )
-        try:
-            return reply.json()
-        except ValueError:
-            raise _Fault("a reply that is no JSON") from None
-
-    def _request(self, ids: Sequence[Sequence[int]], activation: bool) -> tuple[str, Any]:
+    def _body(self, ids: Sequence[Sequence[int]], activation: bool) -> tuple[str, Any]:
         if self.kind in ("vllm", "polarctl"):
-            given = [list(one) for one in ids]
-            return "/classify", {"model": self.name, "input": given, "use_activation": activation}
+            return "/classify", {"input": [list(one) for one in ids], "use_activation": activation}
         decode = self.encoder.tokenizer.decode
         texts = [decode(list(one), skip_special_tokens=False) for one in ids]
         if self.kind == "sglang":
-            return "/classify", {"model": self.name, "text": texts}
-        return "/pooling", {"model": self.name, "input": texts}
+            return "/classify", {"text": texts}
+        return "/pooling", {"input": texts}
+
+    def _read(self, answer: Answer, count: int) -> list[float]:
+        """The rewards in a reply to `count` inputs."""
+        if answer.status in (401, 403):
+            raise MissingError(
+                f"{self.url}: the server refuses the key: {answer.said()}",
+                hint=f"set {KEY_VARIABLE}",
+            )
+        if answer.status != 200:
+            raise PolarctlError(
+                f"{self.url}: status {answer.status}: {answer.said()}",
+                hint="--server-type, or the model that the server holds",
+            )
+        reply = answer.value()
+        rewards = rewards_in(self.kind, reply, count)
+        if isinstance(reply, dict):
+            self._same_name(reply.get("model"))
+        return rewards
 
     # -- who is there -----------------------------------------------------------------------------
 
-    def _known(self, kind: str, name: str | None) -> tuple[str, str | None]:
-        """Kind of the server and name of its model, asked for where they are not given."""
-        owner = None
-        if kind == "auto" or name is None:
-            wait = _FIRST_WAIT_S
-            while True:
-                try:
-                    listed = self._sent("GET", "/v1/models")["data"][0]
-                    owner, name = listed.get("owned_by"), name or listed["id"]
-                    break
-                except (_Fault, LookupError, TypeError) as fault:
-                    if time.monotonic() - self._alive + wait > self.deadline_s:
-                        raise MissingError(
-                            f"{self.url}: no server answers ({fault})",
-                            hint="vllm serve DIR --runner pooling, and --server URL",
-                        ) from None
-                    time.sleep(wait)
-                    wait = min(2 * wait, _LONGEST_WAIT_S)
-        if kind == "auto":
-            if owner not in TYPES[1:]:
+    def _row(self, kind: str, name: str | None) -> dict[str, Any]:
+        """What the server lists of the model; empty when it has no list and none is needed."""
+        rows = self.remote.models(f"{self.url}/v1/models")
+        if rows is None:
+            if kind == "auto" or name is None:
                 raise UsageError(
-                    f"{self.url}: what kind of server this is cannot be told (`{owner}`)",
+                    f"{self.url}: has no list of models (/v1/models)",
+                    hint="--server-type and --server-model, or another address",
+                )
+            return {}
+        self._names = {row["id"] for row in rows}
+        if name is None:
+            return rows[0]
+        for row in rows:
+            if row["id"] == name:
+                return row
+        names = console.plain(", ".join(sorted(self._names)))
+        raise UsageError(f"{self.url}: no model `{name}` there", hint=f"--server-model {names}")
+
+    def _known(self, kind: str, name: str | None, row: dict[str, Any]) -> tuple[str, str]:
+        """Kind of the server and name of its model, from its list where they are not given."""
+        if kind == "auto":
+            owner = row.get("owned_by")
+            if not isinstance(owner, str) or owner not in TYPES[1:]:
+                raise UsageError(
+                    f"{self.url}: what kind of server this is cannot be told "
+                    f"(`{console.plain(str(owner), 60)}`)",
                     hint=f"--server-type {', '.join(TYPES[1:])}",
                 )
             kind = owner
             console.choice("server", kind, f"{self.url} says so")
-        return kind, name
+        return kind, name or row["id"]
 
-    def _refuse_sigmoid(self) -> None:
+    def _probe(self, activation: bool = False) -> list[float]:
+        """The rewards of eight texts."""
+        ids = [self.encoder.encode("Is it so?", "Yes.", text) for text in _PROBES]
+        return self._asked([ids], activation)
+
+    def _refuse_sigmoid(self, raw: Sequence[float]) -> None:
         """Refuse a server that gives sigmoid(reward), as vLLM does for some models.
 
         Rewards are unbounded. Where eight texts all come out between 0 and 1, with the activation
         asked for and without, the switch is not heard and the values are no rewards.
         """
-        ids = [self.encoder.encode("Is it so?", "Yes.", text) for text in _PROBES]
-        raw = self._asked(ids)
         if not all(0 < value < 1 for value in raw):
             return
-        again = self._asked(ids, activation=True)
+        again = self._probe(activation=True)
         if all(math.isclose(a, b, abs_tol=1e-6) for a, b in zip(raw, again, strict=True)):
             raise UsageError(
                 f"{self.url}: gives values between 0 and 1 only, a sigmoid of the reward",
@@ -239,35 +219,96 @@ class ServerScorer:
                 "convert checkpoint writes one)",
             )
 
+    def _identity(self, row: dict[str, Any], probe: Sequence[float]) -> dict[str, Any]:
+        return {
+            "served_by": self.kind,
+            "served_model": console.plain(self.name),
+            **served(row),
+            PROBE: [float(f"{value:.6g}") for value in probe],
+        }
 
-def _rewards(kind: str, reply: Any, count: int) -> list[float]:
-    """The rewards in a reply, in the order of the inputs.
+    def _same_name(self, name: Any) -> None:
+        """A reply that names a model names the one that was asked for.
+
+        Raises:
+            Fault: That is no name.
+            PolarctlError: It names another.
+        """
+        if name is None:
+            return
+        if not isinstance(name, str):
+            raise Fault("a reply whose `model` is no text")
+        first = self._reply_name or name
+        if name != first or name not in {self.name, *self._names}:
+            wanted = first if name != first else self.name
+            raise PolarctlError(
+                f"{self.url}: a reply is by the model `{console.plain(name, 100)}`, and "
+                f"`{console.plain(wanted, 100)}` was asked",
+                hint="one model behind one address, from the first reply to the last",
+            )
+        self._reply_name = first
+
+    def _check(self) -> None:
+        """After faults: is it still the same model? The server may have been started anew.
+
+        Raises:
+            PolarctlError: It is another.
+        """
+        again = self.remote.again
+        row = self._row(self.kind, self.name)
+        now = self._identity(row, self._probe())
+        field = unlike(self._served, now)
+        if field is not None:
+            raise PolarctlError(
+                f"{self.url}: serves another model than at the start: `{field}` was "
+                f"{self._served.get(field)!r} and is now {now.get(field)!r}",
+                hint="serve the first one; the same command goes on from here",
+            )
+        self._checked = again
+
+
+def rewards_in(kind: str, reply: Any, count: int) -> list[float]:
+    """The rewards in a decoded reply, in the order of the inputs.
+
+    Args:
+        kind: One of `TYPES` but `auto`.
+        reply: Decoded JSON.
+        count: Inputs that were sent.
 
     Raises:
-        _Fault: They are not there, not as many as inputs, or not finite.
+        Fault: Not exactly one finite number for each input, or the reply tells of an error.
     """
-    try:
-        if kind == "sglang":
-            rows = reply if isinstance(reply, list) else [reply]
-            found = [row["embedding"][0] for row in rows]
-        else:
-            rows = sorted(reply["data"], key=lambda row: row["index"])
-            field = "data" if kind == "lmdeploy" else "probs"
-            found = [row[field] for row in rows]
-            found = [value[0] if isinstance(value, list) else value for value in found]
-        rewards = [float(value) for value in found]
-    except (LookupError, TypeError, ValueError, AttributeError):
-        raise _Fault("a reply without rewards") from None
-    if len(rewards) != count:
-        raise _Fault(f"{len(rewards)} rewards for {count} inputs")
-    if not all(map(math.isfinite, rewards)):
-        raise _Fault("a reward that is not finite")
-    return rewards
+    refuse_errors(reply)
+    rows: Any = reply if isinstance(reply, list) else [reply]
+    if kind != "sglang":
+        rows = reply.get("data") if isinstance(reply, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise Fault("a reply without rewards")
+    if len(rows) != count:
+        raise Fault(f"{len(rows)} rewards for {count} inputs")
+    for row in rows:
+        refuse_errors(row)
+    if kind != "sglang":
+        places = [row.get("index") for row in rows]
+        if not all(type(place) is int for place in places) or sorted(places) != [*range(count)]:
+            raise Fault("a reply whose `index` does not name each input once")
+        rows = sorted(rows, key=lambda row: row["index"])
+    field = {"sglang": "embedding", "lmdeploy": "data"}.get(kind, "probs")
+    return [_reward(row.get(field)) for row in rows]
 
 
-def _seconds(header: str | None) -> float | None:
-    """Seconds of `Retry-After`, if it says seconds."""
+def _reward(value: Any) -> float:
+    """A finite number, or a list of one."""
+    if isinstance(value, list):
+        if len(value) != 1:
+            raise Fault(f"{len(value)} numbers where one reward belongs")
+        value = value[0]
+    if type(value) not in (int, float):
+        raise Fault("a reward that is no number")
     try:
-        return min(max(float(header or ""), 0.0), 60.0)
-    except ValueError:
-        return None
+        reward = float(value)
+    except OverflowError:
+        reward = math.inf
+    if not math.isfinite(reward):
+        raise Fault("a reward that is not finite")
+    return reward

@@ -1,30 +1,24 @@
 """A judge behind an OpenAI-compatible server: `POST /v1/chat/completions`.
 
-Faults that pass (no connection, time-outs, 408, 429, 5xx, a body that is no answer) are tried again
-with growing pauses; any other refusal ends the run at once with the server's message, but for a
-question that is too long, which is that record's error.
-
-The key comes from the environment alone, is sent as `Authorization: Bearer` and never said.
+Faults that pass are tried again (`polarctl.remote`), also a body that is no answer; any other
+refusal ends the run at once with the server's message, but for a question that is too long, which
+is that record's error. So does a reply that names another model than the first one.
 """
 
 from __future__ import annotations
 
-import asyncio
-import itertools
-import os
-import random
 from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx2 as httpx
-
 from polarctl import console
-from polarctl.errors import MissingError, PolarctlError, UsageError
+from polarctl.errors import MissingError, PolarctlError
 from polarctl.judging.parsing import Failure, Reply
+from polarctl.judging.prompting import question
+from polarctl.remote import Answer, Fault, Remote, Request, check_url, refuse_errors, served, unlike
 
 KEY = "POLARCTL_JUDGE_KEY"
-LONGEST_PAUSE_S = 30.0
+_CUT_OFF = {"abort", "error"}  # the server's doing: the next time may be better
 
 
 class ChatServer:
@@ -37,8 +31,8 @@ class ChatServer:
         max_new_tokens: Length limit of an answer, thinking included.
         concurrency: Questions under way at a time.
         timeout_s: Seconds for one answer.
-        deadline_s: Seconds for which one question is tried again after its first fault.
-        pause_s: First pause before trying again; it doubles up to 30 s.
+        deadline_s: Seconds for which a failed question is asked again without any good answer.
+        pause_s: First pause before asking again; it doubles up to 10 s.
 
     Raises:
         UsageError: The address is no http address, or the key cannot be a header.
@@ -56,14 +50,21 @@ class ChatServer:
         deadline_s: float = 120.0,
         pause_s: float = 0.5,
     ):
+        check_url(url, KEY)
         self.url, self.model = _endpoint(url), model
         self.temperature, self.max_new_tokens = temperature, max_new_tokens
-        self.concurrency, self.timeout_s = concurrency, timeout_s
-        self.deadline_s, self.pause_s = deadline_s, pause_s
-        self._key = os.environ.get(KEY, "").strip()
-        if not self._key.isascii() or not self._key.isprintable():
-            raise UsageError(f"`{KEY}` holds characters that no key has")
-        self._warned = False
+        self.remote = Remote(
+            self.url,
+            key_variable=KEY,
+            concurrency=concurrency,
+            timeout_s=timeout_s,
+            deadline_s=deadline_s,
+            pause_s=pause_s,
+            hint="is the judge's server up, and does it speak OpenAI's chat API?",
+        )
+        self._reply_name: str | None = None
+        self._served: dict[str, Any] | None = None
+        self._checked = 0
 
     def ask(
         self, questions: Sequence[list[dict[str, str]]], seeds: Sequence[int]
@@ -76,117 +77,132 @@ class ChatServer:
 
         Raises:
             MissingError: No answer until the deadline, a refused key, or no such model.
+            PolarctlError: Another refusal, or a reply by another model.
+        """
+        found = self.remote.ask(
+            [
+                self._request(messages, self.max_new_tokens, self._read, seed=seed % 2**31)
+                for messages, seed in zip(questions, seeds, strict=True)
+            ]
+        )
+        if self._served is not None and self._checked != self.remote.again:
+            self._check(self._served)
+        return found
+
+    def served(self) -> dict[str, Any]:
+        """What tells the judge from another: what the server lists of it, and replies name.
+
+        Raises:
+            MissingError: No answer until the deadline, a refused key, or no such model.
             PolarctlError: Another refusal.
         """
-        return asyncio.run(self._ask_all(questions, seeds))
+        again = self.remote.again
+        asked = question("Be brief", "Is it so?", ["Yes."], ["model-1"])
+        self.remote.ask([self._request(asked, 1, self._read_name)])
+        rows = self.remote.models(self.url.removesuffix("chat/completions") + "models") or []
+        row = next((row for row in rows if row["id"] == self.model), {})
+        self._checked = again
+        self._served = {
+            "served_by": "chat",
+            "served_model": self.model,
+            "served_as": self._reply_name and console.plain(self._reply_name),
+            **served(row),
+        }
+        return self._served
 
-    async def _ask_all(self, questions: Any, seeds: Any) -> list[Reply | Failure]:
-        places = asyncio.Semaphore(self.concurrency)
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        limits = httpx.Limits(max_connections=self.concurrency)
-        # The time-out holds for the whole answer (`wait_for`), not for each piece of it.
-        async with httpx.AsyncClient(headers=headers, limits=limits, timeout=None) as client:
+    def close(self) -> None:
+        """Give the connections back; say how often the judge had to be asked again."""
+        self.remote.close()
 
-            async def one(messages: Any, seed: int) -> Reply | Failure:
-                async with places:
-                    return await self._answer(client, messages, seed)
+    def _check(self, before: dict[str, Any]) -> None:
+        """After faults: is it still the same judge? The server may have been started anew."""
+        field = unlike(before, now := self.served())
+        if field is not None:
+            raise PolarctlError(
+                f"{self.url}: serves another judge than at the start: `{field}` was "
+                f"{before.get(field)!r} and is now {now.get(field)!r}"
+            )
 
-            tasks = [one(*pair) for pair in zip(questions, seeds, strict=True)]
-            return list(await asyncio.gather(*tasks))
-
-    async def _answer(self, client: Any, messages: Any, seed: int) -> Reply | Failure:
+    def _request(self, messages: Any, tokens: int, read: Any, **more: Any) -> Request[Any]:
         body = {
             "model": self.model,
             "messages": messages,
             "temperature": self.temperature,
-            "max_tokens": self.max_new_tokens,
-            "seed": seed % 2**31,
+            "max_tokens": tokens,
         }
-        clock = asyncio.get_running_loop().time
-        end = None
-        for attempt in itertools.count():
-            pause = min(LONGEST_PAUSE_S, self.pause_s * 2 ** min(attempt, 16))
-            pause *= random.uniform(0.5, 1.0)  # so that not all come back at once
-            try:
-                response = await asyncio.wait_for(client.post(self.url, json=body), self.timeout_s)
-            except asyncio.TimeoutError:
-                fault = f"no answer in {self.timeout_s:g} s"
-            except httpx.TransportError as error:
-                fault = str(error) or type(error).__name__
-            else:
-                found = self._read(response)
-                if not isinstance(found, str):
-                    return found
-                fault = found
-                asked = response.headers.get("retry-after", "")
-                pause = max(pause, float(asked)) if asked.isdecimal() else pause
-            end = clock() + self.deadline_s if end is None else end
-            if clock() + pause > end:
-                raise MissingError(
-                    f"the judge at {self.url} gives no answer: {fault}",
-                    hint="is its server up, and does it speak OpenAI's chat API?",
-                )
-            if not self._warned:
-                self._warned = True
-                console.warn(f"judge: {fault}; trying again for up to {self.deadline_s:g} s")
-            await asyncio.sleep(pause)
-        raise AssertionError("unreachable")
+        return Request("POST", self.url, {**body, **more}, read)
 
-    def _read(self, response: Any) -> Reply | Failure | str:
-        """The reply, or as a text the fault for which the question is asked again."""
-        status = response.status_code
-        if status == 200:
-            return _reply(response)
-        said = f"{status} {self._said(response)}".strip()
-        if status in (408, 429) or status >= 500:
-            return f"the server answers {said}"
-        if status == 413 or (status == 400 and "context" in said and "length" in said):
+    def _read(self, answer: Answer) -> Reply | Failure:
+        """The reply in an answer to a question."""
+        said = f"{answer.status} {answer.said()}"
+        if answer.status == 413 or (
+            answer.status == 400 and "context" in said and "length" in said
+        ):
             return Failure(f"the judge cannot take the question: {said}")
-        if status in (401, 403):
-            raise MissingError(f"the judge refuses the key: {said}", hint=f"set {KEY}")
-        if status == 404:
-            raise MissingError(
-                f"no model `{self.model}` at {self.url}: {said}",
-                hint="the name under which the server serves it",
+        value = self._value(answer)
+        self._same_name(value.get("model"))
+        return _reply(value)
+
+    def _read_name(self, answer: Answer) -> None:
+        self._same_name(self._value(answer).get("model"))
+
+    def _value(self, answer: Answer) -> dict[str, Any]:
+        """The decoded body of a good answer."""
+        if answer.status != 200:
+            said = f"{answer.status} {answer.said()}".strip()
+            if answer.status in (401, 403):
+                raise MissingError(f"the judge refuses the key: {said}", hint=f"set {KEY}")
+            if answer.status == 404:
+                raise MissingError(
+                    f"no model `{self.model}` at {self.url}: {said}",
+                    hint="the name under which the server serves it",
+                )
+            raise PolarctlError(f"the judge at {self.url} answers {said}")
+        value = answer.value()
+        if not isinstance(value, dict):
+            raise Fault("an answer that is no chat completion")
+        refuse_errors(value)
+        return value
+
+    def _same_name(self, name: Any) -> None:
+        """All answers name the same model, if any. It may be another name than was asked for."""
+        if name is None:
+            return
+        if not isinstance(name, str):
+            raise Fault("an answer whose `model` is no text")
+        first = self._reply_name or name
+        if name != first:
+            raise PolarctlError(
+                f"the judge at {self.url}: an answer is by the model `{console.plain(name, 100)}`, "
+                f"the ones before by `{console.plain(first, 100)}`",
+                hint="one model behind one address, from the first answer to the last",
             )
-        raise PolarctlError(f"the judge at {self.url} answers {said}")
-
-    def _said(self, response: Any) -> str:
-        """The server's own message, in one line and without the key."""
-        try:
-            told = response.json()
-            told = told.get("error", told) if isinstance(told, dict) else told
-            text = str(told.get("message", told) if isinstance(told, dict) else told)
-        except ValueError:
-            text = response.text
-        text = text.replace(self._key, "***") if self._key else text
-        return " ".join(text.split())[:200]
+        self._reply_name = first
 
 
-def _reply(response: Any) -> Reply | Failure | str:
+def _reply(value: dict[str, Any]) -> Reply | Failure:
     try:
-        choice = response.json()["choices"][0]
-        message = choice["message"]
+        (choice,) = value["choices"]
+        message, end = choice["message"], choice.get("finish_reason")
         text = message["content"]
         # vLLM and SGLang hand the thinking over apart when told to; the name has changed once.
         thoughts = message.get("reasoning_content") or message.get("reasoning") or ""
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
-        return "the server's answer is no chat completion"
-    finished = choice.get("finish_reason") != "length"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise Fault("an answer that is no chat completion") from None
+    if not isinstance(end, str | None) or end in _CUT_OFF:
+        raise Fault("an answer that was cut off")
+    if end == "content_filter":
+        return Failure("the judge's answer was filtered")
+    finished = end != "length"
     if text is None and finished:
         return Failure("the judge's answer has no text")
     if not isinstance(text, str | None) or not isinstance(thoughts, str):
-        return "the server's answer is no chat completion"
+        raise Fault("an answer that is no chat completion")
     return Reply(text or "", thoughts, finished)
 
 
 def _endpoint(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
-        raise UsageError(f"`--judge-url {url}`: no address", hint="http://127.0.0.1:8000/v1")
-    if parts.username or parts.password:
-        raise UsageError("`--judge-url` holds a password", hint=f"the key goes into {KEY}")
     base = url.rstrip("/")
     if base.endswith("/chat/completions"):
         return base
-    return f"{base if parts.path.strip('/') else base + '/v1'}/chat/completions"
+    return f"{base if urlsplit(url).path.strip('/') else base + '/v1'}/chat/completions"

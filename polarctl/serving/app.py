@@ -52,6 +52,7 @@ class Service:
         name: Its name in replies.
         limits: What a request may ask for.
         ends: See `polarctl.serving.shapes.rollouts_of`.
+        fingerprint: What tells its weights from others, for `/v1/models`.
     """
 
     def __init__(
@@ -60,8 +61,10 @@ class Service:
         name: str,
         limits: Limits,
         ends: Sequence[str] = (),
+        fingerprint: str = "",
     ):
         self.name, self.limits, self.ends = name, limits, tuple(ends)
+        self.fingerprint = fingerprint
         self._turns = threading.Semaphore(_TOKENIZING)
         self.bodies = Gate(_AT_ONCE * limits.body_bytes)
         self._texts = Gate(_AT_ONCE * limits.chars)
@@ -228,6 +231,7 @@ def create(service: Service, key: str | None = None) -> FastAPI:
     async def models() -> Any:
         """The one model, as OpenAI's API lists it."""
         row = {"id": service.name, "object": "model", "owned_by": "polarctl"}
+        row |= {"root": service.name, "fingerprint": service.fingerprint}
         return {"object": "list", "data": [{**row, "max_model_len": service.longest}]}
 
     @app.api_route("/health", methods=["GET", "HEAD"])

@@ -114,7 +114,7 @@ def test_a_ranking_against_the_scores_is_counted_and_the_scores_count(server, ca
     scorer = scorer_at(server)
     (fields,) = judge_records([group("hi", "hi!")], scorer, Strict())
     assert fields["ranking"] == ["policy-1", "policy-0"] and scorer.contradictions == 1
-    scorer.say()
+    scorer.close()
     assert "1 replies" in capsys.readouterr().err
 
 
