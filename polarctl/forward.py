@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from polarctl import attention
 from polarctl.attention import Layout
 from polarctl.errors import UsageError
-from polarctl.model import rewards
+from polarctl.model import head, rewards
 from polarctl.packing import Row, alone, pack
 
 _LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
@@ -104,9 +104,7 @@ class Packed(nn.Module):
 
     def forward(self, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
         """Rewards in the order of the candidates. Shape: (R,), at least float32."""
-        hidden = _states(self.classifier, ids, positions, layout)
-        values = self.classifier.score(hidden).squeeze(-1)
-        return values.to(torch.promote_types(values.dtype, torch.float32))
+        return head(self.classifier, _states(self.classifier, ids, positions, layout))
 
 
 class Padded(nn.Module):

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 from polarctl import console
 from polarctl.encoding import Encoder
@@ -100,9 +100,39 @@ def rewards(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     """
     hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
     last = mask.sum(1) - 1
-    at_reward = hidden[torch.arange(len(ids), device=ids.device), last]
-    values = model.score(at_reward).squeeze(-1)
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+    return head(model, hidden[torch.arange(len(ids), device=ids.device), last])
+
+
+def head(model: Any, states: Tensor) -> Tensor:
+    """Rewards of hidden states, in float32 at least, whatever the model and autocast compute in.
+
+    Half precision has 8 bits: rewards near -10 would lie on a grid of 0.0625, and tie.
+
+    Args:
+        model: A `...ForSequenceClassification`.
+        states: Hidden states at the reward tokens. Shape: (B, E).
+
+    Returns:
+        Shape: (B,).
+    """
+    for part in model.score.modules():  # LoRA keeps the head in a wrapper
+        if type(part) is nn.Linear:
+            part.__class__ = _WideLinear
+    with torch.autocast(states.device.type, enabled=False):
+        values: Tensor = model.score(states).squeeze(-1)
+    return values
+
+
+class _WideLinear(nn.Linear):
+    """A linear layer that computes in float32 at least.
+
+    The cast is in here, and not around the call, because ZeRO-3 gathers weights for the call only.
+    """
+
+    def forward(self, states: Tensor) -> Tensor:
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(wide)
+        return nn.functional.linear(states.to(wide), self.weight.to(wide), bias)
 
 
 # -- loading --------------------------------------------------------------------------------------
