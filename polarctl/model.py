@@ -10,21 +10,24 @@ Shapes: B sequences, T tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 from polarctl import console
 from polarctl.encoding import Encoder
 from polarctl.errors import MissingError, UsageError
 from polarctl.folder import open_to_umask
+from polarctl.head import head
 from polarctl.internlm2 import classifier
 from polarctl.internlm2 import config as internlm2
 from polarctl.internlm2 import tokenizer as internlm2_tokenizer
+from polarctl.positions import kind_of_length, of_own_length
 
 MAX_LENGTH = 16384
 SEPARATOR, REWARD_TOKEN = "<|reward|>", "[UNUSED_TOKEN_130]"
@@ -98,41 +101,16 @@ def rewards(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     Returns:
         Shape: (B,), at least float32.
     """
-    hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
     last = mask.sum(1) - 1
-    return head(model, hidden[torch.arange(len(ids), device=ids.device), last])
-
-
-def head(model: Any, states: Tensor) -> Tensor:
-    """Rewards of hidden states, in float32 at least, whatever the model and autocast compute in.
-
-    Half precision has 8 bits: rewards near -10 would lie on a grid of 0.0625, and tie.
-
-    Args:
-        model: A `...ForSequenceClassification`.
-        states: Hidden states at the reward tokens. Shape: (B, E).
-
-    Returns:
-        Shape: (B,).
-    """
-    for part in model.score.modules():  # LoRA keeps the head in a wrapper
-        if type(part) is nn.Linear:
-            part.__class__ = _WideLinear
-    with torch.autocast(states.device.type, enabled=False):
-        values: Tensor = model.score(states).squeeze(-1)
-    return values
-
-
-class _WideLinear(nn.Linear):
-    """A linear layer that computes in float32 at least.
-
-    The cast is in here, and not around the call, because ZeRO-3 gathers weights for the call only.
-    """
-
-    def forward(self, states: Tensor) -> Tensor:
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        bias = None if self.bias is None else self.bias.to(wide)
-        return nn.functional.linear(states.to(wide), self.weight.to(wide), bias)
+    kind = kind_of_length(model.config)
+    rows = torch.arange(len(ids), device=ids.device)
+    own: Any = nullcontext()
+    if kind is not None:
+        owner = torch.where(mask.bool(), rows[:, None], -1)
+        own = of_own_length(model, [kind(at + 1) for at in last.tolist()], owner)
+    with own:
+        hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+    return head(model, hidden[rows, last])
 
 
 # -- loading --------------------------------------------------------------------------------------
@@ -294,7 +272,6 @@ def _classifier(path: str, config: Any, dtype: Any, *, head: bool) -> Any:
             + (f" and {len(missing) - 3} more" if len(missing) > 3 else ""),
             hint="`polarctl pretrain` and `finetune` write the reward head `score.weight`",
         )
-    classifier.forget_longer_inputs(model)
     return model
 
 
