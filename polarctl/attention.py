@@ -167,8 +167,8 @@ def attend(
     longest = max(span.prefix + max(span.branches) for span in layout.spans)
     if window is not None and window >= longest:
         window = None
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    if query.is_cuda and half and not dropout:
+    query, key, value = _of_one_dtype(query, key, value)
+    if not dropout and has_one_call(query, value):
         return _in_one_call(query, key, value, layout, scaling, window, at_rewards)
     keys, values = key.split(layout.sizes, dim=2), value.split(layout.sizes, dim=2)
     asked = [1] * len(layout.ends) if at_rewards else layout.sizes
@@ -204,6 +204,37 @@ def attend(
             else:
                 one(q, k, v, causal_mask(q, k), False)
     return torch.cat(found, dim=2)
+
+
+def _of_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values in the precision that the kernel is to compute in.
+
+    Over float32 weights autocast gives values in half precision, but queries and keys that a
+    rotary embedding or a norm in float32 has made float32 again: kernels want one precision.
+    """
+    kind = query.device.type
+    dtype = value.dtype
+    if torch.is_autocast_enabled(kind) and dtype != torch.float64:  # which autocast leaves alone
+        dtype = torch.get_autocast_dtype(kind)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def has_one_call(query: Tensor, value: Tensor) -> bool:
+    """Whether the variable-length kernel computes this: half precision, on a GPU from Ampere on.
+
+    Args:
+        query: Shape: (1, H, T, D).
+        value: Shape: (1, H_kv, T, D_v).
+    """
+    width = query.shape[-1]
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and width == value.shape[-1]
+        and width % 8 == 0
+        and width <= 256
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
 
 
 def _in_one_call(

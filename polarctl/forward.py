@@ -9,6 +9,8 @@ Shapes: T tokens of a row, R candidates, E width of the model.
 from __future__ import annotations
 
 import sys
+from collections.abc import Hashable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,8 +22,10 @@ from torch import Tensor, nn
 from polarctl import attention
 from polarctl.attention import Layout
 from polarctl.errors import UsageError
+from polarctl.head import head
 from polarctl.model import rewards
 from polarctl.packing import Row, alone, pack
+from polarctl.positions import Kind, kind_of_length, of_own_length
 
 _LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
@@ -98,19 +102,24 @@ class Packed(nn.Module):
             layer.__dict__.pop("forward", None)
 
     @property
+    def kind(self) -> Kind | None:
+        """What lengths must have in common to share a prefix, as `polarctl.packing` takes it."""
+        return kind_of_length(self.classifier.config)
+
+    @property
     def reward_only(self) -> bool:
         """Whether the last layer is computed at reward tokens alone."""
         return bool(self._last)
 
     def forward(self, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
         """Rewards in the order of the candidates. Shape: (R,), at least float32."""
-        hidden = _states(self.classifier, ids, positions, layout)
-        values = self.classifier.score(hidden).squeeze(-1)
-        return values.to(torch.promote_types(values.dtype, torch.float32))
+        return head(self.classifier, _states(self.classifier, ids, positions, layout))
 
 
 class Padded(nn.Module):
     """Rewards of whole sequences in a padded batch, by the model's own attention."""
+
+    kind = None  # of length: nothing is shared
 
     def __init__(self, classifier: Any):
         super().__init__()
@@ -123,10 +132,27 @@ class Padded(nn.Module):
 
 def _states(classifier: Any, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
     """Hidden states, after the final norm, where the rewards are read. Shape: (R, E)."""
-    hidden: Tensor = classifier.base_model(
-        input_ids=ids, position_ids=positions, use_cache=False, polar_layout=layout
-    )[0][0]
+    kind = kind_of_length(classifier.config)
+    own: Any = nullcontext()
+    if kind is not None:
+        own = of_own_length(classifier, *_kinds(layout, kind))
+    with own:
+        hidden: Tensor = classifier.base_model(
+            input_ids=ids, position_ids=positions, use_cache=False, polar_layout=layout
+        )[0][0]
     return hidden if len(hidden) == len(layout.ends) else hidden[layout.ends]
+
+
+def _kinds(layout: Layout, kind: Kind) -> tuple[list[Hashable], Tensor]:
+    """The kind of length of every span, and the span of every token. Shape: (1, T)."""
+    found: list[Hashable] = []
+    for span in layout.spans:
+        own = {kind(span.prefix + branch) for branch in span.branches}
+        if len(own) > 1:
+            raise ValueError("sequences of different kinds of length share a prefix")
+        found += own
+    sizes = torch.tensor([span.tokens for span in layout.spans])
+    return found, torch.arange(len(sizes)).repeat_interleave(sizes)[None]
 
 
 # -- the last layer -------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ Shapes: B sequences, T tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from polarctl import console
 from polarctl.encoding import Encoder
 from polarctl.errors import MissingError, UsageError
 from polarctl.folder import open_to_umask
+from polarctl.head import head
 from polarctl.internlm2 import classifier
 from polarctl.internlm2 import config as internlm2
 from polarctl.internlm2 import tokenizer as internlm2_tokenizer
+from polarctl.positions import kind_of_length, of_own_length
 
 MAX_LENGTH = 16384
 SEPARATOR, REWARD_TOKEN = "<|reward|>", "[UNUSED_TOKEN_130]"
@@ -98,11 +101,16 @@ def rewards(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     Returns:
         Shape: (B,), at least float32.
     """
-    hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
     last = mask.sum(1) - 1
-    at_reward = hidden[torch.arange(len(ids), device=ids.device), last]
-    values = model.score(at_reward).squeeze(-1)
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+    kind = kind_of_length(model.config)
+    rows = torch.arange(len(ids), device=ids.device)
+    own: Any = nullcontext()
+    if kind is not None:
+        owner = torch.where(mask.bool(), rows[:, None], -1)
+        own = of_own_length(model, [kind(at + 1) for at in last.tolist()], owner)
+    with own:
+        hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+    return head(model, hidden[rows, last])
 
 
 # -- loading --------------------------------------------------------------------------------------
@@ -264,7 +272,6 @@ def _classifier(path: str, config: Any, dtype: Any, *, head: bool) -> Any:
             + (f" and {len(missing) - 3} more" if len(missing) > 3 else ""),
             hint="`polarctl pretrain` and `finetune` write the reward head `score.weight`",
         )
-    classifier.forget_longer_inputs(model)
     return model
 
 

@@ -9,19 +9,28 @@ beginning once, then each candidate's own tokens:
 so N candidates of P + c tokens take P + N c tokens in place of N (P + c). The prefix is that of the
 token ids: a tokenizer that merges across the seam makes it shorter, never wrong. A row of groups of
 one candidate each is the same thing without sharing.
+
+In some models the positions depend on the length of a sequence (`polarctl.positions`). There
+candidates share a prefix only with neighbours whose length is of the same kind: a group then lies
+in the row as several spans.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 Ids = Sequence[int]
+Kind = Callable[[int], Hashable]
 
 
 @dataclass(frozen=True)
 class Span:
-    """One group of a row: `prefix` shared tokens, then each candidate's own (at least one)."""
+    """A group of a row, or a part of one.
+
+    `prefix` tokens are shared, then come each candidate's own, at least one.
+    """
 
     prefix: int
     branches: tuple[int, ...]
@@ -45,7 +54,7 @@ class Row:
         members: Which groups, as indices into what was packed.
         ids: Token ids.
         positions: Position of every token in its own sequence.
-        spans: The row's groups, in order.
+        spans: The row's groups, in order; one of several kinds of length is several spans.
     """
 
     members: list[int]
@@ -78,38 +87,58 @@ def span_of(candidates: Sequence[Ids]) -> Span:
     return Span(prefix, tuple(len(ids) - prefix for ids in candidates))
 
 
-def row_of(members: list[int], groups: Sequence[Sequence[Ids]], spans: Sequence[Span]) -> Row:
+def parts_of(candidates: Sequence[Ids], kind: Kind | None = None) -> list[list[Ids]]:
+    """A group cut between neighbours whose lengths are of different kinds.
+
+    Args:
+        candidates: Token ids of the candidates.
+        kind: The kind of a length in tokens; None: there is one.
+    """
+    if kind is None:
+        return [list(candidates)]
+    return [list(part) for _, part in itertools.groupby(candidates, lambda ids: kind(len(ids)))]
+
+
+def row_of(
+    members: list[int], groups: Sequence[list[list[Ids]]], spans: Sequence[list[Span]]
+) -> Row:
     """The row of some groups.
 
     Args:
         members: Indices into `groups`.
-        groups: Token ids of the candidates of every group.
-        spans: `span_of` every group.
+        groups: `parts_of` every group.
+        spans: `span_of` every part of every group.
     """
     ids: list[int] = []
     positions: list[int] = []
     for index in members:
-        prefix = spans[index].prefix
-        ids += groups[index][0][:prefix]
-        positions += range(prefix)
-        for candidate in groups[index]:
-            ids += candidate[prefix:]
-            positions += range(prefix, len(candidate))
+        for candidates, span in zip(groups[index], spans[index], strict=True):
+            ids += candidates[0][: span.prefix]
+            positions += range(span.prefix)
+            for candidate in candidates:
+                ids += candidate[span.prefix :]
+                positions += range(span.prefix, len(candidate))
     return Row(
-        members=members, ids=ids, positions=positions, spans=tuple(spans[i] for i in members)
+        members=members,
+        ids=ids,
+        positions=positions,
+        spans=tuple(span for i in members for span in spans[i]),
     )
 
 
-def pack(groups: Sequence[Sequence[Ids]], budget: int) -> list[Row]:
+def pack(groups: Sequence[Sequence[Ids]], budget: int, kind: Kind | None = None) -> list[Row]:
     """Rows of at most `budget` tokens (or of one longer group), first-fit-decreasing.
 
     Args:
         groups: Token ids of the candidates of every group.
         budget: Tokens of one row.
+        kind: The kind of a length in tokens: what candidates must have in common to share a
+            prefix. None: all have.
     """
-    spans = [span_of(candidates) for candidates in groups]
-    bins = first_fit_decreasing([span.tokens for span in spans], budget)
-    return [row_of(members, groups, spans) for members in bins]
+    cut = [parts_of(candidates, kind) for candidates in groups]
+    spans = [[span_of(part) for part in parts] for parts in cut]
+    bins = first_fit_decreasing([sum(span.tokens for span in found) for found in spans], budget)
+    return [row_of(members, cut, spans) for members in bins]
 
 
 def first_fit_decreasing(sizes: Sequence[int], budget: int) -> list[list[int]]:

@@ -60,11 +60,9 @@ class ModelScorer:
 
     def __init__(self, model: Any, batch_tokens: int = 8192):
         from polarctl.forward import Packed, Padded
-        from polarctl.internlm2.config import rope_limit
 
         self.model, self.batch_tokens = model, batch_tokens
         self._computing = threading.Lock()
-        self.limit = rope_limit(model.model.config) or math.inf
         self.module: Any
         try:
             self.module = Packed(model.model)
@@ -110,24 +108,22 @@ class ModelScorer:
         from polarctl.forward import RowInput
         from polarctl.packing import pack, portions
 
+        kind = self.module.kind
         jobs: list[tuple[int, list[int]]] = []
-        alone: list[tuple[int, list[int]]] = []
         for number, candidates in enumerate(groups):
-            # Past the limit positions depend on the longest sequence of the row.
-            long = [i for i, ids in enumerate(candidates) if len(ids) > self.limit]
-            alone += [(number, [i]) for i in long]
-            rest = [i for i in range(len(candidates)) if i not in long]
-            if rest:
-                parts = portions([candidates[i] for i in rest], self.batch_tokens)
-                jobs += [(number, [rest[i] for i in part]) for part in parts]
-        for batch, budget in ((jobs, self.batch_tokens), *(([job], 1) for job in alone)):
-            ids = [[groups[number][i] for i in part] for number, part in batch]
-            for row in pack(ids, budget):
-                given = RowInput.of(row, self.model.device)
-                values = iter(self.module(given.ids, given.positions, given.layout).tolist())
-                for member in row.members:
-                    number, part = batch[member]
-                    yield from ((number, i, next(values)) for i in part)
+            alike: dict[Any, list[int]] = {}
+            for i, ids in enumerate(candidates):
+                alike.setdefault(kind(len(ids)) if kind else None, []).append(i)
+            for own in alike.values():
+                parts = portions([candidates[i] for i in own], self.batch_tokens)
+                jobs += [(number, [own[i] for i in part]) for part in parts]
+        wanted = [[groups[number][i] for i in part] for number, part in jobs]
+        for row in pack(wanted, self.batch_tokens):
+            given = RowInput.of(row, self.model.device)
+            values = iter(self.module(given.ids, given.positions, given.layout).tolist())
+            for member in row.members:
+                number, part = jobs[member]
+                yield from ((number, i, next(values)) for i in part)
 
     def _padded(self, groups: Any) -> Iterator[tuple[int, int, float]]:
         """The same in padded batches of like length."""

@@ -285,3 +285,52 @@ def test_a_model_can_be_packed_again():
     assert torch.allclose(torch.cat(first), torch.cat(second), rtol=1e-12, atol=1e-12)
     module.restore()
     assert model.config._attn_implementation == "sdpa"
+
+
+AUTOCAST = ["llama", "qwen2", "qwen3", "gemma", "gemma3_text"]
+
+
+@pytest.mark.parametrize("name", AUTOCAST)
+def test_under_autocast_the_kernel_gets_one_precision(name, monkeypatch):
+    """Rotary embeddings and norms make queries and keys float32 again; values are bfloat16."""
+    model = classifier(name, torch.float32)
+    module = Packed(model)
+    seen = []
+    kernel = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query, key, value, *rest, **options):
+        seen.append((query.dtype, key.dtype, value.dtype))
+        return kernel(query, key, value, *rest, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    (row,) = pack(random_groups(2), 10_000)
+    given = RowInput.of(row, "cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        module(given.ids, given.positions, given.layout).sum().backward()
+    assert set(seen) == {(torch.bfloat16,) * 3}
+    seen.clear()
+    module(given.ids, given.positions, given.layout)
+    assert set(seen) == {(torch.float32,) * 3}
+
+
+@pytest.mark.parametrize("way", ["packed", "padded"])
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+def test_the_head_is_float32_in_a_half_precision_model(way, how):
+    """In bfloat16 rewards lie on a grid: between 8 and 16 it has steps of 1/16."""
+    model = classifier("llama", torch.float32)
+    if how == "weights":
+        model.bfloat16()
+    draw = random.Random(1)
+    sequences = [[draw.randrange(1, 64) for _ in range(9)] for _ in range(300)]
+    states = []
+    model.score.register_forward_pre_hook(lambda module, given: states.append(given[0].clone()))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        if way == "packed":
+            found = packed(model, [[ids] for ids in sequences], 10_000)[1]
+        else:
+            found = [Padded(model)(*pad(sequences, 0, "cpu"))]
+    found = torch.cat(found)
+    by_hand = torch.cat(states).double() @ model.score.weight[0].double()
+    assert found.dtype == torch.float32
+    assert (found - by_hand).abs().max() < 1e-5
+    assert len(found.unique()) > 295 > len(found.bfloat16().unique())

@@ -161,22 +161,3 @@ def test_a_model_that_cannot_share_scores_padded_batches_and_says_so(tiny_rm, ca
     rewards = [s.reward for s in large.score(items)]
     assert rewards == pytest.approx([s.reward for s in ModelScorer(made, 1).score(items)], abs=1e-5)
     assert len(set(rewards)) > 5
-
-
-def test_sequences_past_the_limit_of_dynamic_positions_go_alone(tiny_rm):
-    from polarctl import model
-    from polarctl.scoring import ModelScorer
-
-    made = model.load(str(tiny_rm))
-    made.model.config.rope_parameters = {
-        "rope_type": "dynamic",
-        "factor": 2.0,
-        "rope_theta": 10_000.0,
-    }
-    made.model.config.max_position_embeddings = 6
-    scorer = ModelScorer(made, 4096)
-    seen = counted(scorer)
-    scorer.rewards_of(
-        [[[5, 6, 7, 8], [5, 6, 7, 9, 9, 9, 9], [5, 6, 4]], [[8, 7, 7, 7, 7, 7, 7, 7]]]
-    )
-    assert seen == [2 + 2 + 1, 7, 8]

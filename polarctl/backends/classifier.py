@@ -30,7 +30,6 @@ from polarctl import console, launch
 from polarctl import model as models
 from polarctl.encoding import content_text
 from polarctl.errors import MissingError, RecordError, UsageError
-from polarctl.internlm2 import classifier as internlm2_classifier
 from polarctl.internlm2 import config as internlm2
 from polarctl.scoring import Item, ModelScorer, Scored
 
@@ -257,7 +256,6 @@ def _load(path: str, dtype: Any) -> tuple[Any, Any]:
         raise MissingError(f"{path}: weights are missing: {', '.join(sorted(missing)[:3])}")
     if not hasattr(model, "score"):  # models that read forwards and backwards have no such head
         raise MissingError(f"{path}: does not read its reward at the last token")
-    internlm2_classifier.forget_longer_inputs(model)
     return model, tokenizer
 
 

@@ -46,13 +46,22 @@ class VllmScorer:
         except ImportError:
             raise need("vllm", "vllm") from None
         folder = _plain(path)
+        # The default of vLLM for pooling models, unless the checkpoint's config says otherwise.
+        overrides = {"head_dtype": "float32"}
+        if isinstance(options.get("hf_overrides"), Mapping):
+            options["hf_overrides"] = {**overrides, **options["hf_overrides"]}
         try:
             self.engine = vllm.LLM(
                 folder,
                 runner="pooling",
                 dtype=dtype,
                 max_model_len=_longest(folder, self.encoder.max_length),
-                **{"enable_prefix_caching": True, "disable_log_stats": False, **options},
+                **{
+                    "enable_prefix_caching": True,
+                    "disable_log_stats": False,
+                    "hf_overrides": overrides,
+                    **options,
+                },
             )
         except (ValueError, TypeError, RuntimeError) as error:
             text = model.first_line(error)

@@ -83,25 +83,6 @@ def say_rope(config: Any) -> None:
         )
 
 
-def forget_longer_inputs(model: Any) -> None:
-    """Let dynamically scaled positions depend on the batch at hand alone.
-
-    transformers keeps the scaling of the longest batch so far while batches are longer than
-    `max_position_embeddings`: a reward would depend on what was scored before.
-
-    Args:
-        model: A model of transformers; others than those with dynamic scaling are left alone.
-    """
-    for module in model.modules():
-        if getattr(module, "rope_type", None) == "dynamic" and hasattr(module, "inv_freq"):
-            module.register_forward_pre_hook(_reset)
-
-
-def _reset(rotary: Any, _: Any) -> None:
-    rotary.inv_freq = rotary.original_inv_freq.to(rotary.inv_freq.device)
-    rotary.max_seq_len_cached = rotary.original_max_seq_len
-
-
 def _put(model: Any, name: str, tensor: Tensor) -> None:
     owner, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor))

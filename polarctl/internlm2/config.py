@@ -137,24 +137,6 @@ def to_internlm2(config: Any) -> dict[str, Any]:
     }
 
 
-def rope_limit(config: Any) -> int | None:
-    """Up to which length, in tokens, positions do not depend on what else is in the batch.
-
-    Args:
-        config: A transformers config.
-
-    Returns:
-        None without a limit. Beyond it every sequence must be in a batch of its own length.
-    """
-    rope = getattr(config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type")
-    if kind == "dynamic":
-        return int(config.max_position_embeddings)
-    if kind == "longrope":
-        return int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
-    return None
-
-
 def template(config: Any, tokenizer: Any) -> dict[str, Any]:
     """The input template of a published checkpoint.
 

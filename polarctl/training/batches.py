@@ -12,7 +12,7 @@ from torch import Tensor
 from polarctl.forward import RowInput
 from polarctl.losses import Loss
 from polarctl.model import pad
-from polarctl.packing import Ids, Row, pack, span_of
+from polarctl.packing import Ids, Kind, Row, pack, span_of
 
 
 class Candidates(Protocol):
@@ -60,7 +60,12 @@ class Micro:
 
 
 def micro_batches(
-    groups: Sequence[Candidates], budget: int, *, shared: bool, pad_id: int
+    groups: Sequence[Candidates],
+    budget: int,
+    *,
+    shared: bool,
+    pad_id: int,
+    kind: Kind | None = None,
 ) -> list[Micro]:
     """Cut groups into micro-batches.
 
@@ -69,9 +74,10 @@ def micro_batches(
         budget: Tokens of a micro-batch, padding included; a larger group goes alone.
         shared: Rows with shared prefixes, else padded batches.
         pad_id: Token id of the padding.
+        kind: The kind of a length, of models whose positions depend on it.
     """
     if shared:
-        rows = pack([group.ids for group in groups], budget)
+        rows = pack([group.ids for group in groups], budget, kind)
         return [
             Micro(groups=[groups[i] for i in row.members], row=row, pad_id=pad_id) for row in rows
         ]
@@ -87,10 +93,12 @@ def micro_batches(
     return [Micro(groups=part, row=None, pad_id=pad_id) for part in result]
 
 
-def idle(groups: Sequence[Candidates], *, shared: bool, pad_id: int) -> Micro:
+def idle(
+    groups: Sequence[Candidates], *, shared: bool, pad_id: int, kind: Kind | None = None
+) -> Micro:
     """The cheapest micro-batch without weight, for a process that has fewer than the others."""
     least = min(groups, key=lambda group: span_of(group.ids).tokens)
-    (micro,) = micro_batches([least], 1, shared=shared, pad_id=pad_id)
+    (micro,) = micro_batches([least], 1, shared=shared, pad_id=pad_id, kind=kind)
     return Micro(groups=micro.groups, row=micro.row, pad_id=pad_id, weight=0.0)
 
 

@@ -12,12 +12,14 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from polarctl import seeding
 from polarctl.errors import PolarctlError
+from polarctl.forward import Packed, Padded
 from polarctl.losses import Loss
 from polarctl.training.batches import Candidates, Micro, idle, micro_batches, terms
 from polarctl.training.engine import Engine
@@ -129,6 +131,7 @@ class Trainer:
     def __init__(self, engine: Engine, plan: Hyperparameters, pad_id: int):
         self.engine, self.plan, self.pad_id = engine, plan, pad_id
         self.step = 0
+        self._module: Packed | Padded = engine.accelerator.unwrap_model(engine.module)
 
     @property
     def used(self) -> int:
@@ -189,13 +192,17 @@ class Trainer:
 
     def _cut(self, groups: Sequence[Candidates]) -> list[Micro]:
         """Micro-batches of a share, as many on every process: gradients and shards go round."""
-        shared, pad_id = self.plan.shared, self.pad_id
-        micros = micro_batches(groups, self.plan.batch_tokens, shared=shared, pad_id=pad_id)
+        options: dict[str, Any] = {
+            "shared": isinstance(self._module, Packed),
+            "pad_id": self.pad_id,
+            "kind": self._module.kind,
+        }
+        micros = micro_batches(groups, self.plan.batch_tokens, **options)
         accelerator = self.engine.accelerator
         if accelerator.num_processes > 1:
             count = torch.tensor([len(micros)], device=accelerator.device)
             most = int(accelerator.gather(count).max())
-            micros += [idle(groups, shared=shared, pad_id=pad_id)] * (most - len(micros))
+            micros += [idle(groups, **options)] * (most - len(micros))
         return micros
 
     def _rewards(self, micro: Micro) -> Tensor:

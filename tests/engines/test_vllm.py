@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 
 BIN = Path(sys.executable).parent
 ENVIRONMENT = {
@@ -207,3 +209,15 @@ def test_polarctl_serve_gives_the_same(official, groups, by_hf, canary, tmp_path
     assert found == close(by_hf)
     assert "server: polarctl" in said
     assert not canary.exists()
+
+
+def test_in_bfloat16_the_head_is_float32_whatever_the_checkpoint_says(rm, groups, tmp_path):
+    """Rewards of a bfloat16 head would be bfloat16 numbers, and tie."""
+    folder = tmp_path / "rm"
+    shutil.copytree(rm, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "head_dtype": "model"}))
+    options = ["--backend", "vllm", *ENGINE, "--dtype", "bfloat16"]
+    rewards, _ = score(folder, groups, tmp_path / "out.jsonl", *options)
+    rounded = torch.tensor(rewards, dtype=torch.float64).bfloat16().tolist()
+    assert sum(a != b for a, b in zip(rewards, rounded, strict=True)) > 30  # of 40

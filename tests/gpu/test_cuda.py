@@ -156,3 +156,26 @@ def test_a_training_run_on_the_gpu_learns(tmp_path):
     assert run([*arguments, "--lr", "1e-3", "--batch-size", "16", "--epochs", "15"]) == 0
     last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["accuracy"] > 0.9
+
+
+@pytest.mark.parametrize("way", ["autocast", "weights"])
+def test_in_half_precision_every_layer_is_one_call(way, monkeypatch):
+    """Over float32 weights autocast leaves queries and keys float32: a dense kernel would run."""
+    calls = []
+    one_call = attention._in_one_call
+
+    def counted(query, key, value, *rest):
+        calls.append((query.dtype, key.dtype, value.dtype))
+        return one_call(query, key, value, *rest)
+
+    def dense(*_, **__):
+        raise AssertionError("a dense kernel ran")
+
+    module = Packed(classifier().to("cuda", torch.bfloat16 if way == "weights" else torch.float32))
+    monkeypatch.setattr(attention, "_in_one_call", counted)
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", dense)
+    with torch.autocast("cuda", torch.bfloat16, enabled=way == "autocast"):
+        out = rewards_of(module, groups(4), 100_000, "cuda")
+    out.sum().backward()
+    assert calls == [(torch.bfloat16,) * 3] * 3  # three layers, one row
+    assert out.dtype == torch.float32

@@ -9,9 +9,9 @@ from internlm2.official import REWARD, build_official, weights, write_weights
 
 from polarctl import model
 from polarctl.errors import MissingError, UsageError
-from polarctl.internlm2 import config as internlm2
 from polarctl.internlm2 import layout
 from polarctl.internlm2.layout import Heads
+from polarctl.positions import kind_of_length
 
 
 def content(folder):
@@ -76,20 +76,19 @@ def test_a_long_input_does_not_change_what_comes_after_it(tmp_path):
         assert ours(made, ids_of(length)) == wanted, length
 
 
-def test_up_to_the_limit_a_reward_does_not_depend_on_its_batch_and_beyond_it_does(tmp_path):
-    made = model.load(str(build_official(tmp_path, max_positions=32)))
-    assert internlm2.rope_limit(made.model.config) == 32
-    short, limit, longer = ids_of(20), ids_of(32, 1), ids_of(50, 2)
-    alone = ours(made, short)[0]
-    assert ours(made, short, limit)[0] == pytest.approx(alone, abs=1e-5)
-    assert abs(ours(made, short, longer)[0] - alone) > 1e-4
+def test_a_reward_does_not_depend_on_its_batch_up_to_the_limit_and_beyond_it(tmp_path):
+    folder = build_official(tmp_path, max_positions=32)
+    made, settings = model.load(str(folder)), content(folder)
+    batch = [ids_of(20), ids_of(32, 1), ids_of(50, 2), ids_of(60, 3), ids_of(33, 4)]
+    wanted = [oracle.reward(weights(settings), settings, ids) for ids in batch]
+    assert ours(made, *batch) == pytest.approx(wanted, abs=1e-5)
 
 
 def test_scaling_that_no_input_reaches_is_left_out_and_said(tmp_path, capsys):
     folder = build_official(tmp_path, max_positions=32768)
     made = model.load(str(folder))
     assert made.model.config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
-    assert internlm2.rope_limit(made.model.config) is None
+    assert kind_of_length(made.model.config) is None
     assert "32,768" in capsys.readouterr().err
     settings, ids = content(folder), ids_of(40)
     wanted = oracle.reward(weights(settings), settings, ids)
