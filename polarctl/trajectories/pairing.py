@@ -228,9 +228,7 @@ class Pairing:
                 continue
             yield i, j, k
 
-    def _triple(
-        self, group: Group, a: str, b: str, samples: Samples
-    ) -> dict[str, Any]:
+    def _triple(self, group: Group, a: str, b: str, samples: Samples) -> dict[str, Any]:
         self._role(a)["reference"] += 1
         self._role(b)["rejected"] += 1
         reference, chosen, rejected = samples
