@@ -9,13 +9,20 @@ costs some steps and not the run.
 
 from __future__ import annotations
 
+import os
+import pickle
+import re
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from polarctl import console, manifest
+from polarctl.errors import PolarctlError
 
 _MARK = "checkpoint.json"
 _KEEP = 2
@@ -67,3 +74,50 @@ def _valid(target: Path) -> dict[str, Any] | None:
         return mark if files == mark["files"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+@contextmanager
+def data_only(target: Path) -> Iterator[None]:
+    """Have every `torch.load` in here read data alone, and never run a program that a file names.
+
+    The hashes of a checkpoint say that its files belong together, not who wrote them: whoever can
+    write into the folder can write the hashes too.
+
+    Args:
+        target: The checkpoint that is being loaded, for the message.
+
+    Raises:
+        PolarctlError: A file holds more than data; nothing of it was run.
+    """
+    import torch
+
+    switch = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # DeepSpeed passes `weights_only=False`; this is above
+    before = os.environ.get(switch)
+    os.environ[switch] = "1"
+    try:
+        with torch.serialization.safe_globals(_plain_classes()):
+            yield
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"`{named[1]}`" if named else "more than data"
+        raise PolarctlError(
+            f"{target}: a file in it holds {what}, which no state of training does; nothing of it "
+            "was run",
+            hint="not written by this program: remove that folder, and see who can write there",
+        ) from None
+    finally:
+        if before is None:
+            del os.environ[switch]
+        else:
+            os.environ[switch] = before
+
+
+def _plain_classes() -> list[Any]:
+    """The classes in DeepSpeed's states besides tensors and numbers: they hold values, no more."""
+    if "deepspeed" not in sys.modules:
+        return []
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, ZeroStageEnum, fragment_address]

@@ -36,6 +36,7 @@ from polarctl.config import Common
 
 WINDOW_ROWS = 1024
 SHAPES = ("native", "triples", "candidates", "prompts")
+_COUNTS = ("rows", "other_part", "no_pair", "equal_chosen")
 # Told by fields that other tools export as null when they have nothing to say.
 _OPTIONAL = "id reference wrapper category policy rejected_policy label".split()
 
@@ -77,6 +78,10 @@ class Config(Common):
             "always of the top rank."
         ),
     ] = "all"
+    equal_chosen: Annotated[
+        Literal["keep", "drop"],
+        typer.Option(help="--to triples: a triple whose chosen text is its reference."),
+    ] = "keep"
     split: Annotated[
         Literal["train", "test"] | None,
         typer.Option(help="Keep this part of the prompts, chosen by their text and the seed."),
@@ -133,14 +138,15 @@ def convert(
 
     Args:
         rows: Decoded rows.
-        config: `from_format`, `to_format`, `map`, `answer`, `ranked`, `split`, `test_share` and
-            `seed` are used.
-        counts: Where to count `rows`, `other_part` (of the split) and `no_pair`.
+        config: `from_format`, `to_format`, `map`, `answer`, `ranked`, `equal_chosen`, `split`,
+            `test_share` and `seed` are used.
+        counts: Where to count `rows`, `other_part` (of the split), `no_pair`, and triples with
+            `equal_chosen`.
 
     Raises:
         RecordError: A row does not fit the format, or the other has no place for it.
     """
-    from polarctl.formats.groups import part_of
+    from polarctl.formats.groups import is_copy, part_of
 
     counts = Counter() if counts is None else counts
     for row in rows:
@@ -151,6 +157,10 @@ def convert(
             continue
         made = shaped(record, config)
         counts["no_pair"] += not made
+        if config.to_format == "triples" and (copies := sum(map(is_copy, made))):
+            counts["equal_chosen"] += copies
+            if config.equal_chosen == "drop":
+                made = [triple for triple in made if not is_copy(triple)]
         yield from made
 
 
@@ -160,6 +170,7 @@ def run(config: Config) -> None:
         _checkpoint(config)
         return
     from polarctl import console, io, pipeline
+    from polarctl.errors import UsageError
     from polarctl.formats.rows import field_map
     from polarctl.formats.table import readable, require, writable
     from polarctl.output import Output
@@ -167,6 +178,8 @@ def run(config: Config) -> None:
 
     require("--from", config.from_format, ["auto", *readable()])
     require("--to", config.to_format, [*SHAPES, *writable()])
+    if config.equal_chosen == "drop" and config.to_format != "triples":
+        raise UsageError("`--equal-chosen` is for `--to triples`")
     field_map(config.map)
     paths = pipeline.inputs_of("convert", config)
     _refuse_array(paths)
@@ -188,7 +201,7 @@ def run(config: Config) -> None:
     with Output("convert", config, io.sizes(paths)) as out:
         if out.complete:
             return
-        counts = Counter({key: out.counts.get(key, 0) for key in ("rows", "other_part", "no_pair")})
+        counts = Counter({key: out.counts.get(key, 0) for key in _COUNTS})
 
         def work(rows: list[Record]) -> Iterator[dict[str, Any]]:
             yield from convert(rows, config, counts)
@@ -207,6 +220,8 @@ def _say(counts: Counter[str], records: int) -> None:
         parts.append(f"{counts['other_part']:,} rows are of the other part")
     if counts["no_pair"]:
         parts.append(f"{counts['no_pair']:,} rows have no candidates with different labels")
+    if counts["equal_chosen"]:
+        parts.append(f"in {counts['equal_chosen']:,} triples the chosen text is the reference")
     console.note("; ".join(parts), **counts)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -46,6 +46,13 @@ class Config(Common):
             help="Rejected texts of a triple at most; those after the first go to `negatives`.",
         ),
     ] = 1
+    equal_chosen: Annotated[
+        Literal["keep", "drop", "resample"],
+        typer.Option(
+            help="A triple whose chosen text is its reference: keep it, drop it, or draw other "
+            "samples in its place."
+        ),
+    ] = "keep"
     policies: Annotated[
         tuple[str, ...], typer.Option(metavar="GLOB", help="Only these policies (repeatable).")
     ] = ()
@@ -94,6 +101,7 @@ def run(config: Config) -> None:
         per_prompt=config.triples_per_prompt,
         negatives=config.negatives,
         require=lambda name: _matches(name, config.require or ("*",)),
+        equal_chosen=config.equal_chosen,
         seed=config.seed,
     )
     index, count = shard_of(config.shard) if config.shard else (0, 1)
@@ -175,6 +183,14 @@ def _report(pairing: Pairing, out: Output, config: Config) -> None:
         f"pair: {triples:,} triples from {prompts:,} prompts"
         + (f"; none for {'; '.join(without)}" if without else "")
     )
+    equal = pairing.counts["chosen equal to the reference"]
+    if equal:
+        done = {"keep": "kept", "drop": "dropped", "resample": "drawn again"}[config.equal_chosen]
+        draws = pairing.counts["draws"]
+        console.note(
+            f"pair: in {equal:,} of {draws:,} draws ({equal / draws:.0%}) the chosen text is the "
+            f"reference: {done} (--equal-chosen {config.equal_chosen})"
+        )
     passed = pairing.counts["identical texts passed over"]
     if passed:
         console.note(f"pair: {passed:,} combinations passed over for identical texts")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,9 @@ def train(job: Job) -> dict[str, Any] | None:
     done = int(resume.name.rpartition("-")[2]) if resume else 0
     # Most of the time goes into decoding.
     threads = launch.threads_for(trainer.model, scorer.model.model, under=launch.SMALL_TO_DECODE)
-    with recorder.open(done), _plain_errors(job), threads:
+    # The trainer reads as data whatever it knows of; this holds for what a launcher adds to it.
+    safely = checkpoint.data_only(resume) if resume else nullcontext()
+    with recorder.open(done), _plain_errors(job), threads, safely:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if trainer.state.global_step < job.steps:
         raise Interrupted(

@@ -130,6 +130,12 @@ def triples(record: Fields, ranked: Ranked = "all") -> list[Fields]:
     return made
 
 
+def is_copy(triple: Fields) -> bool:
+    """Whether the chosen text of a triple is its reference, whatever the space between words."""
+    reference, chosen = (content_text(triple[name]).split() for name in ("reference", "chosen"))
+    return reference == chosen
+
+
 def group(record: Fields) -> Fields:
     """A triple as a group of two candidates, labels 1 and 0; groups and singles as they are.
 

@@ -41,6 +41,7 @@ STYLES = (
     ("It must be {} plus {}!", "It must be {}!"),
     ("Surely {} with {}, ok", "Surely {}, ok"),
 )
+PARTS = ("test", "rft", *["train"] * 6)  # of all prompts: an eighth, an eighth, the rest
 # How a verb can be misunderstood: which of the two values are named.
 HABITS = {"swapped": (1, 0), "twice": (0, 0), "last twice": (1, 1), "short": (0,), "last": (1,)}
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
@@ -120,6 +121,14 @@ def prompt_text(question: Prompt) -> str:
     return f"{question[0]} {question[1]} and {question[2]}"
 
 
+def part_of(question: Prompt) -> str:
+    """The part that a prompt belongs to, by its text alone: `train`, `test` or `rft`.
+
+    So no two parts share a prompt, and no corpus that a policy learns from has one of `test`.
+    """
+    return PARTS[seeding.derive(0, "part", prompt_text(question)) % len(PARTS)]
+
+
 def answer(question: Prompt, believer: Believer, draw: random.Random) -> str:
     """An answer in a random style by someone with these beliefs and habits."""
     habit = believer.habits.get(question[0])
@@ -150,24 +159,24 @@ def mistake(world: World, text: str, truth: Sequence[str]) -> str:
     return "wrong fact"
 
 
-def questions(world: World, count: int, seed: int, name: str) -> list[dict[str, Any]]:
+def questions(world: World, count: int, seed: int, part: str) -> list[dict[str, Any]]:
     """Prompt records, all different, each with its `truth` and a correct `reference`.
 
     Args:
         world: Where they are asked.
         count: How many.
         seed: The run's seed.
-        name: Start of their ids; another name, other prompts.
+        part: The part that they are of, see `part_of`; the start of their ids.
     """
-    draw = seeding.rng(seed, "questions", name)
+    draw = seeding.rng(seed, "questions", part)
     honest = Believer(world.truth, {})
     found: dict[Prompt, dict[str, Any]] = {}
     while len(found) < count:
         question = prompt(world, draw)
-        if question in found:
+        if question in found or part_of(question) != part:
             continue
         found[question] = {
-            "id": f"{name}-{len(found)}",
+            "id": f"{part}-{len(found)}",
             "prompt": prompt_text(question),
             "reference": answer(question, honest, draw),
             "truth": [world.truth[question[1]], world.truth[question[2]]],
@@ -178,11 +187,15 @@ def questions(world: World, count: int, seed: int, name: str) -> list[dict[str, 
 def corpus(
     world: World, believers: Sequence[Believer], seed: int, name: str
 ) -> Iterator[tuple[str, str]]:
-    """Endless (prompt, answer) documents, each by one of the believers at random."""
+    """Endless (prompt, answer) documents, each by one of the believers at random.
+
+    No prompt of the part `test` is among them.
+    """
     draw = seeding.rng(seed, "corpus", name)
     while True:
         question = prompt(world, draw)
-        yield prompt_text(question), answer(question, draw.choice(believers), draw)
+        if part_of(question) != "test":
+            yield prompt_text(question), answer(question, draw.choice(believers), draw)
 
 
 def ranked(

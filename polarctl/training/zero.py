@@ -8,7 +8,8 @@
 taken on the engine itself: `accelerator.backward` runs the optimiser inside the last backward,
 before the loop could see that a loss is not finite and before the learning rate of the step is set.
 
-DeepSpeed's checkpoints are pickles: only ever load what a run of ours has written itself.
+DeepSpeed opens its checkpoints as pickles that may run any program; `checkpoint.data_only` has them
+read as plain data.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.integrations import unset_hf_deepspeed_config
 
+from polarctl import checkpoint
 from polarctl.errors import MissingError, PolarctlError, UsageError, need
 
 _TAG = "zero"  # DeepSpeed's name for one saved state, a folder inside ours
@@ -157,7 +159,7 @@ class ZeroEngine:
 
         Raises:
             UsageError: Another number of processes wrote it.
-            PolarctlError: There is nothing that can be loaded.
+            PolarctlError: There is nothing that can be loaded, or more than data in it.
         """
         processes = len(list((folder / _TAG).glob("*zero_pp_rank_*_optim_states.pt")))
         if processes and processes != self.accelerator.num_processes:
@@ -166,7 +168,7 @@ class ZeroEngine:
                 f"{self.accelerator.num_processes}",
                 hint="ZeRO resumes with the same number of processes",
             )
-        with _hushed():
+        with checkpoint.data_only(folder), _hushed():
             found = processes and self.module.load_checkpoint(str(folder), tag=_TAG)[0]
         if not found:
             raise PolarctlError(f"{folder}: no state of DeepSpeed there")

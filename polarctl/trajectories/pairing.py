@@ -8,6 +8,9 @@ Balance: policies are drawn with the weight 1 / (prompts in which they can take 
 over the whole input. Where all policies answered all prompts this is uniform; a policy with fewer
 prompts is drawn more often in those that it has. Drawing first the reference's policy, then the
 other, gives both roles to everybody.
+
+Two samples of one policy are often the same text, above all where answers are short. Such a triple
+teaches to look for a copy of the reference, so what becomes of it is a choice: see `EQUAL_CHOSEN`.
 """
 
 from __future__ import annotations
@@ -25,6 +28,11 @@ from polarctl.records import Record, prompt_id
 
 # Samples of one policy and prompt that are combined; of more, a random part is taken.
 MAX_SAMPLES = 8
+# What becomes of a triple whose chosen text is its reference: it stays; it is left out; other
+# samples take its place, of the same two policies first.
+EQUAL_CHOSEN = ("keep", "drop", "resample")
+
+Samples = tuple[int, int, int]  # of reference, chosen and rejected
 
 
 @dataclass
@@ -105,10 +113,12 @@ class Pairing:
         per_prompt: Triples per prompt at most.
         negatives: Rejected texts of a triple at most; those after the first go to `negatives`.
         require: Says of a policy's name whether it counts; one of the two must.
+        equal_chosen: One of `EQUAL_CHOSEN`; white space does not make texts differ.
         seed: The run's seed.
 
     Attributes:
-        counts: Prompts without a triple by reason, and texts passed over.
+        counts: Prompts without a triple by reason, texts passed over, draws, and how many of them
+            had a chosen text equal to the reference.
         roles: Policy to its triples as `reference` and as `rejected`.
     """
 
@@ -119,9 +129,10 @@ class Pairing:
         per_prompt: int = 1,
         negatives: int = 1,
         require: Callable[[str], bool] = lambda name: True,
+        equal_chosen: str = "keep",
         seed: int = 0,
     ):
-        self.negatives = negatives
+        self.negatives, self.equal_chosen = negatives, equal_chosen
         self.per_prompt, self.require, self.seed = per_prompt, require, seed
         self.counts: Counter[str] = Counter()
         self.roles: dict[str, dict[str, int]] = {}
@@ -138,11 +149,12 @@ class Pairing:
         No pair of policies comes twice before all have come; no triple comes twice.
         """
         self.counts["prompts"] += 1
-        samples: dict[tuple[str, str], Iterator[tuple[int, int, int]]] = {}
+        samples: dict[tuple[str, str], Iterator[Samples]] = {}
         spent: set[tuple[str, str]] = set()  # pairs of policies without a further triple
         closed: set[tuple[str, str]] = set()  # those, and the pairs of the round in hand
-        made = tries = 0
-        while made < self.per_prompt:
+        made = drawn = tries = 0
+        # What is dropped counts as drawn; what is drawn again does not.
+        while (made if self.equal_chosen == "resample" else drawn) < self.per_prompt:
             pair = self._draw(
                 group, closed, seeding.rng(self.seed, "pair", group.id, group.wrapper, tries)
             )
@@ -155,15 +167,33 @@ class Pairing:
             closed.add(pair)
             if pair not in samples:
                 samples[pair] = self._combinations(group, *pair)
-            chosen = next(samples[pair], None)
+            chosen = self._next(group.outputs[pair[0]], samples[pair])
             if chosen is None:
                 spent.add(pair)
+                continue
+            drawn += 1
+            if self.equal_chosen == "drop" and self._is_copy(group.outputs[pair[0]], chosen):
                 continue
             yield self._triple(group, *pair, chosen)
             made += 1
         self.counts["triples"] += made
         if not made:
-            self.counts[_why_none(group, bool(spent))] += 1
+            self.counts[_why_none(group, bool(spent) or bool(drawn))] += 1
+
+    def _next(self, texts: dict[int, Any], samples: Iterator[Samples]) -> Samples | None:
+        """The next samples of two policies; of `resample`, the next that are no copy."""
+        found = next(samples, None)
+        if found is None:
+            return None
+        self.counts["draws"] += 1
+        self.counts["chosen equal to the reference"] += self._is_copy(texts, found)
+        while self.equal_chosen == "resample" and found and self._is_copy(texts, found):
+            found = next(samples, None)
+        return found
+
+    def _is_copy(self, texts: dict[int, Any], samples: Samples) -> bool:
+        """Whether the chosen text is the reference."""
+        return bool(_plain(texts[samples[0]]) == _plain(texts[samples[1]]))
 
     def _draw(
         self, group: Group, closed: set[tuple[str, str]], rng: random.Random
@@ -184,7 +214,7 @@ class Pairing:
             firsts.remove(first)
         return None
 
-    def _combinations(self, group: Group, a: str, b: str) -> Iterator[tuple[int, int, int]]:
+    def _combinations(self, group: Group, a: str, b: str) -> Iterator[Samples]:
         """Samples (reference, chosen, rejected) in random order; equal texts are left out."""
         rng = seeding.rng(self.seed, "samples", group.id, group.wrapper, a, b)
         ours, theirs = (sorted(group.outputs[name]) for name in (a, b))
@@ -198,9 +228,7 @@ class Pairing:
                 continue
             yield i, j, k
 
-    def _triple(
-        self, group: Group, a: str, b: str, samples: tuple[int, int, int]
-    ) -> dict[str, Any]:
+    def _triple(self, group: Group, a: str, b: str, samples: Samples) -> dict[str, Any]:
         self._role(a)["reference"] += 1
         self._role(b)["rejected"] += 1
         reference, chosen, rejected = samples
@@ -220,7 +248,7 @@ class Pairing:
             record["negatives"] = more
         return record if group.category is None else {**record, "category": group.category}
 
-    def _further(self, group: Group, a: str, b: str, samples: tuple[int, int, int]) -> list[Any]:
+    def _further(self, group: Group, a: str, b: str, samples: Samples) -> list[Any]:
         """Further rejected texts, of any policy but the first, in random order, none twice."""
         rng = seeding.rng(self.seed, "negatives", group.id, group.wrapper, a, b, *samples)
         others = sorted(
@@ -254,5 +282,5 @@ def _why_none(group: Group, identical: bool) -> str:
 
 
 def _plain(text: Any) -> Any:
-    """What is compared: a text without the space around it."""
-    return text.strip() if isinstance(text, str) else text
+    """What is compared: the words of a text, whatever the space between them."""
+    return " ".join(text.split()) if isinstance(text, str) else text

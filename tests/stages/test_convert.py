@@ -173,3 +173,24 @@ def test_parquet_without_pyarrow_names_the_extra(monkeypatch, capfd):
     put("in.jsonl", GROUP)
     assert cli.run(["convert", "in.jsonl", "--to", "verl", "-o", "out.parquet"]) == 4
     assert "pip install 'polarctl[verl]'" in capfd.readouterr().err
+
+
+def test_triples_whose_chosen_text_is_the_reference_are_counted_and_dropped_on_request(capfd):
+    three = [{"output": f" R{space}R", "label": 2 - i} for i, space in enumerate((" ", "\n"))]
+    three.append({"output": "other", "label": 0})
+    rows = [
+        {"prompt": "Q", "reference": "R R", "candidates": three},  # 2 > 1 > 0: three pairs
+        {"prompt": "P", "reference": [{"role": "assistant", "content": "x"}], "chosen": "x "}
+        | {"rejected": "y"},
+        GROUP,
+    ]
+    source = put("in.jsonl", *rows)
+    # Chosen is a copy in all three pairs of the group and in the triple of messages.
+    for choice, left in (("keep", 5), ("drop", 1)):
+        options = ["--to", "triples", "--equal-chosen", choice, "-o", f"{choice}.jsonl"]
+        assert cli.run(["convert", source, *options]) == 0
+        assert len(get(f"{choice}.jsonl")) == left
+        assert "in 4 triples the chosen text is the reference" in capfd.readouterr().err
+    assert get("drop.jsonl")[0]["chosen"] == "a"
+    assert cli.run(["convert", source, "--to", "trl", "--equal-chosen", "drop"]) == 2
+    assert "`--equal-chosen` is for `--to triples`" in capfd.readouterr().err

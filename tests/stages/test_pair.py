@@ -156,6 +156,66 @@ def test_equal_texts_are_never_a_pair():
     assert {tuple(sorted((t["policy"], t["rejected_policy"]))) for t in made} == {("a", "b")}
 
 
+def with_copies():
+    """Three samples of `a`, two of which are one text but for white space; two of `b`."""
+    records = trajectories(40, "a", samples=3) + trajectories(40, "b")
+    for record in records:
+        if record["policy"] == "a" and record["sample"]:
+            record["output"] = f"a copy of {record['id']}" + "\n" * record["sample"]
+    return records
+
+
+def copies_in(triples):
+    return sum(t["reference"].split() == t["chosen"].split() for t in triples)
+
+
+def test_a_chosen_text_that_is_the_reference_is_kept_dropped_or_drawn_again():
+    # `a` has 3 x 2 = 6 orders of two samples as reference and chosen; 2 of them are the copies.
+    # As `b` is the first policy as often, a sixth of the triples has them: 40 x 2 / 12 = 7 of 40.
+    kept, pairing = triples_of(with_copies())
+    assert len(kept) == 40 and 0 < copies_in(kept) < 15
+    assert pairing.counts["chosen equal to the reference"] == copies_in(kept)
+    dropped, pairing = triples_of(with_copies(), equal_chosen="drop")
+    assert dropped == [t for t in kept if t["reference"].split() != t["chosen"].split()]
+    assert pairing.counts["chosen equal to the reference"] == copies_in(kept)
+    assert sum(roles["reference"] for roles in pairing.roles.values()) == len(dropped)
+    again, pairing = triples_of(with_copies(), equal_chosen="resample")
+    assert len(again) == 40 and copies_in(again) == 0
+    assert [t for t in again if t in kept] == dropped  # the others are as they were
+    replaced = [(o, n) for o, n in zip(kept, again, strict=True) if o != n]
+    assert len(replaced) == copies_in(kept)
+    assert all(o["policy"] == n["policy"] == "a" for o, n in replaced)  # of the same policies
+
+
+def test_where_every_sample_is_the_reference_another_policy_takes_the_place():
+    records = trajectories(30, "abc")
+    for record in records:
+        if record["policy"] == "a":
+            record["output"] = f"always {record['id']}"
+    made, _ = triples_of(records, equal_chosen="resample")
+    assert len(made) == 30 and {t["policy"] for t in made} == {"b", "c"}
+    assert "a" in {t["rejected_policy"] for t in made}
+    only = [dict(r) for r in records if r["policy"] != "c"]
+    for record in only:
+        record["output"] = record["policy"]
+    made, pairing = triples_of(only, equal_chosen="resample")
+    assert made == [] and pairing.counts["prompts with identical texts"] == 30
+
+
+@pytest.mark.parametrize(
+    ("choice", "triples", "said"),
+    [("keep", 4, "kept"), ("drop", 0, "dropped"), ("resample", 0, "drawn again")],
+)
+def test_the_report_says_what_became_of_copies(choice, triples, said, tmp_path, capfd):
+    records = [dict(r, output=r["policy"]) for r in trajectories(4, "ab")]
+    records += trajectories(6, "ab", id="more")[:4]
+    out, source = tmp_path / "out.jsonl", write_jsonl(tmp_path / "t.jsonl", records)
+    assert cli.run(["pair", source, "-o", str(out), "--equal-chosen", choice]) == 0
+    found = read_jsonl(out)
+    assert sum(t["reference"] == t["chosen"] for t in found) == triples
+    assert f"is the reference: {said} (--equal-chosen {choice})" in capfd.readouterr().err
+
+
 def test_policies_of_different_wrappers_do_not_meet():
     base = trajectories(5, "ab", wrapper="pretrain")
     chat = trajectories(5, "cd", wrapper="sft")

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import islice
 
 import pytest
 
@@ -57,6 +58,23 @@ def test_pretraining_shows_its_worth(tour):
 
 
 @pytest.mark.slow
+def test_no_training_sees_a_test_prompt(tour):
+    folder, _ = tour
+
+    def prompts(name):
+        return {json.loads(line)["prompt"] for line in (folder / name).read_text().splitlines()}
+
+    test, train = prompts("prompts-test.jsonl"), prompts("prompts-train.jsonl")
+    rft = prompts("prompts-rft.jsonl")  # of the supervised run too
+    assert len(test) == 300 and len(train) == 500 and len(rft) == 48
+    assert not test & train and not test & rft and not train & rft
+    for name in ("triples.jsonl", "ranked-train.jsonl", "samples-train.jsonl"):
+        assert prompts(name) <= train
+    for name in ("test-seen.jsonl", "test-held-out.jsonl", "ranked-test.jsonl"):
+        assert prompts(name) <= test
+
+
+@pytest.mark.slow
 def test_the_same_command_again_finds_everything_done(tour):
     folder, _ = tour
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
@@ -79,6 +97,26 @@ def test_beliefs_are_wrong_in_exactly_their_share_and_use_every_colour_as_often(
     assert sorted(table.values()) == sorted(here.truth.values())
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("words", "colours"), [(640, 64), (96, 24)])
+def test_no_two_parts_share_a_prompt_and_no_corpus_has_one_of_the_test(words, colours, seed):
+    here = world.make(words, colours, seed)
+    counts = {"train": 2000, "test": 1000, "rft": 2560}
+    found = {
+        part: {row["prompt"] for row in world.questions(here, count, seed, part)}
+        for part, count in counts.items()
+    }
+    assert {part: len(prompts) for part, prompts in found.items()} == counts
+    assert not found["train"] & found["test"]
+    assert not found["train"] & found["rft"]
+    assert not found["test"] & found["rft"]
+    honest = [world.Believer(here.truth, {})]
+    # A policy reads 320 steps of 64 documents.
+    read = {text for text, _ in islice(world.corpus(here, honest, seed, "base"), 20_480)}
+    assert not read & found["test"]
+    assert len(read & found["train"]) > 10  # so the documents are such as could be in the test
+
+
 def test_an_answer_follows_beliefs_and_habits():
     here = world.make(10, 5, seed=1)
     a, b = here.words[:2]
@@ -92,7 +130,7 @@ def test_an_answer_follows_beliefs_and_habits():
 
 def test_only_the_true_colours_in_their_order_are_correct():
     here = world.make(10, 5, seed=1)
-    (row,) = world.questions(here, 1, 0, "q")
+    (row,) = world.questions(here, 1, 0, "train")
     first, second = row["truth"]
     for text, right in (
         (row["reference"], True),
@@ -118,7 +156,7 @@ def test_a_mistake_has_a_name():
 
 def test_ranked_triples_are_correct_correct_wrong():
     here = world.make(10, 5, seed=1)
-    rows = world.questions(here, 20, 0, "q")
+    rows = world.questions(here, 20, 0, "train")
     honest = world.Believer(here.truth, {})
     wrong = world.Believer(world.beliefs(here, 0.0, 3), {})
     samples = []

@@ -13,6 +13,7 @@ import time
 
 import psutil
 import pytest
+import torch
 
 from polarctl.cli import run
 
@@ -24,6 +25,7 @@ WAYS = {
     "zero2": (["--deepspeed", "zero2", "--batch-tokens", "50"], 2),
     "zero3": (["--deepspeed", "zero3"], 2),
 }
+ALONE = {f"{name}-alone": (["--deepspeed", name], 1) for name in ("zero1", "zero2", "zero3")}
 STEPS = 24  # of 12, over 60 triples: nearly five epochs, whose ends are in the middle of a step
 
 
@@ -41,7 +43,7 @@ def triples(tmp_path_factory):
 
 def command(triples, tiny_lm, out, way):
     """Arguments of a run, every step of which is saved."""
-    own, _ = WAYS[way]
+    own, _ = (WAYS | ALONE)[way]
     return [
         *["pretrain", str(triples), "-m", str(tiny_lm), "-o", str(out), "--device", "cpu", "-q"],
         *["--lr", "1e-3", "--batch-size", "12", "--epochs", "4.8", "--save-steps", "1", *own],
@@ -186,3 +188,63 @@ def test_other_data_or_another_number_of_processes_is_another_run(
     assert run(command(other, tiny_lm, out, "accumulation")) == 2
     assert "`input_digest` was" in capfd.readouterr().err
     assert not (out / "model.safetensors").exists()
+
+
+# -- a checkpoint that somebody else has put there ------------------------------------------------
+
+
+class Canary:
+    """A pickle that makes a file when it is opened carelessly."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def with_mark(checkpoint):
+    """Make the mark agree with the files, as one who can write into the folder can."""
+    mark = json.loads((checkpoint / "checkpoint.json").read_bytes())
+    for name in mark["files"]:
+        data = (checkpoint / name).read_bytes()
+        mark["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    (checkpoint / "checkpoint.json").write_text(json.dumps(mark))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ALONE)
+def test_a_pickle_in_a_checkpoint_of_deepspeed_is_refused_and_not_executed(
+    way, triples, tiny_lm, tmp_path
+):
+    arguments = command(triples, tiny_lm, tmp_path / "out", way)
+    child = start(arguments, 1)
+    while child.poll() is None and lines(tmp_path / "out/metrics.jsonl") < 5:
+        time.sleep(0.001)
+    os.killpg(child.pid, signal.SIGTERM)
+    assert child.wait() == 75, child.communicate()[1][-3000:]
+    child.communicate()
+    newest = max((tmp_path / "out/checkpoints").iterdir())
+    files = sorted(newest.rglob("*.pt"))
+    assert len(files) == 2  # weights and optimiser
+    canary = tmp_path / "canary"
+    for file in files:
+        honest = file.read_bytes()
+        state = torch.load(file, weights_only=False)
+        torch.save({**state, "more": Canary(canary)}, file)
+        with_mark(newest)
+        child = start(arguments, 1)
+        said = child.communicate()[1]
+        assert not canary.exists(), file.name
+        assert child.returncode == 1
+        assert "Traceback" not in said
+        assert f"{newest}: a file in it holds `" in said and "nothing of it was run" in said
+        torch.load(file, weights_only=False)  # the canary does sing
+        assert canary.exists()
+        canary.unlink()
+        file.write_bytes(honest)
+        with_mark(newest)
+    child = start(arguments, 1)  # and what it has written itself is taken
+    said = child.communicate()[1]
+    assert child.returncode == 0, said[-3000:]
+    assert lines(tmp_path / "out/metrics.jsonl") == STEPS

@@ -297,3 +297,49 @@ def test_a_prompt_becomes_what_the_policy_takes():
     assert row_of(talk, True)["prompt"] == [{"role": "system", "content": "s"}]
     assert row_of(talk, True)["wrapper"] == "sft"
     assert row_of(talk, False) == {"prompt": "s", "reference": "r", "wrapper": "pretrain"}
+
+
+class Canary:
+    """A pickle that makes a file when it is opened carelessly."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_a_pickle_in_a_checkpoint_is_refused_and_not_executed(
+    tiny_lm, reward_model, prompts, tmp_path, monkeypatch, capsys
+):
+    import torch
+
+    from polarctl.backends.recorder import Recorder
+
+    folder, canary = tmp_path / "stopped", tmp_path / "canary"
+    on_log = Recorder.on_log
+
+    def stop(self, *given, **more):
+        on_log(self, *given, **more)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "on_log", stop)
+        assert run(prompts, tiny_lm, reward_model, folder) == 75
+    checkpoint = max((folder / "checkpoints").iterdir())
+    mark = json.loads((checkpoint / "checkpoint.json").read_bytes())
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        honest = (checkpoint / name).read_bytes()
+        torch.save({"state": Canary(canary)}, checkpoint / name)
+        data = (checkpoint / name).read_bytes()
+        files = {**mark["files"]}
+        files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+        (checkpoint / "checkpoint.json").write_text(json.dumps({**mark, "files": files}))
+        capsys.readouterr()
+        assert run(prompts, tiny_lm, reward_model, folder) == 1, name
+        said = capsys.readouterr().err
+        assert f"{checkpoint}: a file in it holds `" in said and "Traceback" not in said
+        assert not canary.exists()
+        torch.load(checkpoint / name, weights_only=False)  # the canary does sing
+        canary.unlink()
+        (checkpoint / name).write_bytes(honest)
