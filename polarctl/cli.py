@@ -17,6 +17,7 @@ import os
 import re
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable
 from types import FrameType
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -109,7 +110,10 @@ def _parameters(stage: str, config_type: type[config.Common]) -> list[inspect.Pa
     """The dataclass's fields as parameters that Typer understands."""
     hints = get_type_hints(config_type, include_extras=True)
     parameters = []
+    offered = config.keys(config_type)
     for field in dataclasses.fields(config_type):
+        if field.name not in offered:
+            continue
         kind, info = get_args(hints[field.name])
         info = copy.copy(info)
         if get_origin(kind) is tuple:
@@ -132,15 +136,49 @@ def _parameters(stage: str, config_type: type[config.Common]) -> list[inspect.Pa
     return parameters
 
 
+class _Stage(typer.core.TyperCommand):
+    """A command that takes no option twice, unless its values add up; click keeps the last."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not ctx.resilient_parsing:
+            _, _, order = self.make_parser(ctx).parse_args(list(args))
+            for parameter, times in Counter(order).items():
+                several = getattr(parameter, "multiple", True) or parameter.name == "help"
+                if times > 1 and not several:
+                    raise UsageError(
+                        f"`{max(parameter.opts, key=len)}` is given twice",
+                        hint=f"polarctl {ctx.command.name} --help",
+                    )
+        return super().parse_args(ctx, args)
+
+
+# Where a value may come from, by click's names; a default is from nowhere.
+_SOURCES = {"COMMANDLINE": "command line", "ENVIRONMENT": "environment", "DEFAULT_MAP": "config"}
+
+
+def _given(context: typer.Context, settings: Any) -> dict[str, str]:
+    """The options that the user has set, and where; not those that are set to nothing."""
+    found = {}
+    for field in dataclasses.fields(settings):
+        source = context.get_parameter_source(field.name)
+        value = getattr(settings, field.name)
+        nothing = value is None or value == () or (value is False and field.default is False)
+        if source is not None and source.name in _SOURCES and not nothing:
+            found[field.name] = _SOURCES[source.name]
+    return found
+
+
 def stage_command(stage: str) -> Any:
     """The command of a stage, made from its `Config`; imports that stage alone."""
     module = importlib.import_module(f"polarctl.stages.{stage}")
     config_type = module.Config
 
-    def command(**values: Any) -> None:
+    def command(polarctl_context: typer.Context, **values: Any) -> None:
         config.check_environment(stage, config_type)
         tidy = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         settings = config_type(**tidy)
+        settings = config.with_given(settings, _given(polarctl_context, settings))
+        config.check_given(stage, settings)
         before = console.snapshot()
         console.configure(
             quiet=settings.quiet,
@@ -148,19 +186,25 @@ def stage_command(stage: str) -> Any:
             color=not settings.no_color,
             json_lines=settings.json,
         )
+        for name, source in settings.given.items():
+            # Without its value: a server's address may hold a password.
+            console.detail(f"option {config.flag_of(config_type, name)}: from the {source}")
         try:
             with _guarded_stdout():
                 module.run(settings)
         finally:
             console.restore(before)  # a stage may run inside another
 
-    parameters = _parameters(stage, config_type)
+    own = inspect.Parameter(
+        "polarctl_context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
+    )
+    parameters = [own, *_parameters(stage, config_type)]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     single = typer.Typer(add_completion=False, **_TYPER)
     # A line `\b` in a raw docstring keeps the lines below it as they are.
     text = (inspect.getdoc(module) or "").replace("\\b\n", "\b\n")
-    single.command(stage, help=text)(command)
+    single.command(stage, cls=_Stage, help=text)(command)
     return typer.main.get_command(single)
 
 

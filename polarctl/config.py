@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
@@ -57,8 +58,39 @@ Json = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class Needs:
+    """Options that have an effect in some modes of a stage only; set in another, they are refused.
+
+    Attributes:
+        options: Their names, with spaces between.
+        met: Whether the options of a run are such a mode.
+        what: The mode in words: `is for ...`.
+    """
+
+    options: str
+    met: Callable[[Any], bool]
+    what: str
+
+
+class Options:
+    """What every `Config` has beside its options.
+
+    Attributes:
+        NEEDS: Which options need others; those of the base classes hold too.
+        ABSENT: Options of the base classes that this stage can never use: it does not offer them.
+        given: Options that the user has set, and where: `command line`, `environment` or
+            `config`. Kept
+            beside the values: two runs with the same values are the same run.
+    """
+
+    NEEDS: ClassVar[list[Needs]] = []
+    ABSENT: ClassVar[frozenset[str]] = frozenset()
+    given: ClassVar[Mapping[str, str]] = {}
+
+
 @dataclass(frozen=True, kw_only=True)
-class Bare:
+class Bare(Options):
     """The options of every command: where options come from, and how it speaks."""
 
     config: ConfigFile = None
@@ -77,13 +109,21 @@ class Basic(Bare):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Common:
+class Common(Options):
     """The options that every stage has.
 
     Attributes:
         NEUTRAL: Options of the stage that may differ at a resume, beside `BOOKKEEPING`.
     """
 
+    NEEDS = [
+        Needs("resume", lambda c: c.output != "-", "`-o FILE`: standard output cannot be resumed"),
+        Needs(
+            "force",
+            lambda c: c.output != "-" or c.rejects is not None,
+            "`-o FILE` or `--rejects FILE`, which it replaces",
+        ),
+    ]
     NEUTRAL: ClassVar[frozenset[str]] = frozenset()
 
     input: Annotated[
@@ -142,7 +182,21 @@ BOOKKEEPING = frozenset(
 def resolved(config: Common) -> dict[str, Any]:
     """Every option as plain JSON values."""
     values = dataclasses.asdict(config)
-    return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
+    return {
+        key: list(v) if isinstance(v, tuple) else v
+        for key, v in values.items()
+        if key not in config.ABSENT
+    }
+
+
+def shown(config: Common) -> dict[str, Any]:
+    """The options for a plan: all but those that ask for nothing and are not set."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    return {
+        key: value
+        for key, value in resolved(config).items()
+        if not (value is None or value is False or value == []) or value is not defaults[key]
+    }
 
 
 def semantic(config: Common) -> dict[str, Any]:
@@ -153,7 +207,53 @@ def semantic(config: Common) -> dict[str, Any]:
 
 def keys(config_type: type[Common]) -> list[str]:
     """The option names of a stage, as used in YAML."""
-    return [field.name for field in dataclasses.fields(config_type)]
+    names = (field.name for field in dataclasses.fields(config_type))
+    return [name for name in names if name not in config_type.ABSENT]
+
+
+def flag_of(config_type: type[Options], name: str) -> str:
+    """An option as it stands on the command line."""
+    info = get_type_hints(config_type, include_extras=True)[name].__metadata__[0]
+    if isinstance(info, typer.models.ArgumentInfo):
+        return str(info.metavar or name.upper())
+    long = [text for text in info.param_decls or () if text.startswith("--")]
+    return long[0] if long else "--" + name.replace("_", "-")
+
+
+def with_given(config: Any, given: Mapping[str, str]) -> Any:
+    """The options, knowing which of them the user has set; see `Options.given`."""
+    object.__setattr__(config, "given", dict(given))
+    return config
+
+
+def check_given(stage: str, config: Any) -> None:
+    """Refuse options that the user has set and that would do nothing.
+
+    Raises:
+        UsageError: An empty text, or an option that this mode of the stage does not use.
+    """
+    kind = type(config)
+    for name in config.given:
+        value = getattr(config, name)
+        if value == "" or (isinstance(value, tuple) and "" in value):
+            raise UsageError(
+                f"`{flag_of(kind, name)}` is empty", hint=leave_out(stage, config, name)
+            )
+    for need in (need for part in kind.__mro__ for need in vars(part).get("NEEDS", ())):
+        for name in need.options.split():
+            if name in config.given and not need.met(config):
+                raise UsageError(
+                    f"`{flag_of(kind, name)}` has no effect here: it is for {need.what}",
+                    hint=leave_out(stage, config, name),
+                )
+
+
+def leave_out(stage: str, config: Any, name: str) -> str:
+    """How to take back an option, by where it was set."""
+    source = config.given.get(name)
+    if source == "environment":
+        return f"unset {env_prefix(stage)}{name.upper()}"
+    return f"take `{name}` out of {config.config}" if source == "config" else "leave it out"
 
 
 def _nearest(key: str, known: list[str]) -> str:
@@ -169,8 +269,22 @@ def yaml_of(path: str) -> Any:
     """
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Takes no key twice, where YAML's own would keep the last."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            """A mapping, refused when it names a key again."""
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if str(key.value) in seen:
+                    raise UsageError(
+                        f"{path}:{key.start_mark.line + 1}: `{key.value}` is given twice"
+                    )
+                seen.add(str(key.value))
+            return dict(super().construct_mapping(node, deep))
+
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return yaml.load(Path(path).read_text(encoding="utf-8"), Loader)  # noqa: S506
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -195,6 +309,8 @@ def read_yaml(path: str, config_type: type[Common]) -> dict[str, Any]:
         key = str(raw).replace("-", "_")
         if key not in known or key == "config":
             raise UsageError(f"{path}: unknown key `{raw}`", hint=_nearest(key, known))
+        if key in result:
+            raise UsageError(f"{path}: `{raw}` is given twice")
         result[key] = _yaml_value(value, kinds[key], f"{path}: `{raw}`")
     return result
 

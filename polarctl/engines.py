@@ -20,25 +20,17 @@ STYLES = ("auto", "polar", "chat")
 
 
 def check(config: EngineConfig) -> None:
-    """Raise UsageError for options that do not go together."""
+    """Raise UsageError for options that do not go together; `EngineConfig.NEEDS` has others."""
     if config.backend not in BACKENDS:
         raise UsageError(f"no backend `{config.backend}`", hint=f"one of {', '.join(BACKENDS)}")
     check_style(config.prompt_style)
     if config.backend == "vllm" and config.server:
         raise UsageError("--backend vllm is an engine of this process: leave --server out")
-    if config.engine_option and config.backend != "vllm":
-        raise UsageError("`--engine-option` is for --backend vllm")
-    if config.prompt_style == "chat" and (config.backend != "hf" or config.server):
-        raise UsageError("`--prompt-style chat` is for --backend hf, without --server")
-    if config.reference_in_prompt and config.prompt_style == "polar":
-        raise UsageError("`--reference-in-prompt` is for --prompt-style chat")
     if config.server is not None:
         from polarctl.remote import check_url
 
         chat = config.backend == "principle"
         check_url(config.server, "POLARCTL_JUDGE_KEY" if chat else "POLARCTL_SERVER_KEY")
-    if config.gpus > 1 and config.server:
-        raise UsageError("`--gpus` is for engines of this machine", hint="--concurrency")
     options_of(config)
 
 
@@ -116,12 +108,23 @@ def reads_chat(config: EngineConfig) -> bool:
 
     Raises:
         MissingError: Config or tokenizer is not there.
-        UsageError: `--reference-in-prompt` for a model that is not.
+        UsageError: `--reference-in-prompt` for a model that is not, or an option about references
+            for one that is shown none.
     """
     here = config.backend == "hf" and not config.server
     chat = here and is_chat(config.model, config.prompt_style)
     if config.reference_in_prompt and not chat:
         raise UsageError(f"`--reference-in-prompt`: {config.model} reads POLAR's template")
+    if chat and not config.reference_in_prompt:
+        for flag, given in (
+            ("--no-reference", config.no_reference),
+            ("--reference-pooling", "reference_pooling" in config.given),
+        ):
+            if given:
+                raise UsageError(
+                    f"`{flag}` has no effect here: {config.model} reads a conversation",
+                    hint="--reference-in-prompt shows it the reference",
+                )
     return chat
 
 

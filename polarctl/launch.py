@@ -37,6 +37,43 @@ def device_of(name: str) -> str:
     return name
 
 
+def show_one_gpu(name: str) -> None:
+    """Let this process see one GPU alone, as TRL's trainer demands of a process without others.
+
+    CUDA reads the variable once, when it is first asked anything (`torch.cuda.is_available()` asks
+    it): call this before torch is imported.
+
+    Args:
+        name: `--device`.
+
+    Raises:
+        UsageError: One GPU for several processes.
+        MissingError: More GPUs are asked for than CUDA_VISIBLE_DEVICES names.
+    """
+    import os
+
+    kind, _, index = name.partition(":")
+    if "LOCAL_RANK" in os.environ:
+        if index:
+            raise UsageError(
+                f"`--device {name}`: several processes choose their own GPUs", hint="--device cuda"
+            )
+        return
+    if kind not in ("auto", "cuda") or (index and not index.isdecimal()):
+        return  # `device_of` says what is wrong with it
+    visible = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each]
+    number = int(index or 0)
+    if not visible and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(number)
+    elif visible and number < len(visible):
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[number]
+    elif index:
+        raise MissingError(
+            f"`--device {name}`: CUDA_VISIBLE_DEVICES names {len(visible)} GPUs",
+            hint="--device cuda, or another CUDA_VISIBLE_DEVICES",
+        )
+
+
 def dtype_of(name: str, device: str) -> Any:
     """A torch dtype; `auto` is bfloat16 on a GPU that has it, else float32.
 
@@ -48,7 +85,9 @@ def dtype_of(name: str, device: str) -> Any:
     if name not in DTYPES:
         raise UsageError(f"`--dtype {name}`: unknown", hint=f"one of {', '.join(DTYPES)}")
     if name == "auto":
-        fast = device.startswith("cuda") and torch.cuda.is_bf16_supported()
+        fast = device.startswith("cuda") and torch.cuda.is_bf16_supported(
+            including_emulation=False  # a V100 or T4 computes it many times slower
+        )
         name = "bfloat16" if fast else "float32"
         console.choice("dtype", name, "the GPU has it" if fast else f"exact, on {device}")
     return getattr(torch, name)

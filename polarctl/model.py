@@ -9,6 +9,7 @@ Shapes: B sequences, T tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -195,30 +196,34 @@ def create(
     max_length: int | None = None,
     max_response_length: int | None = None,
     default_response_length: int = 4096,
-    cut_side: str = "right",
+    cut_side: str | None = None,
     device: str = "cpu",
     dtype: Any = torch.float32,
     seed: int = 0,
 ) -> RewardModel:
     """A reward model to be trained.
 
-    A causal LM gets a zero head and the two template tokens; a reward model goes on as it is; a
-    config alone gives random weights.
+    A causal LM gets a zero head and the two template tokens; a reward model goes on with its
+    weights, its tokenizer and its template, in which lengths can be changed; a config alone gives
+    random weights.
 
     Args:
         base: Folder or Hub id of a causal LM or of a reward model.
         config_path: Instead of `base`: a config for random weights.
-        tokenizer_path: Tokenizer, where the model has none or another is wanted.
-        max_length: Tokens of one input; default: 16384 or what the model can take.
-        max_response_length: Tokens of one response, or None for the default.
+        tokenizer_path: Tokenizer, where the model has none or another is wanted; not for a reward
+            model.
+        max_length: Tokens of one input, or None: a reward model's own, else 16384 or what the model
+            can take.
+        max_response_length: Tokens of one response, or None: a reward model's own or the default.
         default_response_length: That default; a quarter of `max_length` where that is less.
-        cut_side: Where long responses are cut.
+        cut_side: Where long responses are cut, or None: a reward model's own or `right`.
         device: Where the weights go.
         dtype: Their precision.
         seed: Seed of random weights.
 
     Raises:
-        UsageError: Neither or both of `base` and `config_path`; lengths that do not fit.
+        UsageError: Neither or both of `base` and `config_path`; lengths that do not fit; a
+            tokenizer for a reward model.
         MissingError: Model or tokenizer is not there.
     """
     if (base is None) == (config_path is None):
@@ -227,8 +232,22 @@ def create(
     assert source is not None
     config = load_config(source)
     trained = getattr(config, "polar", None) or internlm2.read(source)
+    longest = getattr(config, "max_position_embeddings", None) or math.inf
+    if max_length is not None and max_length > longest:
+        raise UsageError(f"`--max-length {max_length}`: {source} takes {longest} tokens at most")
+    given: dict[str, Any] = {
+        "max_length": max_length,
+        "max_response_length": max_response_length,
+        "cut_side": cut_side,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
     if base is not None and _is_classifier(config) and trained:
-        return load(base, device=device, dtype=dtype)
+        if tokenizer_path is not None:
+            raise UsageError(
+                f"`--tokenizer`: {base} is a reward model and keeps its own",
+                hint="leave it out",
+            )
+        return _retold(load(base, device=device, dtype=dtype), base, given)
     tokenizer = load_tokenizer(tokenizer_path or source)
     added = _add_tokens(tokenizer)
     config.num_labels, config.problem_type = 1, "regression"
@@ -242,14 +261,14 @@ def create(
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer))
     torch.nn.init.zeros_(model.score.weight)  # the first loss is ln 2
-    longest = getattr(config, "max_position_embeddings", None) or MAX_LENGTH
-    total = min(max_length or MAX_LENGTH, longest)
+    total = int(given.get("max_length", min(MAX_LENGTH, longest)))
     template = {
         "separator": SEPARATOR,
         "reward_token": REWARD_TOKEN,
         "max_length": total,
-        "max_response_length": max_response_length or min(default_response_length, total // 4),
-        "cut_side": cut_side,
+        "max_response_length": min(default_response_length, total // 4),
+        "cut_side": "right",
+        **given,
     }
     model.config.polar = template
     model.config.reward_token_id = tokenizer.convert_tokens_to_ids(REWARD_TOKEN)
@@ -257,6 +276,24 @@ def create(
     encoder = _encoder(source, model.config, tokenizer)
     new = tuple(tokenizer.convert_tokens_to_ids(added))
     return RewardModel(model.to(device), tokenizer, encoder, new)
+
+
+def _retold(made: RewardModel, path: str, given: dict[str, Any]) -> RewardModel:
+    """A reward model whose template has other lengths; said, and saved with it."""
+    before = made.model.config.polar
+    changed = {name: value for name, value in given.items() if value != before.get(name)}
+    if not changed:
+        return made
+    if "template" not in console.choices():  # a model may be loaded again at the end
+        console.choice(
+            "template",
+            ", ".join(f"{name} {value}" for name, value in changed.items()),
+            f"asked for; {path} was trained with "
+            + ", ".join(f"{name} {before.get(name)}" for name in changed),
+        )
+    made.model.config.polar = {**before, **changed}
+    made.encoder = _encoder(path, made.model.config, made.tokenizer)
+    return made
 
 
 def _is_classifier(config: Any) -> bool:

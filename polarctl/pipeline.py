@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from polarctl import console
-from polarctl.config import Common, resolved, shard_of
+from polarctl.config import Common, resolved, shard_of, shown
 from polarctl.errors import RecordError, UsageError
 from polarctl.io import Reader, RejectSink, Window, expand, stdin_is_missing
 from polarctl.output import Output
@@ -114,9 +114,12 @@ def dry_run(
     kind: str | Callable[[dict[str, Any]], str] | None,
     *,
     verify: Callable[[Record], None] | None = None,
+    check: Callable[[], None] = lambda: None,
     **facts: Any,
 ) -> None:
     """Check every input row, name each bad one, and say what would be done; write nothing.
+
+    `check` may refuse the run once all rows are read.
 
     Raises:
         RecordError: There are bad rows, and no `--rejects` that would set them aside.
@@ -129,6 +132,7 @@ def dry_run(
             f"{reader.bad:,} of {reader.rows:,} records are bad",
             hint="--rejects FILE sets them aside and goes on",
         )
+    check()
     console.note(
         f"{stage}: options and input are good: {good:,} records"
         + (f", {reader.bad:,} bad rows" if reader.bad else ""),
@@ -137,9 +141,8 @@ def dry_run(
         bad=reader.bad,
         **facts,
     )
-    for key, value in {**resolved(config), **facts}.items():
-        if value not in (None, False, []):
-            console.note(f"  {key}: {value}")
+    for key, value in {**shown(config), **facts}.items():
+        console.note(f"  {key}: {value}")
 
 
 class _Say:

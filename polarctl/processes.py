@@ -83,6 +83,13 @@ def launch(
     if "RANK" in os.environ:
         if adopted.threads_chosen:  # said here too, for the manifest
             _say_threads(os.environ["OMP_NUM_THREADS"], int(os.environ["LOCAL_WORLD_SIZE"]))
+        running = int(os.environ.get("WORLD_SIZE", "1"))
+        if gpus * nnodes not in (1, running):
+            raise UsageError(
+                f"`--gpus {gpus} --nnodes {nnodes}`, and the launcher has started {running} "
+                "processes",
+                hint="leave them out: the launcher says how many",
+            )
         return False
     if gpus == nnodes == 1:
         return False

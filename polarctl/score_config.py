@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import typer
 
-from polarctl.config import Common
+from polarctl.config import Common, Needs
+
+
+def _here(config: Any) -> bool:
+    """Whether transformers computes, in this process."""
+    return bool(config.backend == "hf" and config.server is None)
+
+
+def _judged(config: Any) -> bool:
+    return bool(config.backend == "principle")
+
 
 MODEL = typer.Option("--model", "-m", help="Reward model: a folder or a Hub id.")
 
@@ -34,6 +44,37 @@ class EngineConfig(ScoreConfig):
     NEUTRAL: ClassVar[frozenset[str]] = frozenset(
         "gpus server server_model concurrency server_deadline".split()
     )
+    NEEDS = [
+        Needs("batch_tokens prompt_style", _here, "--backend hf, without --server"),
+        Needs(
+            "reference_in_prompt",
+            lambda c: _here(c) and c.prompt_style != "polar" and not c.no_reference,
+            "--backend hf and --prompt-style chat, with a reference",
+        ),
+        Needs(
+            "device",
+            lambda c: c.server is None and (c.backend != "vllm" or c.gpus > 1),
+            "an engine of this process; vLLM takes the GPUs of CUDA_VISIBLE_DEVICES",
+        ),
+        Needs("dtype gpus", lambda c: c.server is None, "engines of this machine, not --server"),
+        Needs("engine_option", lambda c: c.backend == "vllm", "--backend vllm"),
+        Needs(
+            "server_model concurrency server_deadline", lambda c: c.server is not None, "--server"
+        ),
+        Needs(
+            "server_type server_batch",
+            lambda c: c.server is not None and not _judged(c),
+            "--server with a reward model",
+        ),
+        Needs("orders max_new_tokens", _judged, "--backend principle"),
+        Needs("seed", _judged, "--backend principle: a reward needs no random choice"),
+        Needs("no_reference", lambda c: not _judged(c), "reward models"),
+        Needs(
+            "reference_pooling",
+            lambda c: not _judged(c) and not c.no_reference,
+            "reward models that read a reference",
+        ),
+    ]
 
     model: Annotated[str, MODEL] = field()  # required here
     backend: Annotated[

@@ -32,7 +32,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from polarctl.config import Common
+from polarctl.config import Common, Needs
 
 WINDOW_ROWS = 1024
 SHAPES = ("native", "triples", "candidates", "prompts")
@@ -41,9 +41,32 @@ _COUNTS = ("rows", "other_part", "no_pair", "equal_chosen")
 _OPTIONAL = "id reference wrapper category policy rejected_policy label".split()
 
 
+def _of_rows(config: Any) -> bool:
+    """Whether rows are converted, and no checkpoint."""
+    return config.input[0] != "checkpoint" or os.path.isfile("checkpoint")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config(Common):
     """Options of `polarctl convert`."""
+
+    NEEDS = [
+        Needs(
+            "from_format map answer ranked split test_share limit shard resume manifest rejects",
+            _of_rows,
+            "rows, not for a checkpoint",
+        ),
+        Needs("seed test_share", lambda c: c.split is not None, "--split"),
+        Needs("ranked", lambda c: c.to_format == "triples", "--to triples"),
+        Needs(
+            "answer",
+            lambda c: c.from_format not in ("native", "nemo", "gsm8k", "gsm8k-solutions"),
+            "formats whose rows have an answer",
+        ),
+        Needs(
+            "resume", lambda c: not c.output.endswith(".parquet"), "JSONL: Parquet comes at once"
+        ),
+    ]
 
     from_format: Annotated[
         str,
@@ -166,7 +189,7 @@ def convert(
 
 def run(config: Config) -> None:
     """Convert every row of the input."""
-    if config.input[0] == "checkpoint" and not os.path.isfile("checkpoint"):
+    if not _of_rows(config):
         _checkpoint(config)
         return
     from polarctl import console, io, pipeline

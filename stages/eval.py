@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from polarctl.config import Needs
 from polarctl.score_config import ScoreConfig
 
 WINDOW_ROWS = 512
@@ -25,12 +26,21 @@ WINDOW_ROWS = 512
 class Config(ScoreConfig):
     """Options of `polarctl eval`."""
 
+    ABSENT = frozenset({"resume"})  # figures need every case: an interrupted one begins again
+    NEEDS = [
+        Needs("no_reference batch_tokens device dtype", lambda c: c.model is not None, "--model"),
+    ]
+
     report: Annotated[
         str | None, typer.Option(metavar="DIR", help="Write report.html, .json and plots here.")
     ] = None
-    by: Annotated[str, typer.Option(metavar="FIELD", help="Field that groups the table.")] = (
-        "category"
-    )
+    by: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FIELD",
+            help="Field that groups the table; default: `category`, if it is there.",
+        ),
+    ] = None
     min_accuracy: Annotated[
         float | None,
         typer.Option(min=0, max=1, help="Exit with status 5 when the accuracy is below this."),
@@ -58,8 +68,17 @@ def run(config: Config) -> None:
     verify: Callable[[Record], None] | None = _require_rewards
     if config.model is not None:
         kind, verify = kind_of_scorable, None if config.no_reference else require_reference
+    fields: set[str] = set()
+
+    def look(record: Record) -> None:
+        fields.update(record)
+        if verify is not None:
+            verify(record)
+
     if config.dry_run:
-        pipeline.dry_run("eval", config, paths, kind, verify=verify)
+        pipeline.dry_run(
+            "eval", config, paths, kind, verify=look, check=lambda: _check_by(config.by, fields)
+        )
         return
     identity = {"model_identity": manifest.folder_identity(config.model)} if config.model else {}
     cases = Cases()
@@ -74,7 +93,7 @@ def run(config: Config) -> None:
             no_reference=config.no_reference,
         )
         cuts = Cuts()
-        reader = pipeline.reader_of(config, paths, kind, sink=out, verify=verify)
+        reader = pipeline.reader_of(config, paths, kind, sink=out, verify=look)
 
         def work(window: list[Record]) -> Any:
             if scorer:
@@ -86,13 +105,14 @@ def run(config: Config) -> None:
                     for old, (fields, _) in zip(window, scored, strict=True)
                 ]
             for record in window:
-                yield from verdicts(record, config.by, cases)
+                yield from verdicts(record, config.by or "category", cases)
 
         # Figures need every case, so an interrupted evaluation begins again.
         for window in reader.windows(WINDOW_ROWS):
             for verdict in work(window.records):
                 out.write(verdict)
         cuts.say()
+        _check_by(config.by, fields)
         if not cases.margins:
             raise RecordError(
                 f"nothing to compare in {reader.rows:,} records",
@@ -117,6 +137,20 @@ def run(config: Config) -> None:
     accuracy = report["overall"]["model"]["value"]
     if config.min_accuracy is not None and accuracy < config.min_accuracy:
         raise CheckFailed(f"accuracy {accuracy:.4f} is below {config.min_accuracy}")
+
+
+def _check_by(name: str | None, fields: set[str]) -> None:
+    """Raise UsageError for a `--by` that no record has."""
+    from difflib import get_close_matches
+
+    from polarctl.errors import UsageError
+
+    if name is not None and name not in fields:
+        near = get_close_matches(name, fields, 3) or sorted(fields)
+        raise UsageError(
+            f"`--by {name}`: no record has that field",
+            hint=f"there is {', '.join(f'`{field}`' for field in near)}",
+        )
 
 
 def _require_rewards(record: Any) -> None:

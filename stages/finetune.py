@@ -14,12 +14,15 @@ from typing import Annotated
 
 import typer
 
+from polarctl.config import Needs
 from polarctl.training.options import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TrainConfig):
     """Options of `polarctl finetune`."""
+
+    NEEDS = [Needs("reference_field", lambda c: not c.no_reference, "runs with references")]
 
     reference_field: Annotated[
         str, typer.Option(metavar="FIELD", help="Field of the records that holds the reference.")

@@ -15,12 +15,15 @@ from typing import Annotated
 
 import typer
 
+from polarctl.config import Needs
 from polarctl.training.options import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TrainConfig):
     """Options of `polarctl pretrain`."""
+
+    NEEDS = [Needs("base_tokens", lambda c: c.lr is None, "the law's learning rate, not --lr")]
 
     base_tokens: Annotated[
         str | None,

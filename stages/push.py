@@ -92,6 +92,7 @@ def run(config: Config) -> None:
     from pathlib import Path
 
     from polarctl import __version__, console
+    from polarctl.errors import UsageError
     from polarctl.hub import bundle, upload
     from polarctl.hub.scrub import environment_secrets
     from polarctl.output import stdout
@@ -102,6 +103,13 @@ def run(config: Config) -> None:
         console.choice("type", repo_type, reason)
     repo_type = config.type or repo_type
     found = collect(config, repo_type)
+    for flag, given, idle, why in (
+        ("--license", config.license, "README.md" in found.items, "README.md is taken as it is"),
+        ("--dataset", config.datasets, "README.md" in found.items, "README.md is taken as it is"),
+        ("--dataset", config.datasets, repo_type == "dataset", "it is for a model's card"),
+    ):
+        if given and idle:
+            raise UsageError(f"`{flag}` has no effect here: {why}", hint="leave it out")
     for name, why in found.left_out.items():
         console.note(f"left out: {name} ({why})", left_out=name, reason=why)
     secrets = environment_secrets(os.environ)
@@ -115,8 +123,6 @@ def run(config: Config) -> None:
     repo_id = upload.full_name(config.repo_id, token) if token else config.repo_id
     if "README.md" in found.items:
         console.choice("card", "README.md", "it is in the folder")
-        if config.license or config.datasets:
-            console.warn("--license and --dataset do nothing: README.md is taken as it is")
     else:
         found.add("README.md", card(config, repo_id, found).encode())
         console.choice("card", "generated", "there is no README.md")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from polarctl.config import Common
+from polarctl.config import Common, Needs
 
 if TYPE_CHECKING:
     from polarctl.backends.generation import Writer
@@ -32,6 +32,9 @@ _FREE = frozenset({"save_steps", "micro_batch_size", "device"})
 @dataclass(frozen=True, kw_only=True)
 class Config(Common):
     """Options of `polarctl rft`."""
+
+    ABSENT = frozenset({"manifest"})  # it marks the folder as complete
+    NEEDS = [Needs("epochs", lambda c: c.max_steps is None, "a run without --max-steps")]
 
     model: Annotated[str, typer.Option("--model", "-m", help="Policy: a folder or a Hub id.")]
     reward_model: Annotated[str, typer.Option(help="Reward model: a folder or a Hub id.")]
@@ -48,9 +51,9 @@ class Config(Common):
         int | None,
         typer.Option(min=1, help="Rollouts of one forward pass on one device; default: all."),
     ] = None
-    epochs: Annotated[float, typer.Option(min=0, help="Passes over the prompts.")] = 1.0
+    epochs: Annotated[float, typer.Option(min=1e-6, help="Passes over the prompts.")] = 1.0
     max_steps: Annotated[
-        int | None, typer.Option(min=1, help="Optimiser steps; overrides --epochs.")
+        int | None, typer.Option(min=1, help="Optimiser steps, in place of --epochs.")
     ] = None
     lr: Annotated[float, typer.Option(min=0, help="Learning rate, constant.")] = 1e-6
     temperature: Annotated[float, typer.Option(min=1e-6, help="Sampling temperature.")] = 1.0
@@ -82,7 +85,10 @@ class Config(Common):
 
 def run(config: Config) -> None:
     """Train the policy on the input's prompts."""
-    from polarctl import folder, launch, pipeline
+    from polarctl import launch
+
+    launch.show_one_gpu(config.device)  # before torch is imported by any of the others
+    from polarctl import folder, pipeline
     from polarctl.backends import grpo
     from polarctl.backends.generation import Writer
     from polarctl.backends.recorder import check_shape

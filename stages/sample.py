@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
-from polarctl.config import Common
+from polarctl.config import Common, Needs
 
 if TYPE_CHECKING:
     from polarctl.backends.generation import Continuation, Unfit, Writer
@@ -36,6 +36,11 @@ OUTCOMES = ("records", "empty", "unfit", "other wrapper")
 @dataclass(frozen=True, kw_only=True)
 class Config(Common):
     """Options of `polarctl sample`."""
+
+    NEEDS = [
+        Needs("policy", lambda c: c.pool is None, "--model; a pool names its own policies"),
+        Needs("tokenizer", lambda c: c.prefix_tokens is not None, "--prefix-tokens"),
+    ]
 
     pool: Annotated[
         str | None, typer.Option(metavar="FILE", help="JSONL of policies (`polarctl schema pool`).")
@@ -161,9 +166,7 @@ def policies_of(config: Config) -> list[Policy]:
     if (config.pool is None) == (config.model is None):
         raise UsageError("pass either `--pool FILE` or `--model DIR`")
     if config.pool is not None:
-        if config.policy is not None:
-            raise UsageError("`--policy` goes with `--model`; a pool names its own policies")
-        return read_pool(config.pool, default)
+        return read_pool(config.pool, default, given=config.given)
     assert config.model is not None
     model = find_model(config.model, "--model")
     name = config.policy or os.path.basename(os.path.abspath(model))

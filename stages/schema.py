@@ -18,6 +18,8 @@ from polarctl.config import Bare
 class Config(Bare):
     """Options of `polarctl schema`."""
 
+    ABSENT = frozenset({"quiet"})  # it says nothing
+
     name: Annotated[
         str | None, typer.Argument(metavar="[NAME]", help="Kind of record; none: list them.")
     ] = None

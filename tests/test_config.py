@@ -69,7 +69,7 @@ def test_the_config_file_itself_can_come_from_the_environment(parse, monkeypatch
         ("names: x", "names", ("x",)),
         ("no-color: true", "no_color", True),
         ("no_color: true", "no_color", True),
-        ("resume: false", "resume", False),
+        ("resume: false\noutput: x", "resume", False),
         ("limit: null", "limit", None),
         ("output: 3", "output", "3"),
         ("shard: 1/4", "shard", "1/4"),

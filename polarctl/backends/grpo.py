@@ -88,17 +88,12 @@ def train(job: Job) -> dict[str, Any] | None:
 
 
 def _device(name: str) -> str:
-    """The device of this process; a process alone is shown one GPU, as the trainer demands."""
-    place = launch.device_of(name)
-    if not place.startswith("cuda"):
-        return place
-    if "LOCAL_RANK" in os.environ:
+    """The device of this process, which `launch.show_one_gpu` has shown no other GPU."""
+    # The one that is shown is the first of those that there are.
+    place = launch.device_of("cuda" if name.startswith("cuda:") else name)
+    if place.startswith("cuda") and "LOCAL_RANK" in os.environ:
         return f"cuda:{os.environ['LOCAL_RANK']}"
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    index = int(place.partition(":")[2] or 0)
-    # Before CUDA starts, which is at the first use of the device.
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index] if visible else str(index)
-    return "cuda"
+    return place
 
 
 def _resume(run: folder.Run) -> Path | None:
@@ -151,6 +146,9 @@ def _trainer(job: Job, place: str, dtype: Any, reward: PolarReward, recorder: Re
         gradient_checkpointing=not on_cpu,
         dataloader_pin_memory=not on_cpu,
     )
+    if processes == 1 and not on_cpu:
+        # The trainer would copy the model to every GPU that CUDA knew before one was chosen.
+        arguments._n_gpu = 1
     # Weights and optimiser stay in float32: steps of 1e-6 vanish in bfloat16.
     policy = load_causal_lm(job.policy, "cpu", torch.float32)
     tokenizer = model.load_tokenizer(job.policy.model)

@@ -99,7 +99,10 @@ def publish(
         if before.private is False and not public:
             console.warn(f"{repo_id} is public already: these files will be public too")
         elif before.private and public:
-            console.warn(f"{repo_id} is private already and stays so; the Hub's settings change it")
+            raise UsageError(
+                f"`--public` is for a new repository: {repo_id} is private already",
+                hint="leave it out; the Hub's settings make a repository public",
+            )
         if revision and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
         if _keeps_card(items, url, revision, token):

@@ -10,6 +10,7 @@ from typing import Any
 
 import transformers
 
+from polarctl import model_source
 from polarctl.errors import UsageError
 
 MODEL_TYPE = "internlm2"
@@ -49,7 +50,11 @@ def read(path: str) -> dict[str, Any] | None:
 
     Returns:
         Its content, or None when there is no config or it is another model's.
+
+    Raises:
+        MissingError: Nothing is there, and the Hub cannot be asked.
     """
+    model_source.require(path)
     try:
         content, _ = transformers.PretrainedConfig.get_config_dict(path)
     except Exception:  # OSError, ValueError, ...: whoever loads it otherwise says what is wrong

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polarctl import model_source
 from polarctl.errors import MissingError
 
 _NAMES = ("model.safetensors", "pytorch_model.bin")
@@ -33,6 +34,7 @@ def folder_of(path: str, *, weights: bool = True) -> Path:
     """
     if Path(path).is_dir():
         return Path(path)
+    model_source.require(path)
     from huggingface_hub import snapshot_download
 
     try:

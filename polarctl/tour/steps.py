@@ -96,7 +96,8 @@ class Tour:
         Raises:
             PolarctlError: It failed; its own message is on stderr.
         """
-        words = [stage, *arguments, "--seed", str(self.seed)]
+        seeded = stage != "score"  # a reward needs no random choice
+        words = [stage, *arguments, *(("--seed", str(self.seed)) if seeded else ())]
         console.note(f"$ polarctl {shlex.join(words)}")
         status = self.timed(stage, lambda: self.run([*words, "--quiet"]))
         if status:

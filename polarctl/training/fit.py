@@ -36,8 +36,6 @@ def run(stage: str, config: TrainConfig, *, reference_field: str, max_response_l
         UsageError: The folder is taken, or a resume does not fit.
         Interrupted: SIGTERM; the state is saved.
     """
-    if config.shard:
-        raise UsageError("a training stage reads all of its input", hint="leave out --shard")
     if not config.dry_run and processes.launch(
         stage, gpus=config.gpus, nnodes=config.nnodes, device=config.device, inputs=config.input
     ):
@@ -152,13 +150,22 @@ class _Run:
 
     def say_plan(self) -> None:
         """Say what the run would be."""
-        from polarctl.training import plan
+        from polarctl.training import lora, plan
 
         config = self.config
+        classifier = self.reward_model.model
+        if config.lora_rank is not None:
+            classifier = lora.adapt(
+                classifier,
+                rank=config.lora_rank,
+                alpha=config.lora_alpha,
+                new_tokens=self.reward_model.new_tokens,
+            )
+        weights = list(classifier.parameters())
         memory = plan.memory(
             self.reward_model.model.config,
-            self.parameters,
-            self.parameters,
+            sum(p.numel() for p in weights),
+            sum(p.numel() for p in weights if p.requires_grad),
             self.place.batch_tokens,
             half=self.place.half,
             checkpointing=config.gradient_checkpointing,

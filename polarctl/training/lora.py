@@ -39,7 +39,7 @@ def adapt(
         peft.LoraConfig(
             task_type="SEQ_CLS",  # keeps the head `score` trainable, and saves it
             r=rank,
-            lora_alpha=alpha or 2 * rank,
+            lora_alpha=2 * rank if alpha is None else alpha,
             target_modules="all-linear",
             exclude_modules=["score"],
             trainable_token_indices={"embed_tokens": list(new_tokens)} if new_tokens else None,

@@ -7,12 +7,21 @@ from typing import Annotated
 
 import typer
 
-from polarctl.config import Common
+from polarctl.config import Common, Needs
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Common):
     """Options of a training stage."""
+
+    # It reads all of its input, and keeps its manifest in the folder that it marks as complete.
+    ABSENT = frozenset({"shard", "manifest"})
+    NEEDS = [
+        Needs("init_from_config", lambda c: c.model is None, "a run without --model"),
+        Needs("epochs", lambda c: c.max_steps is None, "a run without --max-steps"),
+        Needs("val_steps", lambda c: c.val_fraction > 0, "a run with --val-fraction"),
+        Needs("lora_alpha", lambda c: c.lora_rank is not None, "a run with --lora-rank"),
+    ]
 
     model: Annotated[
         str | None,
@@ -35,12 +44,10 @@ class TrainConfig(Common):
             min=1, help="Triples of one optimiser step, over all processes; default: the paper's."
         ),
     ] = None
-    epochs: Annotated[float, typer.Option(min=0, help="Passes over the data.")] = 1.0
+    epochs: Annotated[float, typer.Option(min=1e-6, help="Passes over the data.")] = 1.0
     max_steps: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Optimiser steps; overrides --epochs, and the data is not counted."
-        ),
+        typer.Option(min=1, help="Optimiser steps, in place of --epochs; the data is not counted."),
     ] = None
     warmup: Annotated[float, typer.Option(min=0, max=1, help="Share of warm-up steps.")] = 0.03
     preset: Annotated[
@@ -94,19 +101,25 @@ class TrainConfig(Common):
         int | None,
         typer.Option(
             min=16,
-            help="Tokens of one input (prompt twice, reference, candidate, 4); default: 16384 or "
-            "what the model takes.",
+            help="Tokens of one input (prompt twice, reference, candidate, 4); default: the reward "
+            "model's own, else 16384 or what the model takes.",
         ),
     ] = None
     max_response_length: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Tokens of one response; default: 5120 in pretrain, 4096 in finetune."
+            min=1,
+            help="Tokens of one response; default: the reward model's own, else 5120 in pretrain, "
+            "4096 in finetune.",
         ),
     ] = None
     cut_side: Annotated[
-        str, typer.Option(help="Where a long response is cut: right keeps its start, left its end.")
-    ] = "right"
+        str | None,
+        typer.Option(
+            help="Where a long response is cut: right keeps its start, left its end; default: "
+            "right, or the reward model's own."
+        ),
+    ] = None
     val_fraction: Annotated[
         float,
         typer.Option(

@@ -56,9 +56,23 @@ def loss_of(config: TrainConfig) -> Loss:
     if config.penalty_weight is not None:
         given["penalty_weight"] = config.penalty_weight
     try:
-        return dataclasses.replace(chosen, **given)
+        found = dataclasses.replace(chosen, **given)
     except ValueError as error:
         raise UsageError(str(error)) from None
+    if config.penalty_weight is not None and found.penalty == "none":
+        raise UsageError(
+            "`--penalty-weight` has no effect here: there is no penalty", hint="--penalty barrier"
+        )
+    if "preset" in config.given and None not in (
+        config.loss,
+        config.penalty,
+        config.penalty_weight if config.penalty != "none" else 0,
+    ):
+        raise UsageError(
+            "`--preset` has no effect here: the options beside it say all that it would",
+            hint="leave it out",
+        )
+    return found
 
 
 def resolve(stage: str, config: TrainConfig, facts: Facts, batch_tokens: int) -> Hyperparameters:
@@ -76,7 +90,8 @@ def resolve(stage: str, config: TrainConfig, facts: Facts, batch_tokens: int) ->
     lr, batch_size = config.lr, config.batch_size
     if lr is None or batch_size is None:
         of_law = _law(config, facts) if stage == "pretrain" else _tuning(facts)
-        lr, batch_size = lr or of_law[0], batch_size or of_law[1]
+        lr = of_law[0] if lr is None else lr
+        batch_size = of_law[1] if batch_size is None else batch_size
     if batch_size < facts.processes:
         raise UsageError(
             f"a batch of {batch_size} triples for {facts.processes} processes",

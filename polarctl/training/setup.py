@@ -63,6 +63,11 @@ def place_of(config: TrainConfig) -> Place:
         )
     half = launch.dtype_of(config.dtype, device) == torch.bfloat16
     kind = device.partition(":")[0]
+    if config.device.startswith("cuda:") and (config.deepspeed or "RANK" in os.environ):
+        raise UsageError(
+            f"`--device {config.device}`: DeepSpeed and several processes choose their own GPUs",
+            hint="--device cuda; CUDA_VISIBLE_DEVICES says which ones",
+        )
     tokens = config.batch_tokens
     if tokens is None:
         tokens = _BATCH_TOKENS[kind]

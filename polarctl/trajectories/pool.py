@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from polarctl.io import Reader, expand
 from polarctl.records import Record
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,15 +66,17 @@ class Policy:
         ]
 
 
-def read_pool(path: str, default: Policy) -> list[Policy]:
+def read_pool(path: str, default: Policy, given: Collection[str] = ()) -> list[Policy]:
     """The policies of a pool file, in its order.
 
     Args:
         path: JSONL file of `pool` records.
         default: Gives what a line leaves out.
+        given: Names of options that the user has set, for lines that leave them out.
 
     Raises:
-        UsageError: Unreadable, empty, a bad line, or two policies of one name.
+        UsageError: Unreadable, empty, a bad line, two policies of one name, or an option of
+            `given` that every line sets itself.
         MissingError: A model's folder is not there.
     """
     if path == "-":
@@ -83,6 +87,10 @@ def read_pool(path: str, default: Policy) -> list[Policy]:
         raise UsageError(
             str(error), hint="`polarctl schema pool` shows what a line holds"
         ) from None
+    for name in (*_SAMPLING, "samples"):
+        if name in given and all(name in record for record in records):
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"`{flag}` has no effect here: every line of {path} has its own")
     policies: dict[str, Policy] = {}
     for record in records:
         policy = _policy(record, default, Path(path).parent)
@@ -98,11 +106,7 @@ def read_pool(path: str, default: Policy) -> list[Policy]:
 
 def _policy(record: Record, default: Policy, folder: Path) -> Policy:
     where = record.where or "pool"
-    given = {
-        key: record[key]
-        for key in ("temperature", "top_p", "top_k", "max_new_tokens")
-        if key in record
-    }
+    given = {key: record[key] for key in _SAMPLING if key in record}
     return replace(
         default,
         name=record["policy"],
