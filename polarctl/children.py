@@ -146,8 +146,8 @@ class Signals:
 def wait(children: Sequence[Child], signals: Signals, patience_s: float) -> None:
     """Wait until all processes have ended.
 
-    A process that fails stops the others; so does SIGTERM, however long a save takes, and Ctrl-C
-    for at most `patience_s`. A second signal kills them.
+    A process that fails stops the others; so do SIGTERM and Ctrl-C, however long a save takes. A
+    second signal kills them.
 
     Args:
         children: The processes.
@@ -155,9 +155,8 @@ def wait(children: Sequence[Child], signals: Signals, patience_s: float) -> None
         patience_s: Seconds for the others to end once one has failed, before they are killed.
 
     Raises:
-        Interrupted: They were stopped by SIGTERM.
+        Interrupted: They were stopped by SIGTERM or Ctrl-C.
         ProcessFailed: One failed; the first one's message and exit status.
-        KeyboardInterrupt: Ctrl-C.
     """
     failure: BaseException | None = None
     stopped, deadline = False, float("inf")
@@ -167,13 +166,12 @@ def wait(children: Sequence[Child], signals: Signals, patience_s: float) -> None
         if failure is None:  # only the first: those that are stopped then say why, too
             if any(ended):
                 failure = _failure(children)
-            elif interrupts:
-                failure = KeyboardInterrupt()
-                console.note("stopping after this step; Ctrl-C again ends it at once")
-            elif terms > 1:
+            elif terms + interrupts > 1:
                 failure = Interrupted("stopped by SIGTERM", hint=_RESUME)
-        if (failure is not None or terms) and not stopped:
+        if (failure is not None or terms or interrupts) and not stopped:
             stopped = True
+            if interrupts:
+                console.note("stopping after this step; Ctrl-C again ends it at once")
             for child in children:
                 child.stop()
         if failure is not None:
@@ -185,6 +183,9 @@ def wait(children: Sequence[Child], signals: Signals, patience_s: float) -> None
             break
         time.sleep(_POLL_S)
     if failure is not None and any(ended):
+        if interrupts and isinstance(failure, Interrupted):
+            # They were sent SIGTERM, which also ends a process that has not taken signals yet.
+            raise Interrupted("stopped by Ctrl-C", hint=_RESUME, exit_status=130)
         raise failure
 
 

@@ -179,7 +179,7 @@ BOOKKEEPING = frozenset(
 )
 
 
-def resolved(config: Common) -> dict[str, Any]:
+def resolved(config: Common | Basic) -> dict[str, Any]:
     """Every option as plain JSON values."""
     values = dataclasses.asdict(config)
     return {

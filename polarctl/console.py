@@ -6,6 +6,7 @@ readable; `--json` turns every message into a JSON object a line.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -115,6 +116,13 @@ def note(message: str, **fields: Any) -> None:
     """Say what happened. Hidden by `--quiet`."""
     if not _state.quiet:
         _emit("info", message, **fields)
+
+
+def note_at_once(message: str) -> None:
+    """`note` from a signal handler, which may have interrupted another message."""
+    if not (_state.quiet or _state.silent or _state.json):
+        with contextlib.suppress(OSError):
+            os.write(2, f"{message}\n".encode())
 
 
 def detail(message: str, **fields: Any) -> None:

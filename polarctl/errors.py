@@ -5,7 +5,7 @@
     ├── RecordError          3   an input record breaks its schema (carries file and line)
     ├── MissingError         4   a needed package, GPU, model or server is missing
     ├── CheckFailed          5   a check that the user asked for did not hold
-    └── Interrupted         75   stopped by SIGTERM; the same command resumes
+    └── Interrupted         75   stopped by SIGTERM (130: by Ctrl-C); the same command resumes
 
 A user's mistake is shown as one line, `polarctl: <what is wrong>`, then `hint: <do this>`; a
 traceback means a fault of the program.
@@ -65,9 +65,19 @@ class CheckFailed(PolarctlError):
 
 
 class Interrupted(PolarctlError):
-    """SIGTERM arrived; what was written is kept and the same command resumes."""
+    """SIGTERM or Ctrl-C arrived; what was written is kept and the same command resumes.
+
+    Args:
+        message: What is wrong.
+        hint: What to do about it, or None.
+        exit_status: 75 for SIGTERM, 130 for Ctrl-C.
+    """
 
     exit_status = 75
+
+    def __init__(self, message: str, *, hint: str | None = None, exit_status: int = 75):
+        super().__init__(message, hint=hint)
+        self.exit_status = exit_status
 
 
 def need(package: str, extra: str) -> MissingError:

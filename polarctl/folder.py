@@ -16,14 +16,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from polarctl import console, io, manifest, pipeline
 from polarctl.config import Common
-from polarctl.errors import RecordError, UsageError
+from polarctl.errors import Interrupted, RecordError, UsageError
 from polarctl.files.fingerprint import difference, header
 from polarctl.output import check_paths, stdout
 from polarctl.records import Record
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 METRICS = "metrics.jsonl"
 _WINDOW_ROWS = 1024
@@ -291,16 +294,55 @@ def open_to_umask(folder: Path) -> None:
 
 
 class StopFlag:
-    """SIGTERM lets the step in hand finish, so that what is saved is whole."""
+    """SIGTERM or Ctrl-C lets the step in hand finish, so that what is saved is whole.
 
-    asked = False
+    A second Ctrl-C ends the process at once.
 
-    def _ask(self, *_: Any) -> None:
-        self.asked = True
+    Attributes:
+        asked: Number of the signal that asks to stop; 0: none has.
+    """
+
+    asked = 0
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT:
+            if self.asked == signal.SIGINT:
+                os._exit(130)
+            console.note_at_once("stopping after this step; Ctrl-C again ends it at once")
+        self.asked = number
 
     def __enter__(self) -> StopFlag:
-        self.before = signal.signal(signal.SIGTERM, self._ask)
+        self.before = {
+            number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)
+        }
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self.before)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def agreed(self, add: Callable[[Tensor], Tensor] | None, device: Any) -> int:
+        """The signal that any process of the run was sent: all stop after the same step.
+
+        Args:
+            add: Sums a tensor over all processes; None: there is one process.
+            device: Where that tensor has to be.
+        """
+        if add is None:
+            return self.asked
+        import torch
+
+        signals = (signal.SIGINT, signal.SIGTERM)
+        seen = torch.tensor([float(self.asked == number) for number in signals], device=device)
+        found = [number for number, count in zip(signals, add(seen).tolist(), strict=True) if count]
+        return found[0] if found else 0
+
+
+def stopped(number: int, step: int, steps: int) -> Interrupted:
+    """The error of a training run that a signal has stopped after a step; its state is saved."""
+    by_hand = number == signal.SIGINT
+    return Interrupted(
+        f"stopped by {'Ctrl-C' if by_hand else 'SIGTERM'} after step {step} of {steps}",
+        hint="the same command goes on from here",
+        exit_status=130 if by_hand else 75,
+    )

@@ -4,11 +4,13 @@
 `FILE.journal`: how many units are done, how long the file is, a hash of it. A run that finds a
 journal cuts `FILE` back to the last line that its bytes agree with and goes on from there. At the
 end `FILE.manifest.json` is written, then the journal removed: a manifest means complete.
+
+With `--force` all of this goes on beside an old `FILE`, under the name `.polarctl-next.FILE`, and
+the new files take the places of the old ones at the end.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sys
 from pathlib import Path
@@ -20,9 +22,10 @@ import orjson
 from polarctl import console, manifest
 from polarctl.config import Common
 from polarctl.errors import PolarctlError, RecordError, UsageError
-from polarctl.files import compression
+from polarctl.files import compression, replace
+from polarctl.files.claim import Claim, locked
 from polarctl.files.fingerprint import changed_since, difference, header
-from polarctl.files.track import Track, open_append
+from polarctl.files.track import Track
 
 _BLOCK_BYTES = 1 << 20
 # The real stdout, kept apart by the command line so that no library can write into the records.
@@ -69,69 +72,85 @@ class Output:
         self.counts: dict[str, Any] = {"records": 0, "rejects": 0}
         self.path = None if config.output == "-" else config.output
         self._journal: IO[bytes] | None = None
+        self._journal_path = Path()
         self._file: Track | None = None
         self._rejects: Track | None = None
+        self._claim: Claim | None = None
+        self._replacing = False
         self._header = header(stage, config, inputs, identity or {})
         check_paths(config, [entry["path"] for entry in inputs])
+        self._mark = Path(config.manifest or f"{self.path}.manifest.json")
         if self.path is not None:
             self._open(self.path)
-        elif config.rejects:
-            self._refuse_old_rejects()
-            self._rejects = Track(config.rejects)
-            self._rejects.truncate(0)
+        else:
+            if config.manifest:
+                replace.check_mark(self._mark)
+            if config.rejects:
+                self._claim = Claim(config.rejects, None, begun=False, force=config.force)
+                self._rejects = Track(config.rejects, replacing=config.force)
+                self._rejects.truncate(0)
 
     # -- opening ---------------------------------------------------------------------------------
 
     def _open(self, path: str) -> None:
-        target, journal = Path(path), Path(f"{path}.journal")
-        done_mark = Path(self.config.manifest or f"{path}.manifest.json")
-        if not self.config.force and not journal.exists():
-            if target.exists() and done_mark.exists():
-                self._already_complete(path, done_mark)
+        config, target = self.config, Path(path)
+        journal = Path(f"{os.path.realpath(path)}.journal")
+        replacement = Path(f"{replace.next_to(path)}.journal")
+        rolled = self._finish_swap(path, replacement)
+        filled = target.exists() and target.stat().st_size > 0
+        if target.exists() and self._mark.exists() and not journal.exists():
+            changed = changed_since(self._mark, target, self._header, self.inputs)
+            if not config.force or (rolled and not changed):
+                self._already_complete(path, changed)
                 return
-            if target.exists() and target.stat().st_size:
+        replace.check_mark(self._mark)
+        if filled and not journal.exists():
+            if not config.force:
                 raise UsageError(
                     f"{path}: exists and is not an interrupted output of this command",
-                    hint="pass --force to replace it",
+                    hint="name another output"
+                    if not self._mark.exists()
+                    else "pass --force to replace it",
                 )
-            self._refuse_old_rejects()
-        self._journal = open_append(str(journal))
+            replace.check_file(path, self._mark)
+            self._replacing, journal = True, replacement
+        self._journal_path = journal
+        self._journal = locked(journal, path)
         try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._journal.close()
-            raise UsageError(f"{path}: another process is writing it") from None
-        if self.config.force or not self.config.resume:
-            self._journal.truncate(0)
-        if self.config.force:
-            target.unlink(missing_ok=True)
+            self._restore(path)
+        except UsageError:
+            self._close(forget=not journal.stat().st_size)  # made here
+            raise
+
+    def _finish_swap(self, path: str, journal: Path) -> bool:
+        """Do what is left of a run with `--force` that was killed while its files changed places.
+
+        Returns:
+            Whether there was something left to do.
+        """
+        if not journal.exists():
+            return False
+        try:
+            self._journal = locked(journal, path)
+        except UsageError:
+            if self.config.force:
+                raise
+            return False  # it is at work; what it is to replace is still in its place
         entries = self._read_journal()
-        changed = difference(entries[0], self._header) if entries else ""
-        if changed and len(entries) > 1:
-            self._journal.close()
-            raise UsageError(f"cannot resume {path}: {changed}", hint="pass --force to start again")
-        if changed:
-            entries = []  # nothing was finished: nothing can be lost
-        done_mark.unlink(missing_ok=True)  # the output is not complete any more
-        self._file = Track(path)
-        if self.config.rejects:
-            self._rejects = Track(self.config.rejects)
-        self._restore(path, entries)
+        if entries and "swap" in entries[-1]:
+            _swap(entries[-1]["swap"])
+            journal.unlink()
+        self._journal.close()
+        self._journal = None
+        return not journal.exists()
 
-    def _refuse_old_rejects(self) -> None:
-        """Raise UsageError rather than empty a file that no interrupted run of ours began."""
-        rejects = self.config.rejects
-        if rejects and not self.config.force and Path(rejects).is_file():
-            if Path(rejects).stat().st_size:
-                raise UsageError(f"{rejects}: exists", hint="pass --force to replace it")
-
-    def _already_complete(self, path: str, done_mark: Path) -> None:
-        changed = changed_since(done_mark, Path(path), self._header, self.inputs)
+    def _already_complete(self, path: str, changed: str) -> None:
         if changed:
             raise UsageError(
                 f"{path}: is complete already, {changed}", hint="pass --force to replace it"
             )
         console.note(f"{path}: complete already, with the same options and input; nothing to do")
+        self.counts = orjson.loads(self._mark.read_bytes())["counts"]
         self.complete = True
 
     def _read_journal(self) -> list[dict[str, Any]]:
@@ -144,45 +163,70 @@ class Output:
                 entry = orjson.loads(line)
             except orjson.JSONDecodeError:
                 break
-            known = isinstance(entry, dict) and ("done" if entries else "stage") in entry
+            known = isinstance(entry, dict) and (
+                bool({"done", "swap"} & entry.keys()) if entries else "stage" in entry
+            )
             if not known or not line.endswith(b"\n"):
                 break
             entries.append(entry)
         return entries
 
-    def _restore(self, path: str, entries: list[dict[str, Any]]) -> None:
-        """Cut files and journal back to the last unit that all of them agree on."""
-        assert self._journal is not None and self._file is not None
-        if not entries:
+    def _restore(self, path: str) -> None:
+        """Cut files and journal back to the last unit that all of them agree on.
+
+        Raises:
+            UsageError: A file holds what the journal does not vouch for, or the journal is of a
+                run with other options.
+        """
+        assert self._journal is not None
+        config = self.config
+        entries = self._read_journal()
+        changed = difference(entries[0], self._header) if entries else ""
+        again = config.force and (changed or not self._replacing)
+        if changed and len(entries) > 1 and not again:
+            raise UsageError(f"cannot resume {path}: {changed}", hint="pass --force to start again")
+        units = entries[1:]
+        self._file = Track(path, replacing=self._replacing)
+        good = self._file.cut_back(units, "file")
+        if self._file.unknown:
+            replace.refuse(path, "it holds what its journal does not know")
+        if config.rejects:
+            kept = [unit for unit in units if unit["rejects"]]
+            begun = any(unit["rejects"][0] for unit in kept) and not self._replacing
+            self._claim = Claim(config.rejects, path, begun=begun, force=config.force)
+            # Those of an interrupted run are in their place; other ones keep it until the end.
+            self._rejects = Track(config.rejects, replacing=self._replacing)
+            sound = self._rejects.cut_back(kept, "rejects")
+            if self._rejects.unknown:
+                if not config.force:
+                    replace.refuse(config.rejects, f"the journal of {path} does not know it")
+                replace.check_rejects(config.rejects)
+            good = min(good, sound)
+        if again or changed or not config.resume:
+            good = 0
+        # An entry for no unit at all is that of an end that was not reached.
+        last = units[good - 1] if good and units[good - 1]["done"] else None
+        if not self._replacing:
+            self._mark.unlink(missing_ok=True)  # the output is not complete any more
+        if last is None:
             self._journal.truncate(0)
             self._add_to_journal(self._header)
-            self._truncate(0, 0)
-            return
-        entries = entries[1:]
-        good = self._file.cut_back(entries, "file")
+        else:
+            self._journal.seek(0)
+            lines = self._journal.read().splitlines(keepends=True)[: good + 1]
+            self._journal.truncate(sum(map(len, lines)))
+        self._file.truncate(last["file"][0] if last else 0)
         if self._rejects is not None:
-            good = min(good, self._rejects.cut_back(entries, "rejects"))
-        last: dict[str, Any] = (
-            entries[good - 1] if good else {"file": (0, ""), "rejects": (0, ""), "done": 0}
-        )
-        self._truncate(last["file"][0], last["rejects"][0] if last["rejects"] else 0)
-        self._journal.seek(0)
-        lines = self._journal.read().splitlines(keepends=True)[: good + 1]
-        self._journal.truncate(sum(map(len, lines)))
+            self._rejects.truncate(last["rejects"][0] if last and last["rejects"] else 0)
+        if last is None:
+            return
         self.done = self.units = last["done"]
         self.digest = last.get("digest")
         self.counts.update(last.get("counts", {}))
-        if self.done:
-            console.note(
-                f"{path}: going on after {self.counts['records']:,} records "
-                f"({self.done:,} units of work)"
-            )
-
-    def _truncate(self, size: int, rejects_size: int) -> None:
-        assert self._file is not None
-        self._file.truncate(size)
-        if self._rejects is not None:
-            self._rejects.truncate(rejects_size)
+        console.note(
+            f"{path}: going on after {self.counts['records']:,} records "
+            f"({self.done:,} units of work)"
+        )
 
     def _add_to_journal(self, entry: dict[str, Any]) -> None:
         assert self._journal is not None
@@ -230,13 +274,17 @@ class Output:
             )
             if pending < _BLOCK_BYTES:
                 return  # a compressed block is worth writing only when it is large enough
-        for track in (self._file, self._rejects):
-            if track is not None:
-                track.flush()
+        self._flush(digest)
+
+    def _flush(self, digest: str | None) -> None:
+        """Write what was added, have the journal vouch for it, then show it."""
+        tracks = [track for track in (self._file, self._rejects) if track is not None]
+        for track in tracks:
+            track.flush()
         if self._file is not None:
             self._add_to_journal(
                 {
-                    "done": done,
+                    "done": self.units,
                     "digest": digest,
                     "file": (self._file.size, self._file.hash.hexdigest()),
                     "rejects": self._rejects
@@ -244,6 +292,9 @@ class Output:
                     "counts": self.counts,
                 }
             )
+        for track in tracks:
+            if track.size and not track.replacing:
+                track.publish()
 
     def __enter__(self) -> Output:
         return self
@@ -254,35 +305,48 @@ class Output:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is None and not self.complete:
-            self._finish()
-        if kind is not None and self.units == 0 and self._file is not None:
-            # Nothing was finished: leave nothing behind that would look like an interrupted run.
-            if self._file.size == 0:
-                Path(self._file.path).unlink(missing_ok=True)
-                Path(f"{self._file.path}.journal").unlink(missing_ok=True)
+        finished = False
+        try:
+            if kind is None and not self.complete:
+                self._finish()
+                finished = True
+        finally:
+            # A run that has finished nothing leaves nothing that would look like one.
+            nothing = self._file is None or (self.units == 0 and self._file.size == 0)
+            self._close(forget=finished or nothing)
+
+    def _close(self, *, forget: bool) -> None:
+        """Close the files; `forget` the journal and what is out of sight."""
         for track in (self._file, self._rejects):
             if track is not None:
+                if forget:
+                    track.discard()
                 track.stream.close()
         if self._journal is not None:
+            if forget:
+                self._journal_path.unlink(missing_ok=True)
             self._journal.close()
+        if self._claim is not None:
+            self._claim.release(forget=forget)
 
     def _finish(self) -> None:
-        for track in (self._file, self._rejects):
-            if track is not None:
-                track.flush()
         outputs: dict[str, Any] = {}
         if self._file is None:
             stdout().flush()
-        else:
-            outputs[Path(self._file.path).name] = {
+        self._flush(None)
+        if self._file is not None:
+            outputs[Path(self.config.output).name] = {
                 "sha256": self._file.hash.hexdigest(),
                 "bytes": self._file.size,
-                "path": self._file.path,
+                "path": self.config.output,
                 "records": self.counts["records"],
             }
-        where = self.config.manifest or (self.path and f"{self.path}.manifest.json")
-        if where:
+        tracks = [track for track in (self._rejects, self._file) if track is not None]
+        swap = [(track.path, track.final) for track in tracks if track.replacing]
+        for track in tracks:
+            if not track.replacing:
+                track.publish()
+        if self.path or self.config.manifest:
             record = manifest.build(
                 self.stage,
                 self.config,
@@ -290,11 +354,26 @@ class Output:
                 outputs=outputs,
                 counts=self.counts,
             )
-            manifest.write(where, {**record, "fingerprint": self._header})
-        if self.path:
-            Path(f"{self.path}.journal").unlink(missing_ok=True)
+            mark = replace.next_to(self._mark) if self._replacing else self._mark
+            manifest.write(mark, {**record, "fingerprint": self._header})
+            if self._replacing:
+                swap.append((str(mark), os.path.realpath(self._mark)))
+        if self._journal is not None and swap:
+            # From here on another run can do what this one does not come to do.
+            self._add_to_journal({"swap": swap})
+        _swap(swap)
+        for track in tracks:
+            track.path = track.final
         if self.counts["rejects"]:
             console.warn(f"{self.counts['rejects']:,} records set aside in {self.config.rejects}")
+
+
+def _swap(pairs: list[Any]) -> None:
+    """Give new files the places of old ones, each in one step; the manifest is the last."""
+    for new, old in pairs:
+        if os.path.exists(new):
+            os.replace(new, old)
+            manifest.sync_folder(Path(old).parent)
 
 
 def _dumps(record: Any) -> bytes:
@@ -314,7 +393,7 @@ def check_paths(config: Common, inputs: list[str]) -> None:
     targets = [Path(path) for path in named if path and path != "-"]
     for number, target in enumerate(targets):
         try:
-            target.with_name(f".{target.name}.manifest.json.tmp").exists()  # the longest name
+            replace.next_to(f"{target}.manifest.json.tmp").exists()  # the longest name
         except OSError as error:
             raise UsageError(f"{target}: cannot be written: {error.strerror}") from None
         folder = target.parent
@@ -329,3 +408,4 @@ def check_paths(config: Common, inputs: list[str]) -> None:
         for path in inputs:
             if path != "-" and target.exists() and os.path.samefile(path, target):
                 raise UsageError(f"{target}: is both input and output")
+        replace.check_unused(target, config)

@@ -56,8 +56,8 @@ def launch(
 ) -> bool:
     """Run the whole command again in several processes, and wait for them.
 
-    SIGTERM is passed on: they finish their step, save and end with 75, however long that takes.
-    Ctrl-C does the same for at most `patience_s`. A second signal kills them.
+    SIGTERM and Ctrl-C make them finish their step, save and end, however long that takes. A second
+    signal kills them.
 
     Args:
         stage: Name of the stage.
@@ -76,9 +76,8 @@ def launch(
     Raises:
         UsageError: An input that cannot be shared, a device for one, or a node without a number.
         MissingError: Fewer GPUs than processes.
-        Interrupted: The processes were stopped by SIGTERM.
+        Interrupted: The processes were stopped by SIGTERM or Ctrl-C.
         ProcessFailed: One failed; the first one's message and exit status.
-        KeyboardInterrupt: Ctrl-C.
     """
     if "RANK" in os.environ:
         if adopted.threads_chosen:  # said here too, for the manifest

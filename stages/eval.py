@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 
@@ -30,6 +30,8 @@ class Config(ScoreConfig):
     NEEDS = [
         Needs("no_reference batch_tokens device dtype", lambda c: c.model is not None, "--model"),
     ]
+    # A check of the figures, not a part of them.
+    NEUTRAL: ClassVar[frozenset[str]] = frozenset({"min_accuracy"})
 
     report: Annotated[
         str | None, typer.Option(metavar="DIR", help="Write report.html, .json and plots here.")
@@ -50,7 +52,7 @@ class Config(ScoreConfig):
 def run(config: Config) -> None:
     """Judge every record of the input and report."""
     from polarctl import console, eval_report, io, manifest, pipeline
-    from polarctl.errors import CheckFailed, RecordError
+    from polarctl.errors import RecordError
     from polarctl.evaluation import Cases, summarise, verdicts
     from polarctl.output import Output
     from polarctl.records import Record
@@ -84,6 +86,8 @@ def run(config: Config) -> None:
     cases = Cases()
     with Output("eval", config, io.sizes(paths), identity) as out:
         if out.complete:
+            # The check is asked for again, so it is made again, on the figures in the manifest.
+            _check_accuracy(config, out.counts["overall"])
             return
         scorer = config.model and load_scorer(
             config.model,
@@ -134,7 +138,14 @@ def run(config: Config) -> None:
             console.show(terminal_table(part))
     for reason, number in report["skipped"].items():
         console.warn(f"{number:,} records left out: {reason}")
-    accuracy = report["overall"]["model"]["value"]
+    _check_accuracy(config, report["overall"])
+
+
+def _check_accuracy(config: Config, overall: dict[str, Any]) -> None:
+    """Raise CheckFailed when the model's accuracy is below `--min-accuracy`."""
+    from polarctl.errors import CheckFailed
+
+    accuracy = overall["model"]["value"]
     if config.min_accuracy is not None and accuracy < config.min_accuracy:
         raise CheckFailed(f"accuracy {accuracy:.4f} is below {config.min_accuracy}")
 
@@ -154,8 +165,17 @@ def _check_by(name: str | None, fields: set[str]) -> None:
 
 
 def _require_rewards(record: Any) -> None:
+    from polarctl.errors import RecordError
     from polarctl.evaluation import rewards_of
-    from polarctl.records import Score, check
+    from polarctl.records import Score, check, find_kind
+    from polarctl.scoring import kind_of_scorable
 
-    rewards_of(record)
+    if not {"candidates", "chosen", "output"} & record.keys():
+        raise RecordError(
+            "has no candidates: it is a verdict, or no scored record",
+            hint="`polarctl eval` reads what `polarctl score` writes",
+        )
+    # `score --no-reference` needs none, so neither does this.
+    check({"reference": "", **record}, find_kind(kind_of_scorable(record)))
     check(record, Score)
+    rewards_of(record)

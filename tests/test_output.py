@@ -95,6 +95,26 @@ def restore(folder: Path, files: dict[str, bytes]) -> None:
         (folder / name).write_bytes(data)
 
 
+def first_unit(files: dict[str, bytes]) -> dict[str, int]:
+    """Bytes of output and rejects of the first unit, as the journal says."""
+    entry = json.loads(files["out.jsonl.journal"].splitlines()[1])
+    return {"out.jsonl": entry["file"][0], "bad.jsonl": entry["rejects"][0]}
+
+
+def resumes_or_refuses(source: Path, folder: Path) -> bool:
+    """Run; True when it ran, False when it refused and left every byte as it was."""
+    before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+    try:
+        run(source, folder / "out.jsonl")
+    except UsageError as error:
+        assert "is not replaced" in str(error) or "bad.jsonl: exists" in str(error)
+        after = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+        for name in ("out.jsonl", "bad.jsonl"):
+            assert after.get(name) == before.get(name)
+        return False
+    return True
+
+
 def test_a_whole_run_leaves_output_rejects_and_manifest_and_no_journal(whole, tmp_path):
     source, data, rejects = whole
     rows = [json.loads(line) for line in data.splitlines()]
@@ -120,12 +140,19 @@ def test_a_file_cut_at_any_byte_resumes_to_the_same_bytes(quick, whole, tmp_path
     source, data, rejects = whole
     folder = tmp_path / "cut"
     files = interrupted(folder, source, stop_at=2)
+    refused = 0
     for size in range(len(files[name]) + 1):
         restore(folder, {**files, name: files[name][:size]})
-        run(source, folder / "out.jsonl")
+        if not resumes_or_refuses(source, folder):
+            refused += 1
+            continue
         assert (folder / "out.jsonl").read_bytes() == data, (name, size)
         assert (folder / "bad.jsonl").read_bytes() == rejects, (name, size)
         assert not (folder / "out.jsonl.journal").exists()
+    # What no line of the journal vouches for could be anybody's: it is not cut.
+    known = sum(map(len, files["out.jsonl.journal"].splitlines(keepends=True)[:2]))
+    wanted = {**first_unit(files), "out.jsonl.journal": known}[name]
+    assert refused == wanted - (name != "out.jsonl.journal")  # an empty file is nobody's
 
 
 @pytest.mark.parametrize("garbage", [b"\0" * 50, b'{"n": 1', b"\xff\xfe", b"{}\n", b"7\n", b"\n"])
@@ -149,7 +176,10 @@ def test_a_changed_byte_in_the_middle_is_found_and_done_again(quick, whole, tmp_
         broken = bytearray(files["out.jsonl"])
         broken[position] ^= 1
         restore(folder, {**files, "out.jsonl": bytes(broken)})
-        run(source, folder / "out.jsonl")
+        ran = resumes_or_refuses(source, folder)
+        assert ran == (position >= first_unit(files)["out.jsonl"])
+        if not ran:
+            continue
         assert (folder / "out.jsonl").read_bytes() == data
         assert (folder / "bad.jsonl").read_bytes() == rejects
 
@@ -304,7 +334,7 @@ def test_a_resume_with_another_input_is_refused(whole, tmp_path):
 def test_a_run_that_finished_nothing_leaves_nothing(whole, tmp_path):
     source, data, _ = whole
     folder = tmp_path / "cut"
-    assert interrupted(folder, source, stop_at=0) == {"bad.jsonl": b""}
+    assert interrupted(folder, source, stop_at=0) == {}
     run(source, folder / "out.jsonl", seed=9)  # so other options are no obstacle
     assert (folder / "out.jsonl").read_bytes() == data
 
@@ -346,18 +376,17 @@ def test_a_complete_output_of_something_else_is_refused(whole, tmp_path):
     assert target.read_bytes() == data[:-1]
 
 
-def test_somebody_elses_file_is_refused_without_force(whole, tmp_path):
+def test_somebody_elses_file_is_never_replaced(whole, tmp_path):
     source, data, rejects = whole
     target = tmp_path / "mine.jsonl"
     target.write_text("precious\n")
     with pytest.raises(UsageError, match="exists and is not an interrupted output") as caught:
         run(source, target)
-    assert caught.value.hint == "pass --force to replace it"
+    assert caught.value.hint == "name another output"
+    with pytest.raises(UsageError, match="mine.jsonl: is not replaced: no .* says that polarctl"):
+        run(source, target, force=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "mine.jsonl", "whole"}
     assert target.read_text() == "precious\n"
-    assert not (tmp_path / "mine.jsonl.journal").exists()
-    run(source, target, force=True)
-    assert target.read_bytes() == data
-    assert (tmp_path / "bad.jsonl").read_bytes() == rejects
 
 
 @pytest.mark.parametrize("target", ["out.jsonl", "-"])
@@ -520,6 +549,7 @@ def test_random_damage_never_passes_silently(quick, whole, tmp_path):
         for name in chance.sample(sorted(files), 2):
             damaged[name] = files[name][: chance.randrange(len(files[name]) + 1)]
         restore(folder, damaged)
-        run(source, folder / "out.jsonl")
+        if not resumes_or_refuses(source, folder):
+            continue
         assert (folder / "out.jsonl").read_bytes() == data
         assert (folder / "bad.jsonl").read_bytes() == rejects

@@ -20,7 +20,7 @@ import transformers
 from polarctl import checkpoint, console, folder, launch, manifest, model, rollouts, seeding
 from polarctl.backends.generation import load_causal_lm
 from polarctl.backends.recorder import Job, Recorder
-from polarctl.errors import Interrupted, PolarctlError, UsageError, need
+from polarctl.errors import PolarctlError, UsageError, need
 from polarctl.rewards import PolarReward
 from polarctl.scoring import load_scorer
 
@@ -39,7 +39,7 @@ def train(job: Job) -> dict[str, Any] | None:
         Counts, or None in a process that does not write.
 
     Raises:
-        Interrupted: SIGTERM; the state is saved.
+        Interrupted: SIGTERM or Ctrl-C; the state is saved.
         PolarctlError: The loss is not finite, the memory is full, or the scorer failed.
     """
     launch.quiet_libraries()
@@ -75,10 +75,7 @@ def train(job: Job) -> dict[str, Any] | None:
     with recorder.open(done), _plain_errors(job), threads, safely:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if trainer.state.global_step < job.steps:
-        raise Interrupted(
-            f"stopped by SIGTERM after step {trainer.state.global_step} of {job.steps}",
-            hint="the same command goes on from here",
-        )
+        raise folder.stopped(recorder.stopped_by, trainer.state.global_step, job.steps)
     if reward.truncated:
         console.warn(
             f"{reward.truncated:,} of {reward.scored:,} rollouts were scored with an input longer "

@@ -1,4 +1,4 @@
-"""A GRPO run and what watches its trainer: records, checkpoint marks, SIGTERM, broken losses."""
+"""A GRPO run and what watches its trainer: records, checkpoint marks, signals, broken losses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import orjson
-import torch
 import transformers
 
 from polarctl import checkpoint, console, folder, seeding
@@ -86,13 +85,14 @@ class Job:
 
 
 class Recorder(transformers.TrainerCallback):
-    """Writes what each step did, marks checkpoints, and stops at SIGTERM or at a broken loss."""
+    """Writes what each step did, marks checkpoints, and stops at a signal or at a broken loss."""
 
     trainer: Any = None
 
     def __init__(self, job: Job):
         self.job = job
         self.stop = folder.StopFlag()
+        self.stopped_by = 0
 
     @contextmanager
     def open(self, step: int) -> Iterator[None]:
@@ -160,12 +160,13 @@ class Recorder(transformers.TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Save and stop when asked to; save nothing at the end, where the policy is written."""
-        asked = torch.tensor(float(self.stop.asked), device=args.device)
-        if self.trainer.accelerator.num_processes > 1:
-            asked = self.trainer.accelerator.reduce(asked)
+        accelerator = self.trainer.accelerator
+        several = accelerator.num_processes > 1
+        asked = self.stop.agreed(accelerator.reduce if several else None, args.device)
         if state.global_step >= self.job.steps:
             control.should_save = False
         elif asked:
+            self.stopped_by = asked
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -8,6 +8,7 @@ from typing import IO, Any
 
 from polarctl.errors import UsageError
 from polarctl.files import compression
+from polarctl.files.replace import next_to
 
 _BLOCK_BYTES = 1 << 20
 
@@ -27,7 +28,16 @@ def open_append(path: str) -> IO[bytes]:
 class Track:
     """One growing file and the hash of what it holds.
 
+    It grows out of sight until `publish`, so that nothing stands at its path that no journal
+    vouches for.
+
+    Args:
+        path: The file.
+        replacing: An old file keeps its place until the end.
+
     Attributes:
+        final: The file, links followed.
+        path: Where it grows now: `final`, or the file beside it.
         size: Bytes of the file that the hash covers.
         hash: SHA-256 of these bytes.
 
@@ -35,13 +45,45 @@ class Track:
         UsageError: The file cannot be opened for writing.
     """
 
-    def __init__(self, path: str):
-        self.path = path
+    def __init__(self, path: str, *, replacing: bool = False):
+        self.final = os.path.realpath(path)
+        seen = not replacing and os.path.exists(self.final) and os.path.getsize(self.final) > 0
+        self.path = self.final if seen else str(next_to(path))
+        self.replacing = replacing
         self.pending: list[bytes] = []
         self.pending_bytes = 0
         self.size = 0
         self.hash = hashlib.sha256()
-        self.stream = open_append(path)
+        self.stream = open_append(self.path)
+
+    @property
+    def unknown(self) -> bool:
+        """Whether something stands at its place that `cut_back` has not found in a journal."""
+        return not self.hidden and self.size == 0
+
+    @property
+    def hidden(self) -> bool:
+        """Whether it grows beside its place."""
+        return self.path != self.final
+
+    def publish(self) -> None:
+        """Give the file its place, now that a journal vouches for it.
+
+        Raises:
+            UsageError: Somebody has put a file there meanwhile.
+        """
+        if not self.hidden:
+            return
+        empty = os.path.exists(self.final) and os.path.getsize(self.final) == 0
+        if not (self.replacing or empty) and os.path.exists(self.final):
+            raise UsageError(f"{self.final}: was made by somebody else during this run")
+        os.replace(self.path, self.final)
+        self.path = self.final
+
+    def discard(self) -> None:
+        """Remove what has grown out of sight."""
+        if self.hidden:
+            os.unlink(self.path)
 
     def add(self, line: bytes) -> None:
         """Keep a line for the next flush."""

@@ -15,7 +15,6 @@ import torch
 
 from polarctl import console, folder
 from polarctl.config import resolved
-from polarctl.errors import Interrupted
 from polarctl.training import flops, state
 from polarctl.training.batches import Candidates
 from polarctl.training.loop import NotFinite, StepLog, Trainer
@@ -57,7 +56,7 @@ class Drive:
         """Train, watch and save; the last step's numbers.
 
         Raises:
-            Interrupted: SIGTERM; the state is saved.
+            Interrupted: SIGTERM or Ctrl-C; the state is saved.
             NotFinite: A loss or gradient is not finite.
         """
         first = self.trainer.engine.accelerator.is_main_process
@@ -81,7 +80,7 @@ class Drive:
                     bar.update(entry.step, meter.line(entry.loss, entry.accuracy))
                     if trackers is not None:
                         trackers.log(entry.step, {**last, **meter.rates()})
-                    self._save_or_stop(entry, log, self._agreed(stop.asked))
+                    self._save_or_stop(entry, log, self._agreed(stop))
             except NotFinite as error:
                 log.write(orjson.dumps(error.figures) + b"\n")
                 raise
@@ -118,25 +117,20 @@ class Drive:
             os.replace(half_written, target)
         accelerator.wait_for_everyone()
 
-    def _agreed(self, asked: bool) -> bool:
-        """Whether any process was asked to stop: all stop after the same step."""
+    def _agreed(self, stop: folder.StopFlag) -> int:
+        """The signal that asks this run to stop, or 0."""
         accelerator = self.trainer.engine.accelerator
-        if accelerator.num_processes == 1:
-            return asked
-        flag = torch.tensor(float(asked), device=accelerator.device)
-        return bool(accelerator.reduce(flag) > 0)
+        several = accelerator.num_processes > 1
+        return stop.agreed(accelerator.reduce if several else None, accelerator.device)
 
-    def _save_or_stop(self, entry: StepLog, log: IO[bytes], asked: bool) -> None:
+    def _save_or_stop(self, entry: StepLog, log: IO[bytes], asked: int) -> None:
         if asked or entry.step % self.config.save_steps == 0:
             log.flush()
             if self.trainer.engine.accelerator.is_main_process:
                 os.fsync(log.fileno())
             state.save(self.run.checkpoints, self.trainer, self.run.identity, best=self.best)
         if asked:
-            raise Interrupted(
-                f"stopped by SIGTERM after step {entry.step} of {self.trainer.plan.steps}",
-                hint="the same command goes on from here",
-            )
+            raise folder.stopped(asked, entry.step, self.trainer.plan.steps)
 
     def _meter(self) -> Meter:
         accelerator = self.trainer.engine.accelerator

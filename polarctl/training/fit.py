@@ -34,7 +34,7 @@ def run(stage: str, config: TrainConfig, *, reference_field: str, max_response_l
 
     Raises:
         UsageError: The folder is taken, or a resume does not fit.
-        Interrupted: SIGTERM; the state is saved.
+        Interrupted: SIGTERM or Ctrl-C; the state is saved.
     """
     if not config.dry_run and processes.launch(
         stage, gpus=config.gpus, nnodes=config.nnodes, device=config.device, inputs=config.input
