@@ -9,9 +9,9 @@ from typing import Any
 import typer
 
 from polarctl import cli
-from polarctl.contracts import json_schema
-from polarctl.examples import EXAMPLES
 from polarctl.records import KINDS
+from polarctl.schemas.examples import EXAMPLES
+from polarctl.schemas.export import json_schema
 
 FOLDER = Path(__file__).parent / "reference"
 WIDTH = 80

@@ -26,8 +26,9 @@ import typer
 import typer.core
 from typer.exceptions import TyperException
 
-from polarctl import __version__, adopted, config, console, processes
+from polarctl import __version__, config, console
 from polarctl.errors import Interrupted, PolarctlError, UsageError
+from polarctl.parallel import launcher, rank
 
 STAGES = (
     "sample pair pretrain finetune score serve eval rft push convert quickstart schema "
@@ -212,19 +213,19 @@ class _guarded_stdout:
     """Keep the real stdout for records; whatever a library prints goes to stderr."""
 
     def __enter__(self) -> None:
-        from polarctl import output
+        from polarctl.storage import write
 
         sys.stdout.flush()
-        self.saved, self.before = os.dup(1), output.records_out
-        self.stdout_before, processes.stdout = processes.stdout, self.saved
+        self.saved, self.before = os.dup(1), write.records_out
+        self.stdout_before, launcher.stdout = launcher.stdout, self.saved
         os.dup2(2, 1)
-        output.records_out = os.fdopen(os.dup(self.saved), "wb")
+        write.records_out = os.fdopen(os.dup(self.saved), "wb")
 
     def __exit__(self, *_: object) -> None:
-        from polarctl import output
+        from polarctl.storage import write
 
-        stream, output.records_out = output.records_out, self.before
-        processes.stdout = self.stdout_before
+        stream, write.records_out = write.records_out, self.before
+        launcher.stdout = self.stdout_before
         try:
             sys.stdout.flush()
             if stream is not None:
@@ -274,7 +275,7 @@ def run(arguments: list[str]) -> int:
         color="--no-color" not in arguments,
         json_lines="--json" in arguments,
     )
-    before, processes.command_line = processes.command_line, arguments
+    before, launcher.command_line = launcher.command_line, arguments
     try:
         _dispatch(arguments)
         return 0
@@ -298,15 +299,15 @@ def run(arguments: list[str]) -> int:
             return _fail(1, why, f"make room; {_RESUME}")
         raise
     finally:
-        processes.command_line = before
+        launcher.command_line = before
 
 
 def _fail(exit_status: int, message: str, hint: str | None) -> int:
     """Say why the program stops, or have it said by the process that has started this one."""
     if signal.getsignal(signal.SIGTERM) is _on_sigterm:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is stopping already
-    if not adopted.tell(exit_status, message, hint):
-        console.error(adopted.prefix() + message, hint)
+    if not rank.tell(exit_status, message, hint):
+        console.error(rank.prefix() + message, hint)
     return exit_status
 
 
@@ -324,7 +325,7 @@ def _usage(error: TyperException, arguments: list[str]) -> int:
 
 def main() -> None:
     """Entry point of the `polarctl` program."""
-    adopted.adopt()
+    rank.adopt()
     for name, number in (("stdout", 1), ("stderr", 2)):
         if getattr(sys, name) is None:  # closed by the caller (`>&-`)
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)

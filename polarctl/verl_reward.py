@@ -12,10 +12,10 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from polarctl.backends.server import ServerScorer
 from polarctl.errors import PolarctlError
-from polarctl.model import load_encoder
-from polarctl.rewards import PolarReward
+from polarctl.model.reward_model import load_encoder
+from polarctl.scoring.reward_function import PolarReward
+from polarctl.scoring.server import ServerScorer
 
 
 def compute_score(
@@ -40,7 +40,7 @@ def compute_score(
         extra_info: The row's, with `prompt` (text or messages) and, if it is not `sft`, `wrapper`.
         url: Address of the server that holds the reward model.
         model: Folder or Hub id of that model, for its tokenizer and template.
-        normalize: Scale, see `polarctl.rewards.normalise`.
+        normalize: Scale, see `polarctl.scoring.reward_function.normalise`.
         strip_thinking: Score without `<think>...</think>`.
         server_deadline: Seconds without a good reply before giving up.
         **_: The other things that verl gives; not used.

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from polarctl.contracts import json_schema
 from polarctl.records import KINDS
+from polarctl.schemas.export import json_schema
 
 for kind in KINDS:
     text = json.dumps(json_schema(kind), indent=2, ensure_ascii=False)

@@ -192,19 +192,21 @@ def run(config: Config) -> None:
     if not _of_rows(config):
         _checkpoint(config)
         return
-    from polarctl import console, io, pipeline
+    from polarctl import console
     from polarctl.errors import UsageError
     from polarctl.formats.rows import field_map
     from polarctl.formats.table import readable, require, writable
-    from polarctl.output import Output
     from polarctl.records import Record
+    from polarctl.storage import read as reading
+    from polarctl.storage import windows
+    from polarctl.storage.write import Output
 
     require("--from", config.from_format, ["auto", *readable()])
     require("--to", config.to_format, [*SHAPES, *writable()])
     if config.equal_chosen == "drop" and config.to_format != "triples":
         raise UsageError("`--equal-chosen` is for `--to triples`")
     field_map(config.map)
-    paths = pipeline.inputs_of("convert", config)
+    paths = windows.inputs_of("convert", config)
     _refuse_array(paths)
     told: dict[str, str] = {}
 
@@ -216,12 +218,12 @@ def run(config: Config) -> None:
             console.choice("format", ", ".join(told), "; ".join(told.values()))
 
     if config.dry_run:
-        pipeline.dry_run("convert", config, paths, None, verify=verify)
+        windows.dry_run("convert", config, paths, None, verify=verify)
         return
     if config.output.endswith(".parquet"):
         _write_parquet(config, paths, verify)
         return
-    with Output("convert", config, io.sizes(paths)) as out:
+    with Output("convert", config, reading.sizes(paths)) as out:
         if out.complete:
             return
         counts = Counter({key: out.counts.get(key, 0) for key in _COUNTS})
@@ -230,8 +232,8 @@ def run(config: Config) -> None:
             yield from convert(rows, config, counts)
             out.counts.update(counts)
 
-        reader = pipeline.reader_of(config, paths, None, sink=out, verify=verify)
-        pipeline.map_windows(out, reader, work, size=WINDOW_ROWS, title="convert")
+        reader = windows.reader_of(config, paths, None, sink=out, verify=verify)
+        windows.map_windows(out, reader, work, size=WINDOW_ROWS, title="convert")
         _say(counts, out.counts["records"])
 
 
@@ -253,7 +255,7 @@ def _refuse_array(paths: list[str]) -> None:
     import os
 
     from polarctl.errors import RecordError
-    from polarctl.files.compression import open_bytes
+    from polarctl.storage.compression import open_bytes
 
     for path in paths:
         if not os.path.isfile(path):
@@ -270,15 +272,16 @@ def _refuse_array(paths: list[str]) -> None:
 
 def _write_parquet(config: Config, paths: list[str], verify: Any) -> None:
     """Write verl's rows as one Parquet file, whole or not at all."""
-    from polarctl import io, pipeline
     from polarctl.errors import UsageError
     from polarctl.formats import parquet
+    from polarctl.storage import read as reading
+    from polarctl.storage import windows
 
     if config.to_format != "verl":
         raise UsageError("only `--to verl` writes Parquet", hint="-o FILE.jsonl")
     counts: Counter[str] = Counter()
-    with parquet.VerlFile("convert", config, io.sizes(paths)) as out:
-        reader = pipeline.reader_of(config, paths, None, sink=out.sink, verify=verify)
+    with parquet.VerlFile("convert", config, reading.sizes(paths)) as out:
+        reader = windows.reader_of(config, paths, None, sink=out.sink, verify=verify)
         for window in reader.windows(WINDOW_ROWS):
             out.write(list(convert(window.records, config, counts)))
             out.counts.update(counts)
@@ -287,12 +290,14 @@ def _write_parquet(config: Config, paths: list[str], verify: Any) -> None:
 
 def _checkpoint(config: Config) -> None:
     """Write a checkpoint in the other layout; print its folder."""
-    from polarctl import console, launch, manifest
+    from polarctl import console
     from polarctl.errors import UsageError
-    from polarctl.internlm2 import convert
-    from polarctl.output import stdout
+    from polarctl.model import devices
+    from polarctl.model.internlm2 import convert
+    from polarctl.storage import manifest
+    from polarctl.storage.write import stdout
 
-    launch.quiet_libraries()
+    devices.quiet_libraries()
     layouts = {"llama": convert.to_llama, "internlm2": convert.to_internlm2}
     layout = "llama" if config.to_format == "native" else config.to_format
     if len(config.input) != 2 or config.output == "-" or layout not in layouts:

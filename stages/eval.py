@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar
 import typer
 
 from polarctl.config import Needs
-from polarctl.score_config import ScoreConfig
+from polarctl.scoring.options import ScoreConfig
 
 WINDOW_ROWS = 512
 
@@ -51,21 +51,17 @@ class Config(ScoreConfig):
 
 def run(config: Config) -> None:
     """Judge every record of the input and report."""
-    from polarctl import console, eval_report, io, manifest, pipeline
+    from polarctl import console
     from polarctl.errors import RecordError
-    from polarctl.evaluation import Cases, summarise, verdicts
-    from polarctl.output import Output
-    from polarctl.records import Record
-    from polarctl.report import terminal_table
-    from polarctl.scoring import (
-        Cuts,
-        kind_of_scorable,
-        load_scorer,
-        require_reference,
-        score_records,
-    )
+    from polarctl.evaluation import report as eval_report
+    from polarctl.evaluation.cases import Cases, summarise, verdicts
+    from polarctl.evaluation.page import terminal_table
+    from polarctl.records import Record, kind_of_scorable, require_reference
+    from polarctl.scoring.scorer import Cuts, load_scorer, score_records
+    from polarctl.storage import manifest, read, windows
+    from polarctl.storage.write import Output
 
-    paths = pipeline.inputs_of("eval", config)
+    paths = windows.inputs_of("eval", config)
     kind: Callable[[dict[str, Any]], str] | None = None
     verify: Callable[[Record], None] | None = _require_rewards
     if config.model is not None:
@@ -78,13 +74,13 @@ def run(config: Config) -> None:
             verify(record)
 
     if config.dry_run:
-        pipeline.dry_run(
+        windows.dry_run(
             "eval", config, paths, kind, verify=look, check=lambda: _check_by(config.by, fields)
         )
         return
     identity = {"model_identity": manifest.folder_identity(config.model)} if config.model else {}
     cases = Cases()
-    with Output("eval", config, io.sizes(paths), identity) as out:
+    with Output("eval", config, read.sizes(paths), identity) as out:
         if out.complete:
             # The check is asked for again, so it is made again, on the figures in the manifest.
             _check_accuracy(config, out.counts["overall"])
@@ -97,7 +93,7 @@ def run(config: Config) -> None:
             no_reference=config.no_reference,
         )
         cuts = Cuts()
-        reader = pipeline.reader_of(config, paths, kind, sink=out, verify=look)
+        reader = windows.reader_of(config, paths, kind, sink=out, verify=look)
 
         def work(window: list[Record]) -> Any:
             if scorer:
@@ -166,9 +162,8 @@ def _check_by(name: str | None, fields: set[str]) -> None:
 
 def _require_rewards(record: Any) -> None:
     from polarctl.errors import RecordError
-    from polarctl.evaluation import rewards_of
-    from polarctl.records import Score, check, find_kind
-    from polarctl.scoring import kind_of_scorable
+    from polarctl.evaluation.cases import rewards_of
+    from polarctl.records import Score, check, find_kind, kind_of_scorable
 
     if not {"candidates", "chosen", "output"} & record.keys():
         raise RecordError(

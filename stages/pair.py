@@ -22,9 +22,9 @@ import typer
 from polarctl.config import Common
 
 if TYPE_CHECKING:
-    from polarctl.output import Output
-    from polarctl.pipeline import HeldRejects
-    from polarctl.trajectories.pairing import Group, Pairing
+    from polarctl.policies.pairing import Group, Pairing
+    from polarctl.storage.windows import HeldRejects
+    from polarctl.storage.write import Output
 
 READ_ROWS = 1024
 # Prompts of a unit of work.
@@ -66,25 +66,26 @@ class Config(Common):
 
 
 def pair(groups: Iterable[Group], pairing: Pairing) -> Iterator[dict[str, Any]]:
-    """The triples of all groups, in their order. See `polarctl.trajectories.pairing`."""
+    """The triples of all groups, in their order. See `polarctl.policies.pairing`."""
     for group in groups:
         yield from pairing.triples(group)
 
 
 def run(config: Config) -> None:
     """Read everything, then draw; what a resume has written already is drawn again, not written."""
-    from polarctl import io, pipeline, seeding
+    from polarctl import seeding
     from polarctl.config import shard_of
-    from polarctl.io import Reader
-    from polarctl.output import Output, check_paths
-    from polarctl.trajectories.pairing import Groups, Pairing
+    from polarctl.policies.pairing import Groups, Pairing
+    from polarctl.storage import read, windows
+    from polarctl.storage.read import Reader
+    from polarctl.storage.write import Output, check_paths
 
-    paths = pipeline.inputs_of("pair", config)
+    paths = windows.inputs_of("pair", config)
     if config.dry_run:
-        pipeline.dry_run("pair", config, paths, "trajectory")
+        windows.dry_run("pair", config, paths, "trajectory")
         return
     check_paths(config, paths)
-    held = pipeline.HeldRejects()
+    held = windows.HeldRejects()
     groups = Groups(_chooser(config))
     # Not by shards: a prompt's trajectories lie apart, so prompts are dealt out, not rows.
     reader = Reader(
@@ -106,7 +107,7 @@ def run(config: Config) -> None:
     )
     index, count = shard_of(config.shard) if config.shard else (0, 1)
     mine = [g for g in groups if seeding.derive(0, "shard", g.id) % count == index]
-    with Output("pair", config, io.sizes(paths), {"trajectories": digest}) as out:
+    with Output("pair", config, read.sizes(paths), {"trajectories": digest}) as out:
         if not out.complete:
             _pair(mine, pairing, held, out)
             _report(pairing, out, config)

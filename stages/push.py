@@ -95,7 +95,7 @@ def run(config: Config) -> None:
     from polarctl.errors import UsageError
     from polarctl.hub import bundle, upload
     from polarctl.hub.scrub import environment_secrets
-    from polarctl.output import stdout
+    from polarctl.storage.write import stdout
 
     upload.check_repo_id(config.repo_id)
     repo_type, reason = bundle.tell_type(Path(config.path))

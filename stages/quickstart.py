@@ -38,12 +38,12 @@ def run(config: Config) -> None:
     import shutil
 
     from polarctl import cli, console
-    from polarctl.backends import grpo
-    from polarctl.output import stdout
-    from polarctl.report import terminal_table
-    from polarctl.tour import report as tour_report
-    from polarctl.tour.steps import FAST, Sizes, Tour
-    from polarctl.tour.zoo import Zoo, fast
+    from polarctl.evaluation.page import terminal_table
+    from polarctl.quickstart import report as tour_report
+    from polarctl.quickstart.policies import Zoo, fast
+    from polarctl.quickstart.steps import FAST, Sizes, Tour
+    from polarctl.rl import grpo
+    from polarctl.storage.write import stdout
 
     grpo.require()
     folder = Path(config.output)

@@ -22,9 +22,9 @@ import typer
 from polarctl.config import Common, Needs
 
 if TYPE_CHECKING:
-    from polarctl.backends.generation import Writer
-    from polarctl.folder import Run
+    from polarctl.policies.writer import Writer
     from polarctl.records import Record
+    from polarctl.storage.run_folder import Run
 
 _FREE = frozenset({"save_steps", "micro_batch_size", "device"})
 
@@ -85,20 +85,20 @@ class Config(Common):
 
 def run(config: Config) -> None:
     """Train the policy on the input's prompts."""
-    from polarctl import launch
+    from polarctl.model import devices
 
-    launch.show_one_gpu(config.device)  # before torch is imported by any of the others
-    from polarctl import folder, pipeline
-    from polarctl.backends import grpo
-    from polarctl.backends.generation import Writer
-    from polarctl.backends.recorder import check_shape
-    from polarctl.rewards import normalise
-    from polarctl.trajectories.pool import Policy, Sampling
+    devices.show_one_gpu(config.device)  # before torch is imported by any of the others
+    from polarctl.policies.pool import Policy, Sampling
+    from polarctl.policies.writer import Writer
+    from polarctl.rl import grpo
+    from polarctl.rl.recorder import check_shape
+    from polarctl.scoring.reward_function import normalise
+    from polarctl.storage import run_folder, windows
 
     grpo.require()
     normalise([], config.normalize)
     check_shape(config)
-    launch.quiet_libraries()
+    devices.quiet_libraries()
     name = Path(config.model).resolve().name if Path(config.model).is_dir() else config.model
     policy = Policy(
         name=name, model=config.model, sampling=Sampling(max_new_tokens=config.max_new_tokens)
@@ -106,11 +106,11 @@ def run(config: Config) -> None:
     # Nothing is written by it here: it knows what the policy can read.
     writer = Writer(policy, device="cpu", dtype=None, batch_size=1)
     verify = verifier(writer)
-    folder.run(
+    run_folder.run(
         "rft",
         config,
-        lambda run: _train(config, folder.read_all(run, config, "prompt", verify), writer),
-        dry_run=lambda paths: pipeline.dry_run("rft", config, paths, "prompt", verify=verify),
+        lambda run: _train(config, run_folder.read_all(run, config, "prompt", verify), writer),
+        dry_run=lambda paths: windows.dry_run("rft", config, paths, "prompt", verify=verify),
         sources=("model", "reward_model"),
         free=_FREE,
     )
@@ -146,7 +146,7 @@ def row_of(record: Record, chat: bool) -> dict[str, Any]:
         record: A prompt with a reference.
         chat: The policy has a chat template. Without, messages are reduced to their text.
     """
-    from polarctl.encoding import content_text
+    from polarctl.model.template import content_text
 
     prompt: Any = record["prompt"]
     if not chat:
@@ -164,8 +164,8 @@ def row_of(record: Record, chat: bool) -> dict[str, Any]:
 
 def _train(config: Config, run: Run, writer: Writer) -> None:
     from polarctl import console
-    from polarctl.backends import grpo
-    from polarctl.backends.recorder import Job
+    from polarctl.rl import grpo
+    from polarctl.rl.recorder import Job
 
     chat = writer.chat
     console.choice(

@@ -21,11 +21,11 @@ import typer
 from polarctl.config import Common, Needs
 
 if TYPE_CHECKING:
-    from polarctl.backends.generation import Continuation, Unfit, Writer
-    from polarctl.output import Output
+    from polarctl.policies.pool import Policy
+    from polarctl.policies.prompts import Prompts
+    from polarctl.policies.writer import Continuation, Unfit, Writer
     from polarctl.records import Record
-    from polarctl.trajectories.pool import Policy
-    from polarctl.trajectories.prompts import Prompts
+    from polarctl.storage.write import Output
 
 # Prompts of a unit of work: what a crash can cost, and the most that one batch is made from.
 WINDOW_ROWS = 256
@@ -85,7 +85,7 @@ class Config(Common):
 
 
 class PolicyWriter(Protocol):
-    """What `trajectories` needs of a policy; see `polarctl.backends.generation.Writer`."""
+    """What `trajectories` needs of a policy; see `polarctl.policies.writer.Writer`."""
 
     policy: Policy
     wrapper: str
@@ -111,12 +111,12 @@ def trajectories(
         prompts: Prompt records with their `id`.
         writer: The policy.
         seed: The run's seed; each sample's is made from it, policy, prompt id and sample index.
-        clean: Apply `polarctl.trajectories.cleaning.clean`.
+        clean: Apply `polarctl.policies.cleaning.clean`.
         leave_out: Called with `unfit` for a prompt that the policy cannot take, with `empty` for
             a sample without text; then with the prompt and the reason.
     """
     from polarctl import seeding
-    from polarctl.trajectories import cleaning
+    from polarctl.policies import cleaning
 
     name, samples = writer.policy.name, writer.policy.samples
     jobs: list[tuple[Record, int, list[int]]] = []
@@ -154,7 +154,7 @@ def policies_of(config: Config) -> list[Policy]:
         MissingError: A model's folder is not there.
     """
     from polarctl.errors import UsageError
-    from polarctl.trajectories.pool import Policy, Sampling, find_model, read_pool
+    from polarctl.policies.pool import Policy, Sampling, find_model, read_pool
 
     sampling = Sampling(
         temperature=config.temperature,
@@ -175,18 +175,18 @@ def policies_of(config: Config) -> list[Policy]:
 
 def run(config: Config) -> None:
     """Sample every prompt from every policy, one policy loaded at a time."""
-    from polarctl import io, manifest, pipeline
-    from polarctl.output import Output, check_paths
-    from polarctl.trajectories.prompts import Prompts, prompt_in
+    from polarctl.policies.prompts import Prompts, prompt_in
+    from polarctl.storage import manifest, read, windows
+    from polarctl.storage.write import Output, check_paths
 
-    paths = pipeline.inputs_of("sample", config)
+    paths = windows.inputs_of("sample", config)
     policies = policies_of(config)
     verify = prompt_in(config.text_field)
     if config.dry_run:
-        pipeline.dry_run("sample", config, paths, None, verify=verify, policies=len(policies))
+        windows.dry_run("sample", config, paths, None, verify=verify, policies=len(policies))
         return
-    held = pipeline.HeldRejects()
-    reader = pipeline.reader_of(config, paths, None, sink=held, verify=verify)
+    held = windows.HeldRejects()
+    reader = windows.reader_of(config, paths, None, sink=held, verify=verify)
     check_paths(config, [*paths, *([config.pool] if config.pool else [])])
     prompts = Prompts()
     prompts.read(reader, WINDOW_ROWS)
@@ -197,7 +197,7 @@ def run(config: Config) -> None:
         "policies": [policy.identity() for policy in policies],
         "tokenizer": config.tokenizer and manifest.folder_identity(config.tokenizer),
     }
-    with Output("sample", config, io.sizes(paths), identity) as out:
+    with Output("sample", config, read.sizes(paths), identity) as out:
         if not out.complete:
             held.pass_on(out)
             _sample(config, policies, prompts, out)
@@ -206,14 +206,15 @@ def run(config: Config) -> None:
 
 def _sample(config: Config, policies: list[Policy], prompts: Prompts, out: Output) -> None:
     """The loop: a unit of work is one policy with one window of prompts."""
-    from polarctl import console, launch
-    from polarctl.backends.generation import Writer, check_writers, tokenizer_of
+    from polarctl import console
     from polarctl.errors import UsageError
-    from polarctl.trajectories.prompts import cut_to_prefixes
+    from polarctl.model import devices
+    from polarctl.policies.prompts import cut_to_prefixes
+    from polarctl.policies.writer import Writer, check_writers, tokenizer_of
 
-    launch.quiet_libraries()
-    device = launch.device_of(config.device)
-    dtype = launch.dtype_of(config.dtype, device)
+    devices.quiet_libraries()
+    device = devices.device_of(config.device)
+    dtype = devices.dtype_of(config.dtype, device)
     if config.prefix_tokens is not None:
         tokenizer = tokenizer_of(config.tokenizer or policies[0].model)
         if not tokenizer.is_fast:

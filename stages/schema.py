@@ -27,9 +27,9 @@ class Config(Bare):
 
 def run(config: Config) -> None:
     """Write the schema, or the names of all, to stdout."""
-    from polarctl.contracts import json_schema
-    from polarctl.output import stdout
     from polarctl.records import KINDS
+    from polarctl.schemas.export import json_schema
+    from polarctl.storage.write import stdout
 
     if config.name is None:
         lines = [f"{name}\t{_first_line(kind.__doc__)}" for name, kind in KINDS.items()]

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from polarctl.score_config import EngineConfig
+from polarctl.scoring.options import EngineConfig
 
 WINDOW_ROWS = 512
 JUDGED_ROWS = 64  # a judge writes thousands of tokens for a record
@@ -62,14 +62,17 @@ def run(config: Config) -> None:
     """Score every record of the input."""
     from contextlib import closing
 
-    from polarctl import console, engines, io, manifest, pipeline
-    from polarctl.output import Output, check_paths
-    from polarctl.score_summary import Summary
-    from polarctl.score_work import ScoreWork, Wishes
-    from polarctl.scoring import Cuts, kind_of_scorable
+    from polarctl import console
+    from polarctl.records import kind_of_scorable
+    from polarctl.scoring import engines
+    from polarctl.scoring.scorer import Cuts
+    from polarctl.scoring.summary import Summary
+    from polarctl.scoring.window import ScoreWork, Wishes
+    from polarctl.storage import manifest, read, windows
+    from polarctl.storage.write import Output, check_paths
 
     engines.check(config)
-    paths = pipeline.inputs_of("score", config)
+    paths = windows.inputs_of("score", config)
     wishes = Wishes(
         strip_thinking=config.strip_thinking,
         pooling=config.reference_pooling,
@@ -81,7 +84,7 @@ def run(config: Config) -> None:
     )
     work = ScoreWork(config, wishes, chat=engines.reads_chat(config))
     if config.dry_run:
-        pipeline.dry_run("score", config, paths, kind_of_scorable, verify=work.verify)
+        windows.dry_run("score", config, paths, kind_of_scorable, verify=work.verify)
         return
     identity = engines.identity(config)
     if config.conditions:
@@ -89,11 +92,11 @@ def run(config: Config) -> None:
     if config.server is not None:
         check_paths(config, paths)  # before a server is waited for
         identity |= engines.served_identity(config, work.served)
-    with closing(work), Output("score", config, io.sizes(paths), identity) as out:
+    with closing(work), Output("score", config, read.sizes(paths), identity) as out:
         if out.complete:
             return
         environments = engines.processes(config)
-        reader = pipeline.reader_of(config, paths, kind_of_scorable, sink=out, verify=work.verify)
+        reader = windows.reader_of(config, paths, kind_of_scorable, sink=out, verify=work.verify)
         counts = out.counts
         counts.setdefault("tokens", 0)
         counts["cuts"] = cuts = Cuts(counts.get("cuts", {}))
@@ -111,7 +114,7 @@ def run(config: Config) -> None:
         threads = engines.windows_at_once(config)
         if threads > 1:
             work.open()
-        pipeline.map_windows(
+        windows.map_windows(
             out,
             reader,
             work,

@@ -85,7 +85,7 @@ def run(config: Config) -> None:
     key = _key(config)
     _check_host(config.host, key)
 
-    from polarctl import engines
+    from polarctl.scoring import engines
 
     engines.check_style(config.prompt_style)
     try:
@@ -93,7 +93,7 @@ def run(config: Config) -> None:
         from polarctl.serving.limits import Limits
     except ImportError:
         raise need("fastapi, uvicorn, prometheus-client", "serve") from None
-    from polarctl import manifest
+    from polarctl.storage import manifest
 
     with listening.bound(config.host, config.port) as (listener, address):
         limits = Limits(

@@ -32,8 +32,8 @@ def run(config: Config) -> None:
     """Read every row; raise RecordError when any is bad."""
     from polarctl import console
     from polarctl.errors import RecordError, UsageError
-    from polarctl.io import Reader, expand, stdin_is_missing
     from polarctl.records import find_kind, kind_of
+    from polarctl.storage.read import Reader, expand, stdin_is_missing
 
     class Sink:
         """Says each bad row at once."""

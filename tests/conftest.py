@@ -30,9 +30,9 @@ def tiny_rm(tiny_lm, tmp_path_factory):
     """Folder of a tiny reward model with a random, non-zero head."""
     import torch
 
-    from polarctl import model
+    from polarctl.model import reward_model
 
-    made = model.create(base=str(tiny_lm))
+    made = reward_model.create(base=str(tiny_lm))
     torch.nn.init.normal_(made.model.score.weight, generator=torch.Generator().manual_seed(3))
     folder = tmp_path_factory.mktemp("models") / "tiny-rm"
     made.save(folder)

@@ -10,8 +10,11 @@ import sys
 import time
 from pathlib import Path
 
-from polarctl import adopted, cli, console, folder, processes
+from polarctl import cli, console
 from polarctl.errors import Interrupted, RecordError
+from polarctl.parallel import launcher
+from polarctl.parallel import rank as adopted
+from polarctl.storage import run_folder
 
 PATIENCE_S = 1.0
 
@@ -20,7 +23,7 @@ def work(task, place):
     rank = int(os.environ["RANK"])
     name, _, value = task.partition(":")
     if name == "wait":  # as the training loop does
-        with folder.StopFlag() as stop:
+        with run_folder.StopFlag() as stop:
             (place / f"pid.{rank}").write_text(str(os.getpid()))
             while not stop.asked:
                 time.sleep(0.01)
@@ -71,12 +74,12 @@ def dispatch(arguments):
     own = dict(gpus=int(gpus), nnodes=nodes, device="cpu", inputs=("t.jsonl",))
     if "RANK" not in os.environ:
         with cli._guarded_stdout():
-            done = processes.launch(
+            done = launcher.launch(
                 "pretrain", **own, module="process_worker", patience_s=PATIENCE_S
             )
         assert done
         return
-    assert not processes.launch("pretrain", **own)
+    assert not launcher.launch("pretrain", **own)
     work(tasks.get(os.environ["RANK"], "wait"), Path(place))
 
 

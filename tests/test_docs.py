@@ -88,7 +88,7 @@ def official(folder: Path) -> None:
     """A tiny model in the published layout, a policy, candidates and prompts."""
     import json
 
-    from tests.internlm2.official import build_official
+    from tests.model.internlm2.official import build_official
     from tests.tiny import build_lm
 
     build_official(folder / "POLAR-7B", format="bin", hidden=128, max_positions=512)
@@ -106,8 +106,8 @@ def baselines(folder: Path) -> Iterator[dict[str, str]]:
     """Other people's models, tiny, in folders by their names, and a judge's server."""
     import json
 
-    from tests.backends.test_classifier import build_classifier
     from tests.judge_server import JudgeServer
+    from tests.scoring.test_chat_classifier import build_classifier
     from tests.tiny import build_lm
 
     build_classifier(folder / "Skywork" / "Skywork-Reward-V2-Llama-3.1-8B", context=256)
@@ -123,7 +123,7 @@ def baselines(folder: Path) -> Iterator[dict[str, str]]:
 def hub(folder: Path) -> Iterator[dict[str, str]]:
     """A Hub that has `internlm/POLAR-7B`, tiny."""
     from tests.download_hub import serving
-    from tests.internlm2.official import build_official
+    from tests.model.internlm2.official import build_official
 
     model = build_official(folder / "hub", format="safetensors", sharded=True, max_positions=512)
     with serving("internlm/POLAR-7B", model) as url:

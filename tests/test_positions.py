@@ -8,11 +8,11 @@ import pytest
 import torch
 import transformers
 
-from polarctl import losses
-from polarctl.forward import Packed, Padded, RowInput
-from polarctl.model import pad
-from polarctl.packing import Span, pack, parts_of, span_of
-from polarctl.positions import kind_of_length
+from polarctl.model.forward import Packed, Padded, RowInput
+from polarctl.model.packing import Span, pack, parts_of, span_of
+from polarctl.model.positions import kind_of_length
+from polarctl.model.reward_model import pad
+from polarctl.training import losses
 
 LIMIT = 24
 LONGROPE = {
@@ -166,7 +166,7 @@ def _library(model, ids):
 @pytest.mark.parametrize("way", ["packed", "padded"])
 @pytest.mark.parametrize("name", MODELS)
 def test_scoring_gives_the_reward_that_a_candidate_has_alone(name, way):
-    from polarctl.scoring import ModelScorer
+    from polarctl.scoring.scorer import ModelScorer
 
     model, groups = classifier(name), groups_of(SHAPES)
     with torch.no_grad():

@@ -8,9 +8,7 @@ import jsonschema
 import msgspec
 import pytest
 
-from polarctl.contracts import json_schema
 from polarctl.errors import RecordError, UsageError
-from polarctl.examples import EXAMPLES
 from polarctl.records import (
     KINDS,
     Triple,
@@ -19,6 +17,8 @@ from polarctl.records import (
     kind_of,
     prompt_id,
 )
+from polarctl.schemas.examples import EXAMPLES
+from polarctl.schemas.export import json_schema
 
 FOLDER = Path(__file__).parent.parent / "schemas"
 EVERY_EXAMPLE = [(name, example) for name in KINDS for example in EXAMPLES[name]]

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from polarctl.encoding import content_text
 from polarctl.errors import RecordError
 from polarctl.formats.groups import Fields, candidate, group, labelled, pairs, without
 from polarctl.formats.rows import (
@@ -23,6 +22,7 @@ from polarctl.formats.rows import (
     record_of,
     turns_of,
 )
+from polarctl.model.template import content_text
 
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 _SHAREGPT_NAMES = {role: name for name, role in _SHAREGPT_ROLES.items()}

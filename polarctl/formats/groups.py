@@ -14,9 +14,9 @@ from typing import Any, Literal
 from msgspec import Struct
 
 from polarctl import seeding
-from polarctl.encoding import content_text
 from polarctl.errors import RecordError
-from polarctl.metrics import pairs_of_group
+from polarctl.evaluation.metrics import pairs_of_group
+from polarctl.model.template import content_text
 from polarctl.records import Candidate, Prompt, Triple, check
 
 Fields = dict[str, Any]

@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from polarctl import manifest
 from polarctl.config import Common
 from polarctl.errors import UsageError, need
-from polarctl.output import Output, check_paths
+from polarctl.storage import manifest
+from polarctl.storage.write import Output, check_paths
 
 
 def require_pyarrow() -> Any:
@@ -52,7 +52,7 @@ class VerlFile:
     Args:
         stage: Name of the stage.
         config: Its options (`output`, `rejects`, `manifest`, `force` are used here).
-        inputs: `polarctl.io.sizes` of the inputs.
+        inputs: `polarctl.storage.read.sizes` of the inputs.
 
     Attributes:
         sink: Where bad records go.

@@ -25,7 +25,6 @@ from typing import Any
 
 import msgspec
 
-from polarctl.encoding import content_text
 from polarctl.errors import RecordError, UsageError
 from polarctl.formats.comparisons import (
     read_llama_factory,
@@ -47,6 +46,7 @@ from polarctl.formats.rows import (
     record_of,
     turns_of,
 )
+from polarctl.model.template import content_text
 from polarctl.records import prompt_id
 
 # -- native --------------------------------------------------------------------------------------

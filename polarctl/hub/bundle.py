@@ -21,9 +21,9 @@ from polarctl.errors import RecordError, UsageError
 from polarctl.hub.cards import DataFile, last_metrics
 from polarctl.hub.intact import check_hashes, check_weights, json_object, read_manifest, refuse_link
 from polarctl.hub.scrub import find_secrets, scrub_manifest
-from polarctl.io import Reader, open_bytes
-from polarctl.manifest import sha256
 from polarctl.records import kind_of
+from polarctl.storage.manifest import sha256
+from polarctl.storage.read import Reader, open_bytes
 
 _TEXT = r"README\.md|(?:LICENSE|NOTICE)(?:\.txt|\.md)?"
 _MODEL_FILE = re.compile(

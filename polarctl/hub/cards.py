@@ -16,8 +16,8 @@ from typing import Any
 import yaml
 
 from polarctl.config import BOOKKEEPING
-from polarctl.contracts import json_schema
 from polarctl.records import KINDS
+from polarctl.schemas.export import json_schema
 
 _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"))
 _LARGE = ((10**7, "1M<n<10M"), (10**8, "10M<n<100M"), (10**9, "100M<n<1B"))

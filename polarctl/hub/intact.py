@@ -12,8 +12,8 @@ import orjson
 
 from polarctl import console
 from polarctl.errors import RecordError, UsageError
-from polarctl.manifest import sha256
 from polarctl.records import Manifest, check
+from polarctl.storage.manifest import sha256
 
 _HEADER_MAX_BYTES = 100 << 20
 

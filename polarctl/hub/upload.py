@@ -19,7 +19,7 @@ from polarctl import console
 from polarctl.errors import MissingError, PolarctlError, UsageError
 from polarctl.hub.bundle import Item
 from polarctl.hub.cards import MARK
-from polarctl.manifest import sha256
+from polarctl.storage.manifest import sha256
 
 _REPLY_TIMEOUT_S = 300.0
 _LOGIN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"

@@ -1,1 +1,1 @@
-"""Judges that are asked in words: masked names, the question, a strict reading of the reply."""
+"""Generative judges: the question, the server, the reply."""

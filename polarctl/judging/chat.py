@@ -1,8 +1,8 @@
 """A judge behind an OpenAI-compatible server: `POST /v1/chat/completions`.
 
-Faults that pass are tried again (`polarctl.remote`), also a body that is no answer; any other
-refusal ends the run at once with the server's message, but for a question that is too long, which
-is that record's error. So does a reply that names another model than the first one.
+Faults that pass are tried again (`polarctl.parallel.http_client`), also a body that is no answer;
+any other refusal ends the run at once with the server's message, but for a question that is too
+long, which is that record's error. So does a reply that names another model than the first one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,16 @@ from polarctl import console
 from polarctl.errors import MissingError, PolarctlError
 from polarctl.judging.parsing import Failure, Reply
 from polarctl.judging.prompting import question
-from polarctl.remote import Answer, Fault, Remote, Request, check_url, refuse_errors, served, unlike
+from polarctl.parallel.http_client import (
+    Answer,
+    Fault,
+    Remote,
+    Request,
+    check_url,
+    refuse_errors,
+    served,
+    unlike,
+)
 
 KEY = "POLARCTL_JUDGE_KEY"
 _CUT_OFF = {"abort", "error"}  # the server's doing: the next time may be better

@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from polarctl.encoding import content_text
+from polarctl.model.template import content_text
 
 INSTRUCTIONS = """\
 You judge responses to a prompt by one principle. The user's message is a JSON object with the \

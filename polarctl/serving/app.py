@@ -19,20 +19,18 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from polarctl import __version__, console
-from polarctl.backends.classifier import ClassifierScorer
 from polarctl.errors import PolarctlError, RecordError
-from polarctl.records import KINDS, Record, check
-from polarctl.scoring import (
-    Item,
-    ModelScorer,
-    Scored,
+from polarctl.records import (
+    KINDS,
+    Record,
+    check,
     kind_of_scorable,
     outputs_of,
     references_of,
     require_reference,
-    score_ids,
-    score_records,
 )
+from polarctl.scoring.chat_classifier import ClassifierScorer
+from polarctl.scoring.scorer import Item, ModelScorer, Scored, score_ids, score_records
 from polarctl.serving import shapes
 from polarctl.serving.batching import Batcher, Closed
 from polarctl.serving.limits import Gate, InTurns, Limits, Refused, Size
@@ -45,7 +43,7 @@ _ARRIVES_S = 60  # a body, whole
 
 
 class Service:
-    """A reward model that many requests share; see `polarctl.scoring.Scorer`.
+    """A reward model that many requests share; see `polarctl.scoring.scorer.Scorer`.
 
     Args:
         scorer: The model. One that reads conversations takes records and rollouts alone.

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
-from polarctl.packing import portions, span_of
+from polarctl.model.packing import portions, span_of
 
 Ids = Sequence[int]
 Groups = list[list[Ids]]

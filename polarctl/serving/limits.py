@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from polarctl.encoding import content_text
+from polarctl.model.template import content_text
 
 
 class Refused(Exception):
@@ -147,7 +147,7 @@ class InTurns:
     """A tokenizer that a few threads use at a time, as it takes much memory for a long text.
 
     Args:
-        tokenizer: Theirs; see `polarctl.encoding.Tokenizer`.
+        tokenizer: Theirs; see `polarctl.model.template.Tokenizer`.
         turns: Taken by a thread for each text.
     """
 
@@ -155,13 +155,13 @@ class InTurns:
         self._tokenizer, self._turns = tokenizer, turns
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """See `polarctl.encoding.Tokenizer`."""
+        """See `polarctl.model.template.Tokenizer`."""
         with self._turns:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return ids
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
-        """See `polarctl.encoding.Tokenizer`."""
+        """See `polarctl.model.template.Tokenizer`."""
         with self._turns:
             text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
         return text

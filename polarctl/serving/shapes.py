@@ -15,9 +15,9 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from polarctl.encoding import Encoder
-from polarctl.packing import common_prefix
-from polarctl.scoring import Item
+from polarctl.model.packing import common_prefix
+from polarctl.model.template import Encoder
+from polarctl.scoring.scorer import Item
 from polarctl.serving.limits import Refused
 
 

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from polarctl.forward import RowInput
-from polarctl.losses import Loss
-from polarctl.model import pad
-from polarctl.packing import Ids, Kind, Row, pack, span_of
+from polarctl.model.forward import RowInput
+from polarctl.model.packing import Ids, Kind, Row, pack, span_of
+from polarctl.model.reward_model import pad
+from polarctl.training.losses import Loss
 
 
 class Candidates(Protocol):
@@ -52,7 +52,7 @@ class Micro:
         return len(sequences) * max(map(len, sequences))
 
     def inputs(self, device: Any) -> tuple[Any, ...]:
-        """Arguments of the module (`polarctl.forward.Packed` or `Padded`), on a device."""
+        """Arguments of the module (`polarctl.model.forward.Packed` or `Padded`), on a device."""
         if self.row is not None:
             made = RowInput.of(self.row, device)
             return made.ids, made.positions, made.layout

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from polarctl import console, seeding
-from polarctl.encoding import content_text
 from polarctl.errors import PolarctlError, RecordError, UsageError
-from polarctl.io import STDIN, Reader, RejectSink
+from polarctl.model.template import content_text
 from polarctl.records import Record
+from polarctl.storage.read import STDIN, Reader, RejectSink
 
 VAL_TRIPLES = 1024  # validation triples that are kept; all that are held out stay out of training
 SAMPLE = 512  # triples that stand for the whole, for estimates

@@ -13,13 +13,14 @@ from typing import IO, Any
 import orjson
 import torch
 
-from polarctl import console, folder
+from polarctl import console
 from polarctl.config import resolved
+from polarctl.storage import run_folder
 from polarctl.training import flops, state
 from polarctl.training.batches import Candidates
 from polarctl.training.loop import NotFinite, StepLog, Trainer
 from polarctl.training.options import TrainConfig
-from polarctl.training.watch import Meter, Trackers
+from polarctl.training.progress import Meter, Trackers
 
 BEST = "best"
 
@@ -44,7 +45,7 @@ class Drive:
     stage: str
     config: TrainConfig
     trainer: Trainer
-    run: folder.Run
+    run: run_folder.Run
     stream: Callable[[], Iterator[Candidates]]
     held_out: Sequence[Candidates]
     parameters: int
@@ -60,12 +61,12 @@ class Drive:
             NotFinite: A loss or gradient is not finite.
         """
         first = self.trainer.engine.accelerator.is_main_process
-        path = self.run.folder / folder.METRICS
-        kept = folder.keep_lines(path, self.trainer.step) if first else b""
+        path = self.run.folder / run_folder.METRICS
+        kept = run_folder.keep_lines(path, self.trainer.step) if first else b""
         last = orjson.loads(kept) if kept else {}
         trackers = self._trackers() if first else None
         meter = self._meter()
-        stop = folder.StopFlag()
+        stop = run_folder.StopFlag()
         steps = self.trainer.plan.steps
         with (
             open(path if first else os.devnull, "ab") as log,
@@ -117,7 +118,7 @@ class Drive:
             os.replace(half_written, target)
         accelerator.wait_for_everyone()
 
-    def _agreed(self, stop: folder.StopFlag) -> int:
+    def _agreed(self, stop: run_folder.StopFlag) -> int:
         """The signal that asks this run to stop, or 0."""
         accelerator = self.trainer.engine.accelerator
         several = accelerator.num_processes > 1
@@ -130,7 +131,7 @@ class Drive:
                 os.fsync(log.fileno())
             state.save(self.run.checkpoints, self.trainer, self.run.identity, best=self.best)
         if asked:
-            raise folder.stopped(asked, entry.step, self.trainer.plan.steps)
+            raise run_folder.stopped(asked, entry.step, self.trainer.plan.steps)
 
     def _meter(self) -> Meter:
         accelerator = self.trainer.engine.accelerator

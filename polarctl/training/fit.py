@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polarctl import console, folder, processes
+from polarctl import console
 from polarctl.config import resolved
 from polarctl.errors import RecordError, UsageError
+from polarctl.parallel import launcher
 from polarctl.records import Record, Triple, check
+from polarctl.storage import run_folder
 from polarctl.training import data
 from polarctl.training.options import TrainConfig
 
@@ -36,12 +38,12 @@ def run(stage: str, config: TrainConfig, *, reference_field: str, max_response_l
         UsageError: The folder is taken, or a resume does not fit.
         Interrupted: SIGTERM or Ctrl-C; the state is saved.
     """
-    if not config.dry_run and processes.launch(
+    if not config.dry_run and launcher.launch(
         stage, gpus=config.gpus, nnodes=config.nnodes, device=config.device, inputs=config.input
     ):
         return
     job = Job(stage, config, reference_field, max_response_length)
-    folder.run(stage, config, job.train, dry_run=job.dry_run, sources=_SOURCES, free=_FREE)
+    run_folder.run(stage, config, job.train, dry_run=job.dry_run, sources=_SOURCES, free=_FREE)
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Job:
         if record["chosen"] in (record["rejected"], *record.get("negatives", ())):
             raise RecordError("`chosen` and `rejected` are the same")
 
-    def source(self, paths: list[str], rejects: folder.Rejects | None) -> data.Source:
+    def source(self, paths: list[str], rejects: run_folder.Rejects | None) -> data.Source:
         """The input as training data."""
         return data.Source(
             paths=paths,
@@ -91,14 +93,14 @@ class Job:
         with tempfile.TemporaryDirectory() as scratch:
             _Run(self, data.on_disk(paths, Path(scratch))).say_plan()
 
-    def train(self, run: folder.Run) -> None:
+    def train(self, run: run_folder.Run) -> None:
         """Train and finish the folder."""
-        if folder.is_first_process():
+        if run_folder.is_first_process():
             run.checkpoints.mkdir(exist_ok=True)
         paths = data.on_disk(run.paths, run.checkpoints)
-        identity = {**run.identity, "input_digest": folder.input_digest(paths)}
+        identity = {**run.identity, "input_digest": run_folder.input_digest(paths)}
         run = dataclasses.replace(run, identity=identity)
-        rejects = folder.rejects_of(run, self.config)
+        rejects = run_folder.rejects_of(run, self.config)
         try:
             _Run(self, paths, rejects).train(run)
         finally:
@@ -114,12 +116,12 @@ class _Run:
         rejects: Where bad rows go.
     """
 
-    def __init__(self, job: Job, paths: list[str], rejects: folder.Rejects | None = None):
-        from polarctl.training import plan, recipe, setup, state, watch, workers
+    def __init__(self, job: Job, paths: list[str], rejects: run_folder.Rejects | None = None):
+        from polarctl.training import encode, plan, progress, recipe, setup, state
 
         self.job, self.config = job, job.config
         recipe.loss_of(job.config)  # options first: the data may take hours
-        watch.check_trackers(job.config.report_to)
+        progress.check_trackers(job.config.report_to)
         self.place = setup.place_of(job.config)
         self.accelerator = self.place.accelerator
         # A plan may be made for processes that are not there.
@@ -134,7 +136,7 @@ class _Run:
             )
         self.reward_model = setup.reward_model_of(job.config, job.response_length)
         self.parameters = sum(p.numel() for p in self.reward_model.model.parameters())
-        self.encode = workers.TripleEncoder(self.reward_model.encoder, job.config.negatives)
+        self.encode = encode.TripleEncoder(self.reward_model.encoder, job.config.negatives)
         self.sample = plan.look(
             [self.encode(r) for r in self.survey.sample], self.place.batch_tokens
         )
@@ -191,9 +193,9 @@ class _Run:
         for line in said:
             console.note(f"  {line}")
 
-    def train(self, run: folder.Run) -> None:
+    def train(self, run: run_folder.Run) -> None:
         """Train to the end and finish the folder."""
-        from polarctl import launch
+        from polarctl.model import devices
         from polarctl.training import setup, state
         from polarctl.training.drive import Drive
         from polarctl.training.loop import Trainer
@@ -233,7 +235,7 @@ class _Run:
             best=best,
         )
         start = time.monotonic()
-        with launch.threads_for(model.module):
+        with devices.threads_for(model.module):
             last = drive.to_the_end()
         console.note(
             f"{stage}: done after {trainer.step:,} steps in {time.monotonic() - start:.0f} s; the "
@@ -254,15 +256,15 @@ class _Run:
 
     def _stream(self, skip: int) -> Iterator[Any]:
         """This process's encoded triples, without the first `skip`."""
-        from polarctl.training import workers
+        from polarctl.training import encode
 
         at = self.accelerator
         count = self.config.workers
         if count is None:
             local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            count = workers.default_count(at.device.type, local)
+            count = encode.default_count(at.device.type, local)
         records = data.stream(self.source, world=at.num_processes, rank=at.process_index, skip=skip)
-        return workers.encoded(
+        return encode.encoded(
             records,
             self.encode,
             workers=count,

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from polarctl import seeding
 from polarctl.errors import PolarctlError
-from polarctl.forward import Packed, Padded
-from polarctl.losses import Loss
+from polarctl.model.forward import Packed, Padded
 from polarctl.training.batches import Candidates, Micro, idle, micro_batches, terms
 from polarctl.training.engine import Engine
+from polarctl.training.losses import Loss
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from polarctl import console
 from polarctl.errors import need
-from polarctl.folder import open_to_umask
+from polarctl.storage.run_folder import open_to_umask
 
 
 def adapt(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from polarctl import console
-from polarctl.packing import pack, span_of
+from polarctl.model.packing import pack, span_of
 from polarctl.training.loop import Hyperparameters
 
 _GIB = 2**30
@@ -42,7 +42,7 @@ def look(groups: Sequence[Any], batch_tokens: int) -> Sample:
     """What some encoded triples show of the whole.
 
     Args:
-        groups: Encoded triples (`polarctl.training.workers.Group`).
+        groups: Encoded triples (`polarctl.training.encode.Group`).
         batch_tokens: Tokens of a row.
     """
     spans = [span_of(group.ids) for group in groups]

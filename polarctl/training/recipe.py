@@ -8,9 +8,9 @@ from typing import Any
 
 from polarctl import console
 from polarctl.errors import UsageError
-from polarctl.losses import PRESETS, Loss
 from polarctl.training import law
 from polarctl.training.loop import Hyperparameters, steps_of
+from polarctl.training.losses import PRESETS, Loss
 from polarctl.training.options import TrainConfig
 
 # The paper's 1.8B model started from a base model of so many tokens (polar pre-training).

@@ -11,10 +11,12 @@ from typing import Any
 import accelerate
 import torch
 
-from polarctl import console, launch, model
+from polarctl import console
 from polarctl.errors import UsageError
-from polarctl.forward import Packed, Padded
-from polarctl.model import RewardModel
+from polarctl.model import devices
+from polarctl.model import reward_model as models
+from polarctl.model.forward import Packed, Padded
+from polarctl.model.reward_model import PolarModel
 from polarctl.training import lora, zero, zero_config
 from polarctl.training.engine import Engine, PlainEngine
 from polarctl.training.loop import Hyperparameters
@@ -55,13 +57,13 @@ def place_of(config: TrainConfig) -> Place:
         MissingError: No such device, or DeepSpeed is not installed.
         UsageError: A device, precision or DeepSpeed config that does not exist.
     """
-    launch.quiet_libraries()
-    device = launch.device_of(config.device)
+    devices.quiet_libraries()
+    device = devices.device_of(config.device)
     if config.dtype == "float16":
         raise UsageError(
             "training in float16 needs a scaled loss", hint="--dtype bfloat16 or float32"
         )
-    half = launch.dtype_of(config.dtype, device) == torch.bfloat16
+    half = devices.dtype_of(config.dtype, device) == torch.bfloat16
     kind = device.partition(":")[0]
     if config.device.startswith("cuda:") and (config.deepspeed or "RANK" in os.environ):
         raise UsageError(
@@ -89,9 +91,9 @@ def place_of(config: TrainConfig) -> Place:
     return Place(accelerator=accelerator, half=half, batch_tokens=tokens, deepspeed=None)
 
 
-def reward_model_of(config: TrainConfig, default_response_length: int) -> RewardModel:
+def reward_model_of(config: TrainConfig, default_response_length: int) -> PolarModel:
     """The model to be trained, on the CPU, in float32."""
-    made = model.create(
+    made = models.create(
         base=config.model,
         config_path=config.init_from_config,
         tokenizer_path=config.tokenizer,
@@ -111,19 +113,19 @@ class Trained:
 
     Attributes:
         reward_model: The model, its tokenizer and template.
-        module: What computes its rewards (`polarctl.forward.Packed` or `Padded`).
+        module: What computes its rewards (`polarctl.model.forward.Packed` or `Padded`).
         adapted: peft's model around it, or None.
         engine: Takes the steps.
     """
 
-    reward_model: RewardModel
+    reward_model: PolarModel
     module: Packed | Padded
     adapted: Any
     engine: Engine
 
 
 def trained(
-    config: TrainConfig, place: Place, reward_model: RewardModel, plan: Hyperparameters
+    config: TrainConfig, place: Place, reward_model: PolarModel, plan: Hyperparameters
 ) -> Trained:
     """The model with its adapters, its attention and its optimiser.
 
@@ -190,7 +192,7 @@ def write(config: TrainConfig, place: Place, trained: Trained, folder: Path, len
         )
         made.model.load_state_dict(weights)
         lora.save(adapted, folder / "adapter")
-        made = RewardModel(lora.merged(adapted), made.tokenizer, made.encoder)
+        made = PolarModel(lora.merged(adapted), made.tokenizer, made.encoder)
         weights = made.model.state_dict()
     if place.half:
         weights = {

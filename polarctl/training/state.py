@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from accelerate.utils import broadcast_object_list
 
-from polarctl import checkpoint
+from polarctl.storage import checkpoint
 from polarctl.training.loop import Trainer
 
 T = TypeVar("T")

@@ -28,8 +28,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.integrations import unset_hf_deepspeed_config
 
-from polarctl import checkpoint
 from polarctl.errors import MissingError, PolarctlError, UsageError, need
+from polarctl.storage import checkpoint
 
 _TAG = "zero"  # DeepSpeed's name for one saved state, a folder inside ours
 

@@ -28,9 +28,9 @@ from pathlib import Path
 import torch
 import transformers
 
-from polarctl.forward import Padded
-from polarctl.model import pad
-from polarctl.scoring import ModelScorer, token_batches
+from polarctl.model.forward import Padded
+from polarctl.model.reward_model import pad
+from polarctl.scoring.scorer import ModelScorer, token_batches
 
 ROUNDS, BUDGET = 3, 4096
 
@@ -112,11 +112,11 @@ def records() -> None:
     sys.path.insert(0, str(Path(__file__).parent.parent))
     from tiny import build_lm
 
-    from polarctl import model
+    from polarctl.model import reward_model
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        made = model.create(base=str(build_lm(folder / "lm")))
+        made = reward_model.create(base=str(build_lm(folder / "lm")))
         torch.nn.init.normal_(made.model.score.weight)
         made.save(folder / "rm")
         print("records    seconds   records/s   peak MiB   (4 candidates a record, 28 k weights)")
@@ -160,13 +160,13 @@ def _scored(rm: Path, data: Path, out: Path) -> float:
 
 def _shares(rm: Path, data: Path) -> None:
     """Shares of reading, of encoding, of the model and of writing for the same records."""
-    from polarctl import model
     from polarctl.config import Common
-    from polarctl.io import Reader, sizes
-    from polarctl.output import Output
-    from polarctl.scoring import kind_of_scorable
+    from polarctl.model import reward_model
+    from polarctl.records import kind_of_scorable
+    from polarctl.storage.read import Reader, sizes
+    from polarctl.storage.write import Output
 
-    loaded = model.load(str(rm))
+    loaded = reward_model.load(str(rm))
     scorer = ModelScorer(loaded, 8192)
     start = time.process_time()
     read = list(Reader([str(data)], kind_of_scorable))

@@ -28,8 +28,8 @@ import accelerate
 import torch
 import transformers
 
-from polarctl.forward import Packed, Padded
-from polarctl.packing import pack, span_of
+from polarctl.model.forward import Packed, Padded
+from polarctl.model.packing import pack, span_of
 from polarctl.training.engine import PlainEngine
 from polarctl.training.loop import Hyperparameters, Trainer
 

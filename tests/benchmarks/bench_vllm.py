@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from polarctl.backends.vllm import VllmScorer
-    from polarctl.scoring import ModelScorer
+    from polarctl.scoring.scorer import ModelScorer
+    from polarctl.scoring.vllm import VllmScorer
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
@@ -49,19 +49,19 @@ def main() -> None:
     from benchmarks.bench_scoring import groups_of
     from tiny import build_lm
 
-    from polarctl import model
-    from polarctl.backends.vllm import VllmScorer
-    from polarctl.scoring import ModelScorer
+    from polarctl.model import reward_model
+    from polarctl.scoring.scorer import ModelScorer
+    from polarctl.scoring.vllm import VllmScorer
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         lm = build_lm(folder / "lm", hidden_size=512, layers=6, context=4096, sharpness=0.05)
-        made = model.create(base=str(lm))
+        made = reward_model.create(base=str(lm))
         torch.nn.init.normal_(made.model.score.weight, std=0.1)
         made.save(folder / "rm")
         weights = sum(weight.numel() for weight in made.model.parameters())
-        ours = ModelScorer(model.load(str(folder / "rm")), 8192)
+        ours = ModelScorer(reward_model.load(str(folder / "rm")), 8192)
         engine = {"max_num_batched_tokens": 8192, "enforce_eager": True, "block_size": BLOCK}
         theirs = VllmScorer(str(folder / "rm"), dtype="float32", engine_options=engine)
         print(

@@ -20,8 +20,8 @@ import accelerate
 import torch
 import transformers
 
-from polarctl.forward import Packed
-from polarctl.packing import pack
+from polarctl.model.forward import Packed
+from polarctl.model.packing import pack
 from polarctl.training import flops
 from polarctl.training.batches import Micro
 from polarctl.training.engine import PlainEngine

@@ -34,7 +34,7 @@ DEMO = """
 
     def run(config):
         from polarctl import console, io, pipeline
-        from polarctl.output import Output
+        from polarctl.storage.write import Output
         print("a library talks on stdout")
         console.choice("device", "cpu", "no GPU")
         paths = pipeline.inputs_of("demo", config)

@@ -37,7 +37,7 @@ def canary(tmp_path_factory):
 @pytest.fixture(scope="module")
 def official(canary, tmp_path_factory):
     """A tiny reward model in the published layout, as POLAR-7B is downloaded."""
-    from internlm2.official import build_official
+    from model.internlm2.official import build_official
 
     folder = tmp_path_factory.mktemp("models") / "POLAR-7B"
     return build_official(folder, format="bin", hidden=128, max_positions=512, canary=canary)
@@ -97,8 +97,8 @@ def by_hf(official, groups, tmp_path_factory):
 
 
 def test_transformers_gives_the_rewards_of_the_published_architecture(official, groups, by_hf):
-    from internlm2 import oracle
-    from internlm2.official import weights
+    from model.internlm2 import oracle
+    from model.internlm2.official import weights
 
     settings = json.loads((official / "config.json").read_text())
     state = weights(settings)
@@ -167,9 +167,9 @@ def post(address, route, body):
 
 def inputs_of(rm, groups):
     """Glued texts and token ids of all candidates."""
-    from polarctl import model
+    from polarctl.model import reward_model
 
-    encoder = model.load_encoder(str(rm))
+    encoder = reward_model.load_encoder(str(rm))
     texts, ids = [], []
     for row in map(json.loads, groups.read_text().splitlines()):
         for candidate in row["candidates"]:

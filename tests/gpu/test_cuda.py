@@ -6,11 +6,12 @@ import pytest
 import torch
 import transformers
 
-from polarctl import attention, losses
-from polarctl.attention import Layout
-from polarctl.forward import Packed, Padded, RowInput
-from polarctl.model import pad
-from polarctl.packing import Span, pack
+from polarctl.model import attention
+from polarctl.model.attention import Layout
+from polarctl.model.forward import Packed, Padded, RowInput
+from polarctl.model.packing import Span, pack
+from polarctl.model.reward_model import pad
+from polarctl.training import losses
 
 pytestmark = pytest.mark.gpu
 

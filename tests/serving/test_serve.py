@@ -16,11 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx2 as httpx
 import pytest
-from internlm2.official import build_official
+from model.internlm2.official import build_official
 from tiny import build_chat_rm
 
-from polarctl import model
 from polarctl.cli import run
+from polarctl.model import reward_model
 from polarctl.serving.batching import Batcher, Closed
 
 CANDIDATES = ["yes", "no", "it is so", "perhaps " * 9]
@@ -82,7 +82,7 @@ def wanted(tiny_rm, tmp_path_factory):
 @pytest.fixture(scope="module")
 def inputs(tiny_rm):
     """The glued texts of the group's candidates, and their ids."""
-    encoder = model.load_encoder(str(tiny_rm))
+    encoder = reward_model.load_encoder(str(tiny_rm))
     given = [(GROUP["prompt"], "yes", text) for text in CANDIDATES]
     return [encoder.text(*one) for one in given], [encoder.encode(*one) for one in given]
 
@@ -480,7 +480,7 @@ def test_no_way_of_writing_a_request_goes_round_the_key(tiny_rm):
     from fastapi.routing import APIRoute
     from starlette.routing import Route
 
-    from polarctl.scoring import load_scorer
+    from polarctl.scoring.scorer import load_scorer
     from polarctl.serving.app import Service, create
     from polarctl.serving.limits import Limits
 

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polarctl import cli
+from polarctl.policies.pairing import Groups, Pairing
 from polarctl.records import Record, Triple, check
 from polarctl.stages.pair import pair
-from polarctl.trajectories.pairing import Groups, Pairing
 
 PROGRAM = str(Path(sys.executable).parent / "polarctl")
 

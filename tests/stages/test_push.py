@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from polarctl import cli
-from polarctl.manifest import folder_files, sha256
+from polarctl.storage.manifest import folder_files, sha256
 from tests.hub_server import TOKEN, HubServer, Repo
 
 PROGRAM = [sys.executable, "-c", "from polarctl.cli import main; main()"]

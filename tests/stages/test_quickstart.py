@@ -8,8 +8,8 @@ from itertools import islice
 
 import pytest
 
+from polarctl.quickstart import world
 from polarctl.seeding import rng
-from polarctl.tour import world
 
 
 @pytest.fixture(scope="module")

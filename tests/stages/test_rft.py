@@ -11,7 +11,7 @@ import pytest
 from polarctl import cli
 from polarctl.records import Record, find_kind
 from polarctl.records import check as check_record
-from polarctl.rewards import PolarReward
+from polarctl.scoring.reward_function import PolarReward
 
 STEPS, ROLLOUTS, GROUP = 3, 8, 4
 
@@ -21,10 +21,10 @@ def reward_model(tiny_lm, tmp_path_factory):
     """A reward model with a random head: a new one is all zeros and rewards nothing."""
     import torch
 
-    from polarctl import model
+    from polarctl.model import reward_model as models
 
     folder = tmp_path_factory.mktemp("models") / "rm"
-    made = model.create(base=str(tiny_lm))
+    made = models.create(base=str(tiny_lm))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         torch.nn.init.normal_(made.model.score.weight)
@@ -163,7 +163,7 @@ class Killed(BaseException):
 def test_a_stopped_run_goes_on_to_the_same_bytes(
     how, finished, tiny_lm, reward_model, prompts, tmp_path, monkeypatch
 ):
-    from polarctl.backends.recorder import Recorder
+    from polarctl.rl.recorder import Recorder
 
     folder, options = tmp_path / "stopped", ("--kl-coef", "0.05")
     on_log = Recorder.on_log
@@ -256,8 +256,8 @@ def test_without_trl_the_extra_is_named(
     import importlib.util
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    from polarctl.backends import grpo
     from polarctl.errors import MissingError
+    from polarctl.rl import grpo
 
     with pytest.raises(MissingError) as error:
         grpo.require()
@@ -265,9 +265,9 @@ def test_without_trl_the_extra_is_named(
 
 
 def test_the_order_is_a_new_shuffle_for_each_epoch(tiny_lm):
-    from polarctl.backends.recorder import Job
+    from polarctl.policies.pool import Policy
+    from polarctl.rl.recorder import Job
     from polarctl.stages.rft import Config
-    from polarctl.trajectories.pool import Policy
 
     config = Config(model="m", reward_model="r", batch_size=8, num_generations=4, epochs=2)
     rows = [{"prompt": str(i)} for i in range(5)]
@@ -314,7 +314,7 @@ def test_a_pickle_in_a_checkpoint_is_refused_and_not_executed(
 ):
     import torch
 
-    from polarctl.backends.recorder import Recorder
+    from polarctl.rl.recorder import Recorder
 
     folder, canary = tmp_path / "stopped", tmp_path / "canary"
     on_log = Recorder.on_log

@@ -15,8 +15,8 @@ import pytest
 from tiny import build_lm, build_tokenizer
 
 from polarctl import cli
+from polarctl.policies.prompts import cut_to_prefixes
 from polarctl.records import Record, Trajectory, check, prompt_id
-from polarctl.trajectories.prompts import cut_to_prefixes
 
 PROGRAM = str(Path(sys.executable).parent / "polarctl")
 QUESTIONS = [{"prompt": f"What is the sum of {n} and {n * 7 % 31}?"} for n in range(40)]

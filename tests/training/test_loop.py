@@ -8,8 +8,9 @@ import accelerate
 import pytest
 import torch
 
-from polarctl import losses, model
-from polarctl.forward import Packed, Padded
+from polarctl.model import reward_model
+from polarctl.model.forward import Packed, Padded
+from polarctl.training import losses
 from polarctl.training.engine import PlainEngine
 from polarctl.training.loop import Hyperparameters, NotFinite, Trainer, share_before, steps_of
 
@@ -32,7 +33,7 @@ def groups_of(made, count, negatives=1, swap=False):
 
 
 def trainer_of(tiny_lm, plan, *, double=False, head=None):
-    made = model.create(config_path=str(tiny_lm))
+    made = reward_model.create(config_path=str(tiny_lm))
     if double:
         made.model.double()
     if head is not None:
@@ -92,7 +93,9 @@ def test_one_pair_can_be_overfitted_either_way(tiny_lm, swap):
     assert last.accuracy == 1.0 and last.loss < 0.05
     trainer.engine.module.restore()
     ((chosen, rejected),) = [group.ids for group in groups_of(made, 1)]
-    right, wrong = model.rewards(made.model, *model.pad([chosen, rejected], 0, "cpu")).tolist()
+    right, wrong = reward_model.rewards(
+        made.model, *reward_model.pad([chosen, rejected], 0, "cpu")
+    ).tolist()
     assert (right > wrong) is not swap
 
 
@@ -118,7 +121,7 @@ def test_several_negatives_count_by_the_mean_of_their_pairs(tiny_lm):
     trainer.engine.module.restore()
     wanted = 0.0
     for group in groups:
-        r = model.rewards(made.model, *model.pad(group.ids, 0, "cpu")).detach()
+        r = reward_model.rewards(made.model, *reward_model.pad(group.ids, 0, "cpu")).detach()
         wanted += sum(losses.bradley_terry(r[:1], r[k : k + 1]).item() for k in (1, 2, 3)) / 3 / 2
     _, again = trainer_of(tiny_lm, plan, double=True, head=5)
     (log,) = again.train(iter(groups))

@@ -1,1 +1,0 @@
-"""Engines that generate and score: one heavy package per file."""

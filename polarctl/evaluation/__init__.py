@@ -1,0 +1,1 @@
+"""From scored records to figures with intervals, tables and pages."""

@@ -1,0 +1,224 @@
+"""One report, three renderings: a self-contained HTML page, a terminal table, a formatted interval.
+
+A `Report` is plain data: sections with paragraphs, a table, images and a block of code. The page
+fetches nothing: images are embedded, the style sheet is inline, there is no script, and a content
+security policy says so to the browser. It follows the reader's light or dark mode. Every text is
+escaped, since prompts and category names come from data files. Equal reports give equal bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from polarctl.evaluation.metrics import Interval
+
+if TYPE_CHECKING:
+    import rich.table
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+# Control characters (a terminal would obey them) and lone surrogates (UTF-8 cannot carry them).
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+_NUMBER = re.compile(r"(?=.*\d)[-+\u2212\u00b1\d\s.,:/%()\[\]eE\u00d7\u2013]+|[-\u2013\u2014]?|n/a")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns and rows of finished text.
+
+    Columns in which every cell reads as a number ("81.2 %", "[79.0, 83.1]", "-1.3e-05", or a dash,
+    "n/a" or nothing for a missing one) are aligned right.
+
+    Raises:
+        ValueError: a row has more or fewer cells than there are columns.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+
+    def __post_init__(self) -> None:
+        for number, row in enumerate(self.rows, 1):
+            if len(row) != len(self.columns):
+                raise ValueError(
+                    f"row {number} has {len(row)} cells for {len(self.columns)} columns"
+                )
+
+    def numeric(self) -> list[bool]:
+        """Whether each column holds numbers only; a table without rows has no such column."""
+        return [
+            bool(self.rows) and all(_NUMBER.fullmatch(row[i].strip()) for row in self.rows)
+            for i in range(len(self.columns))
+        ]
+
+
+@dataclass(frozen=True)
+class Image:
+    """A PNG and the sentence that replaces it for a reader who cannot see it.
+
+    Raises:
+        ValueError: the bytes are no PNG.
+    """
+
+    png: bytes
+    alt: str
+
+    def __post_init__(self) -> None:
+        if not self.png.startswith(PNG_SIGNATURE):
+            raise ValueError("an image of a report must be a PNG")
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and, in this order, whichever of these are given."""
+
+    heading: str
+    paragraphs: Sequence[str] = ()
+    table: Table | None = None
+    images: Sequence[Image] = ()
+    code: str | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """A title, a line below it, and the sections."""
+
+    title: str
+    subtitle: str
+    sections: Sequence[Section]
+
+
+_CSS = """
+:root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --line: #d1d9e0;
+  --paper: #fff; --shade: #f6f8fa; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6edf3; --soft: #9aa4af; --line: #3d444d; --paper: #0d1117; --shade: #161b22; }
+  img { filter: brightness(.9); }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 50rem; background: var(--paper);
+  color: var(--ink); font: 1rem/1.55 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { margin: 0; font-size: 1.7rem; line-height: 1.25; }
+h2 { margin: 2.5rem 0 .75rem; padding-bottom: .3rem; border-bottom: 1px solid var(--line);
+  font-size: 1.25rem; }
+p { margin: .75rem 0; white-space: pre-line; }
+.subtitle { margin: .4rem 0 0; color: var(--soft); }
+figure { margin: 1rem 0; }
+.scroll { overflow-x: auto; }
+table { min-width: 100%; border-collapse: collapse; font-size: .92rem; }
+figcaption { padding: 0 0 .5rem; color: var(--soft); font-size: .92rem; }
+th, td { padding: .4rem .75rem; border-bottom: 1px solid var(--line); text-align: left;
+  vertical-align: top; overflow-wrap: normal; }
+td:first-child, th:first-child { min-width: 9rem; overflow-wrap: anywhere; }
+thead th { border-bottom-width: 2px; background: var(--shade); }
+tbody th { font-weight: 400; }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+img { display: block; width: 100%; max-width: 700px; height: auto; margin: 1rem 0;
+  border-radius: 6px; background: #fff; }
+pre { margin: 1rem 0; padding: .9rem 1rem; overflow-x: auto; border-radius: 6px;
+  background: var(--shade); font: .85rem/1.5 ui-monospace, monospace; overflow-wrap: normal; }
+@media print { body { max-width: none; } .scroll, pre { overflow: visible; } h2, img, tr {
+  break-inside: avoid; break-after: auto; } pre { white-space: pre-wrap; } }
+"""
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+
+def _clean(text: str) -> str:
+    return _UNPRINTABLE.sub("\ufffd", text.replace("\r\n", "\n"))
+
+
+def _escape(text: str) -> str:
+    return html.escape(_clean(text), quote=True)
+
+
+def _table(table: Table) -> list[str]:
+    numeric = table.numeric()
+    css = [' class="number"' if flag else "" for flag in numeric]
+    # Focusable, so that a table wider than the screen scrolls from the keyboard too.
+    label = _escape(table.caption or "table")
+    lines = [f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">', "<table>"]
+    head = (
+        f'<th scope="col"{attribute}>{_escape(name)}</th>'
+        for attribute, name in zip(css, table.columns, strict=True)
+    )
+    lines += ["<thead>", f"<tr>{''.join(head)}</tr>", "</thead>", "<tbody>"]
+    for row in table.rows:
+        cells = []
+        for i, cell in enumerate(row):
+            tag = "td" if i or numeric[0] else "th"
+            scope = ' scope="row"' if tag == "th" else ""
+            cells.append(f"<{tag}{scope}{css[i]}>{_escape(cell)}</{tag}>")
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    lines += ["</tbody>", "</table>", "</div>"]
+    # Not a <caption>: that would scroll away sideways with the table.
+    caption = [f"<figcaption>{_escape(table.caption)}</figcaption>"] if table.caption else []
+    return ["<figure>", *caption, *lines, "</figure>"]
+
+
+def _section(section: Section) -> list[str]:
+    lines = ["<section>", f"<h2>{_escape(section.heading)}</h2>"]
+    lines += [f"<p>{_escape(paragraph)}</p>" for paragraph in section.paragraphs]
+    if section.table is not None:
+        lines += _table(section.table)
+    for image in section.images:
+        data = base64.b64encode(image.png).decode("ascii")
+        lines.append(f'<img src="data:image/png;base64,{data}" alt="{_escape(image.alt)}">')
+    if section.code is not None:
+        lines.append(f'<pre tabindex="0"><code>{_escape(section.code)}</code></pre>')
+    return [*lines, "</section>"]
+
+
+def render_html(report: Report) -> str:
+    """The report as one HTML page; write it as UTF-8. Characters no page can hold become U+FFFD."""
+    lines = [
+        "<!doctype html>",
+        '<html lang="en">',
+        "<head>",
+        '<meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{_escape(report.title)}</title>",
+        f"<style>{_CSS}</style>",
+        "</head>",
+        "<body>",
+        f"<header><h1>{_escape(report.title)}</h1>",
+        f'<p class="subtitle">{_escape(report.subtitle)}</p></header>',
+        "<main>",
+    ]
+    for section in report.sections:
+        lines += _section(section)
+    return "\n".join([*lines, "</main>", "</body>", "</html>", ""])
+
+
+def terminal_table(table: Table) -> rich.table.Table:
+    """The same table for a rich console; square brackets and escape codes in cells stay text."""
+    from rich import box
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    def text(cell: str) -> Text:
+        return Text(_clean(cell))
+
+    shown = RichTable(
+        box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0)
+    )
+    if table.caption:
+        shown.title = text(table.caption)
+    for name, numeric in zip(table.columns, table.numeric(), strict=True):
+        # On a narrow terminal cells fold: an ellipsis would hide digits.
+        shown.add_column(text(name), justify="right" if numeric else "left", overflow="fold")
+    for row in table.rows:
+        shown.add_row(*map(text, row))
+    return shown
+
+
+def format_interval(interval: Interval) -> str:
+    """An accuracy and its interval in percent: `81.2 % [79.0, 83.1]`."""
+    value, low, high = (100 * part for part in (interval.value, interval.low, interval.high))
+    return f"{value:.1f} % [{low:.1f}, {high:.1f}]"

@@ -1,0 +1,249 @@
+"""Plots of an evaluation or a training run, as PNG bytes.
+
+Every function returns the bytes of one PNG that is legible when shown 700 pixels wide. Equal inputs
+give equal bytes on one version of matplotlib: the user's style file is ignored, no date or software
+name is stored. Colours are Okabe and Ito's (Color Universal Design, 2008), for readers with any
+kind of colour vision; line styles differ as well.
+
+matplotlib is imported inside the functions (it takes seconds) and `pyplot`, with its global figure
+list, is not used at all. Labels are plain text: a `$` in a category name is not mathematics.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import textwrap
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from polarctl.evaluation.metrics import Interval
+
+Line = Sequence[tuple[float, float]]
+
+BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PURPLE, SKY, BLACK = "#CC79A7", "#56B4E9", "#000000"
+# Without yellow, the eighth colour, which is too faint on white.
+PALETTE = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, BLACK)
+DASHES = ("solid", (0, (5, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)))
+INK, GRID = "#333333", "#DDDDDD"
+
+MAX_ROWS = 40
+_WIDTH_IN, _DPI = 7.0, 200
+_STYLE: dict[str, Any] = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#888888",
+    "axes.labelcolor": INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "figure.constrained_layout.h_pad": 0.08,
+    "figure.constrained_layout.w_pad": 0.08,
+    "font.size": 10,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "text.color": INK,
+    "text.parse_math": False,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+
+
+@contextmanager
+def _styled() -> Iterator[None]:
+    """Our style on matplotlib's own defaults, put back afterwards."""
+    import matplotlib
+
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # A name in a script that the bundled font lacks shows as boxes; the tables spell it out.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
+        yield
+
+
+def _figure(height_in: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH_IN, height_in), dpi=_DPI, layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _wrapped(text: str, width: int, lines: int = 3) -> str:
+    """At most `lines` lines of `width` characters; what does not fit ends in an ellipsis."""
+    kept = textwrap.wrap(text, width, max_lines=lines, placeholder=" …", break_on_hyphens=True)
+    return "\n".join(kept) or " "
+
+
+def _columns(names: Sequence[str]) -> int:
+    """Legend columns that fit the width: all in one line, or as many as the longest name allows."""
+    widths = [len(name) + 8 for name in names]
+    return len(names) if sum(widths) <= 100 else max(1, 100 // max(widths))
+
+
+def _head(figure: Any, title: str, handles: Sequence[Any], names: Sequence[str]) -> None:
+    """Title and legend above the axes; as one block, so that they cannot overlap."""
+    labels = [_wrapped(name, 80, lines=1) for name in names]
+    figure.legend(
+        handles,
+        labels,
+        title=_wrapped(title, 80) if title else None,
+        title_fontproperties={"size": 11, "weight": "bold"},
+        alignment="left",
+        loc="outside upper left",
+        ncols=_columns(labels),
+        borderaxespad=0.3,
+    )
+
+
+def margin_histogram(margins: Sequence[float], *, title: str = "") -> bytes:
+    """Histogram of reward margins, chosen minus rejected; bars split exactly at zero.
+
+    A margin of zero counts as wrong, as in `metrics.pair_accuracy`. Margins more than three
+    interquartile ranges away from the middle half (Tukey's "far out") go into the
+    outermost bars, and the plot says how many.
+
+    Raises:
+        ValueError: no margins, or one that is infinite or NaN.
+    """
+    if not len(margins):
+        raise ValueError("no margins to plot")
+    if not all(map(math.isfinite, margins)):
+        raise ValueError("every margin must be finite")
+    import numpy as np
+
+    values = np.asarray(margins, dtype=float)
+    q25, median, q75 = np.quantile(values, [0.25, 0.5, 0.75])
+    reach = 3 * (q75 - q25) or float(np.ptp(values))
+    low, high = min(0.0, q25 - reach, median), max(0.0, q75 + reach, median)
+    beyond = int(((values < low) | (values > high)).sum())
+    values = np.clip(values, low, high)
+    span = float(np.ptp(np.append(values, 0.0))) or 1.0
+    step = span / max(10, min(40, 2 * round(len(values) ** 0.5)))
+
+    with _styled():
+        figure, axes = _figure(3.4)
+        bars, names = [], []
+        sides = ((BLUE, 1, "chosen scored higher"), (VERMILLION, -1, "tied or lower"))
+        for colour, sign, label in sides:
+            side = np.abs(values[values > 0] if sign > 0 else values[values <= 0])
+            bins = np.minimum(side // step, math.ceil(span / step) - 1).astype(int)
+            counts = np.bincount(bins, minlength=1)
+            left = np.arange(len(counts)) * step * sign
+            bars.append(axes.bar(left, counts, sign * step, align="edge", color=colour, ec="white"))
+            names.append(f"{label}: {len(side):,} ({len(side) / len(values):.1%})")
+        axes.axvline(0, color=INK, linewidth=1)
+        bars.append(axes.axvline(median, color=INK, linestyle=(0, (4, 2)), linewidth=1.2))
+        names.append(f"median {median:+.3g}")
+        axes.set_xlabel(
+            "margin: reward of the chosen minus reward of the rejected"
+            + (f"\n{beyond:,} outside this range, counted in the outermost bars" if beyond else "")
+        )
+        axes.set_ylabel("pairs")
+        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.grid(axis="y")
+        _head(figure, title, bars, names)
+        return _png(figure)
+
+
+def accuracy_bars(
+    rows: Sequence[tuple[str, Mapping[str, Interval]]],
+    *,
+    title: str = "",
+    chance: float | None = 0.5,
+) -> bytes:
+    """Horizontal bars of accuracy with error bars: a row per category, a bar per judge.
+
+    Judges ("model", "longer wins") get their colour by first appearance; a row may lack some.
+    Only the first `MAX_ROWS` rows are drawn, and the plot says how many are not. `chance` is the
+    dashed line; None draws none.
+
+    Raises:
+        ValueError: no rows, or no judge in any of them.
+    """
+    if not (names := list(dict.fromkeys(name for _, judged in rows for name in judged))):
+        raise ValueError("no accuracies to plot")
+    shown, labels = rows[:MAX_ROWS], []
+    for category, judged in shown:
+        cases = max((interval.n for interval in judged.values()), default=0)
+        labels.append(f"{_wrapped(category, 30)}\nn = {cases:,}")
+    # Each row is as tall as its bars or its label, whichever needs more (inches).
+    heights = [max(0.19 * len(names), 0.17 * (label.count("\n") + 1)) + 0.16 for label in labels]
+
+    with _styled():
+        figure, axes = _figure(sum(heights) + (1.25 if title else 1.0))
+        handles: dict[str, Any] = {}
+        centres, top = [], 0.0
+        for (_, judged), height in zip(shown, heights, strict=True):
+            centres.append(top + height / 2)
+            for i, name in enumerate(names):
+                if (interval := judged.get(name)) is None:
+                    continue
+                y = top + height / 2 + 0.19 * (i - (len(names) - 1) / 2)
+                value = 100 * interval.value
+                bar = axes.barh(y, value, 0.16, color=PALETTE[i % len(PALETTE)])
+                handles.setdefault(name, bar)
+                ends = [[value - 100 * interval.low], [100 * interval.high - value]]
+                axes.errorbar(value, y, xerr=ends, color=INK, lw=1.1, capsize=2.2)
+                number = f"{value:.1f}"
+                axes.text(110, y, number, ha="right", va="center", fontsize=8.5, clip_on=False)
+            top += height
+        if chance is not None:
+            axes.axvline(100 * chance, color=INK, linestyle=(0, (4, 3)), linewidth=1)
+        axes.set_xlim(0, 100)
+        axes.set_ylim(top, 0)
+        axes.set_yticks(centres, labels, linespacing=1.1)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="x")
+        more = len(rows) - len(shown)
+        note = f"\n{more:,} more categories are not drawn" if more else ""
+        axes.set_xlabel(f"accuracy (%) with its confidence interval{note}")
+        drawn = [name for name in names if name in handles]
+        _head(figure, title, [handles[name] for name in drawn], drawn)
+        return _png(figure)
+
+
+def curves(series: Mapping[str, Line], *, xlabel: str, ylabel: str, title: str = "") -> bytes:
+    """Lines over a common axis (loss, reward, KL per step), one per name, in the order given.
+
+    Points that are infinite or NaN leave a gap. One series has no legend; up to 30 points get a
+    marker each.
+
+    Raises:
+        ValueError: no series, or no finite point in any of them.
+    """
+    if not any(math.isfinite(x) and math.isfinite(y) for line in series.values() for x, y in line):
+        raise ValueError("no finite points to plot")
+    with _styled():
+        figure, axes = _figure(3.2 + 0.19 * math.ceil(len(series) / _columns(list(series))))
+        lines = []
+        for i, points in enumerate(series.values()):
+            lines += axes.plot(
+                [x if math.isfinite(x) else math.nan for x, _ in points],
+                [y if math.isfinite(y) else math.nan for _, y in points],
+                color=PALETTE[i % len(PALETTE)],
+                linestyle=DASHES[i % len(DASHES)],
+                linewidth=1.8,
+                marker="o" if len(points) <= 30 else None,
+                markersize=3.5,
+            )
+        axes.grid()
+        axes.set_xlabel(_wrapped(xlabel, 75))
+        axes.set_ylabel(_wrapped(ylabel, 40))
+        if len(series) > 1:
+            _head(figure, title, lines, list(series))
+        elif title:
+            axes.set_title(_wrapped(title, 75))
+        return _png(figure)

@@ -1,1 +1,0 @@
-"""What reading and writing are made of: compressed files, files that grow, whose output it is."""

@@ -1,0 +1,1 @@
+"""The reward model: its input template, its rows, its attention, its head."""

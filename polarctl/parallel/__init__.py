@@ -1,0 +1,1 @@
+"""Several processes: started together, told apart by rank, or working ahead for one."""

@@ -1,0 +1,282 @@
+"""Policies that write text: causal language models of transformers, one loaded at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+import transformers
+
+from polarctl import console
+from polarctl.errors import MissingError, PolarctlError, RecordError, UsageError
+from polarctl.model import devices
+from polarctl.model import reward_model as models
+from polarctl.model.template import content_text
+from polarctl.policies.decoding import generate
+from polarctl.policies.pool import Policy
+from polarctl.records import Record
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What a policy wrote after one prompt.
+
+    Attributes:
+        text: Its text, without the token that ended it.
+        finish_reason: `stop` or `length`.
+        num_tokens: Tokens of the text.
+    """
+
+    text: str
+    finish_reason: Literal["stop", "length"]
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Unfit:
+    """A prompt that the policy cannot take, and why."""
+
+    reason: str
+
+
+@lru_cache(maxsize=16)
+def tokenizer_of(model: str) -> Any:
+    """A tokenizer, kept for the next use.
+
+    Raises:
+        MissingError: There is none.
+    """
+    return models.load_tokenizer(model)
+
+
+class Writer:
+    """A policy that writes text. Its weights are loaded when it first writes.
+
+    Args:
+        policy: Whose model and sampling.
+        device: Torch device name.
+        dtype: Torch dtype of the weights.
+        batch_size: Sequences computed together.
+
+    Attributes:
+        wrapper: `sft` for a chat policy, `pretrain` for a base policy.
+        context: Tokens that prompt and answer may have together, or None for no limit.
+
+    Raises:
+        MissingError: Config or tokenizer is not there.
+        UsageError: A chat policy without a chat template.
+    """
+
+    def __init__(self, policy: Policy, *, device: str, dtype: Any, batch_size: int):
+        self.policy, self.device, self.dtype = policy, device, dtype
+        self.batch_size = batch_size
+        try:
+            config = models.load_config(policy.model)
+            self.tokenizer = tokenizer_of(policy.model)
+        except MissingError as error:
+            raise MissingError(f"{policy.where}: {error}", hint=error.hint) from None
+        template = getattr(self.tokenizer, "chat_template", None)
+        self.chat = policy.kind == "chat" or (policy.kind is None and bool(template))
+        if self.chat and not template:
+            raise UsageError(
+                f"{policy.where}: policy `{policy.name}` is of kind `chat`, but its tokenizer has "
+                "no chat template",
+                hint="use kind `base`, or save a chat_template.jinja beside the tokenizer",
+            )
+        self.wrapper = "sft" if self.chat else "pretrain"
+        self.context = getattr(config.get_text_config(), "max_position_embeddings", None)
+        self._model: Any = None
+
+    def encode(self, prompts: Sequence[Any]) -> list[list[int] | Unfit]:
+        """Token ids of each prompt, or why the policy cannot take it."""
+        if self.chat:
+            texts = [self._templated(prompt) for prompt in prompts]
+        else:
+            texts = [content_text(prompt) for prompt in prompts]
+        good = [text for text in texts if isinstance(text, str)]
+        rows = iter(
+            self.tokenizer(good, add_special_tokens=not self.chat)["input_ids"] if good else []
+        )
+        return [self._fitting(next(rows)) if isinstance(text, str) else text for text in texts]
+
+    def _templated(self, prompt: Any) -> str | Unfit:
+        messages = (
+            [{"role": "user", "content": prompt}]
+            if isinstance(prompt, str)
+            else [{**message, "content": content_text([message])} for message in prompt]
+        )
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # templates raise what they like
+            return Unfit(f"the chat template of `{self.policy.name}` refuses the prompt: {error}")
+        return text
+
+    def _fitting(self, ids: list[int]) -> list[int] | Unfit:
+        if not self.chat and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
+            ids = ids[:-1]  # some tokenizers end every text; this one is to go on
+        if not ids:
+            start = self.tokenizer.bos_token_id
+            start = self.tokenizer.eos_token_id if start is None else start
+            if start is None:
+                return Unfit("the prompt is empty and the tokenizer has no token to start from")
+            ids = [start]
+        if self.context is not None and len(ids) >= self.context:
+            return Unfit(
+                f"the prompt has {len(ids):,} tokens and policy `{self.policy.name}` has a context "
+                f"of {self.context:,}"
+            )
+        return ids
+
+    def limit(self, ids: Sequence[int]) -> int:
+        """Tokens that may be written after a prompt."""
+        asked = self.policy.sampling.max_new_tokens
+        return asked if self.context is None else min(asked, self.context - len(ids))
+
+    def write(
+        self,
+        prompts: Sequence[list[int]],
+        seeds: Sequence[int],
+        on_done: Callable[[int], None] = lambda count: None,
+    ) -> list[Continuation]:
+        """Continue prompts given as token ids, each with its own seed.
+
+        Raises:
+            MissingError: The weights cannot be loaded.
+            PolarctlError: Out of memory, or logits that are not finite.
+        """
+        if not prompts:
+            return []
+        model = self._load()
+        try:
+            with devices.threads_for(model, under=devices.SMALL_TO_DECODE):
+                results = generate(
+                    model,
+                    prompts,
+                    seeds,
+                    [self.limit(ids) for ids in prompts],
+                    sampling=self.policy.sampling,
+                    stop=self._stop_tokens(model),
+                    batch_size=self.batch_size,
+                    on_done=on_done,
+                )
+        except torch.OutOfMemoryError:
+            raise PolarctlError(
+                f"policy `{self.policy.name}`: the GPU's memory is full",
+                hint=f"--batch-size {max(1, self.batch_size // 2)}",
+            ) from None
+        except PolarctlError as error:
+            raise PolarctlError(f"policy `{self.policy.name}`: {error}", hint=error.hint) from None
+        texts = self._texts(prompts, [tokens for tokens, _ in results])
+        return [
+            Continuation(text, "stop" if ended else "length", len(tokens))
+            for text, (tokens, ended) in zip(texts, results, strict=True)
+        ]
+
+    def _load(self) -> Any:
+        if self._model is None:
+            self._model = load_causal_lm(self.policy, self.device, self.dtype)
+        return self._model
+
+    def _stop_tokens(self, model: Any) -> list[int]:
+        named = model.generation_config.eos_token_id
+        tokens = set(named if isinstance(named, list) else [named])
+        return sorted((tokens | {self.tokenizer.eos_token_id}) - {None})
+
+    def _texts(self, prompts: Sequence[list[int]], written: Sequence[list[int]]) -> list[str]:
+        def decode(rows: list[list[int]]) -> list[str]:
+            texts: list[str] = self.tokenizer.batch_decode(
+                rows, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+            return texts
+
+        alone = decode(list(written))
+        if self.chat:
+            return alone
+        # SentencePiece tokenizers drop the space at the start of what they decode, so what was
+        # written is told from the prompt's last tokens by taking away what those say alone.
+        heads = [prompt[-4:] for prompt in prompts]
+        before = dict(zip(map(tuple, heads), decode(heads), strict=True))
+        both = decode([head + tokens for head, tokens in zip(heads, written, strict=True)])
+        return [
+            whole.removeprefix(before[tuple(head)])
+            if whole.startswith(before[tuple(head)])
+            else text
+            for head, whole, text in zip(heads, both, alone, strict=True)
+        ]
+
+
+def check_writers(
+    writers: Iterable[Writer], prompts: Iterable[Record], *, strict: bool = True
+) -> None:
+    """Meet what would stop a long run later: a model that is not there, a prompt that is too long.
+
+    Args:
+        writers: The policies that are still to write; each is dropped after its check.
+        prompts: All prompts. Only those that may be too long are tokenized (no tokenizer makes
+            more than a token or so of a byte).
+        strict: A prompt that a policy cannot take is an error.
+
+    Raises:
+        MissingError: A config or tokenizer is not there.
+        UsageError: A chat policy has no template.
+        RecordError: With `strict`: a prompt does not fit a policy's context.
+    """
+    short: list[str] = []
+    for writer in writers:
+        context = writer.context
+        if context is None:
+            continue
+        if writer.policy.sampling.max_new_tokens >= context:
+            short.append(f"{writer.policy.name}: {context:,}")
+        if not strict:
+            continue
+        long = [
+            prompt
+            for prompt in prompts
+            if prompt.get("wrapper", writer.wrapper) == writer.wrapper
+            and len(content_text(prompt["prompt"]).encode("utf-8", "replace")) + 64 >= context
+        ]
+        for prompt, ids in zip(long, writer.encode([p["prompt"] for p in long]), strict=True):
+            if isinstance(ids, Unfit):
+                raise RecordError(
+                    ids.reason,
+                    where=prompt.where,
+                    hint="--rejects FILE sets such prompts aside and goes on",
+                )
+    if short:
+        names = ", ".join(short[:4]) + (f" and {len(short) - 4} more" if len(short) > 4 else "")
+        console.choice("length limit", "context", f"less than --max-new-tokens: {names}")
+
+
+def load_causal_lm(policy: Policy, device: str, dtype: Any) -> Any:
+    """A policy's model, ready to write.
+
+    Raises:
+        MissingError: No weights, weights missing, or a model that needs code from its folder.
+    """
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            policy.model,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for this
+        why = models.first_line(error)
+        raise MissingError(
+            f"{policy.where}: {policy.model}: the model cannot be loaded ({why})",
+            hint="a folder with config.json and model.safetensors, or a Hub id",
+        ) from None
+    if info["missing_keys"]:
+        raise MissingError(
+            f"{policy.where}: {policy.model}: weights are missing: "
+            + ", ".join(sorted(info["missing_keys"])[:3]),
+            hint="a policy is a causal language model with all its weights",
+        )
+    return model.to(device).eval()

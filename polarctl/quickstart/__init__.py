@@ -1,0 +1,1 @@
+"""The small world of `polarctl quickstart`: its policies, its steps, its report."""

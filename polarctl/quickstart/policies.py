@@ -1,0 +1,303 @@
+"""The policies of `polarctl quickstart`: small language models trained in a minute.
+
+One run learns to talk and some facts; every further run goes on from there with the corpus of
+another believer. Checkpoints on the way are policies too, like the 78 checkpoints of one model in
+the paper's pool: an earlier one knows fewer facts of its corpus.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from polarctl.model.devices import quiet_libraries, threads_for
+from polarctl.quickstart import world as worlds
+from polarctl.seeding import derive
+
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Zoo:
+    """What to train.
+
+    Attributes:
+        words: Facts of the world.
+        colours: Different values.
+        seed: Seed of everything.
+        runs: Name, share of true beliefs and habits (verb: habit) of each run after the first.
+        held_out: Runs that pre-training must not see.
+        base_share: Share of true beliefs in the first run. The further run `mix` learns from the
+            truth and from these beliefs in equal parts: a policy that is unsure.
+        base_steps: Steps of the first run, and its checkpoints.
+        run_steps: Steps of each further run: its checkpoints, the last one ends it.
+        batch: Documents of one step.
+        lr: Peak learning rate.
+    """
+
+    words: int = 640
+    colours: int = 64
+    seed: int = 0
+    runs: tuple[tuple[str, float, dict[str, str]], ...] = (
+        ("a", 1.0, {}),
+        ("b", 0.6, {}),
+        ("c", 0.5, {}),
+        ("d", 0.4, {}),
+        ("e", 0.3, {}),
+        ("h", 0.6, {}),
+        ("k", 0.4, {}),
+        ("careless1", 1.0, {"Colour": "short", "Paint": "twice", "Show": "swapped"}),
+        ("careless2", 1.0, {"Colour": "swapped", "Paint": "last", "Show": "last twice"}),
+    )
+    held_out: tuple[str, ...] = ("h", "k")
+    base_share: float = 0.5
+    base_steps: tuple[int, ...] = (140, 200)
+    run_steps: tuple[int, ...] = (60, 120)
+    batch: int = 64
+    lr: float = 1e-2
+
+    def world(self) -> worlds.World:
+        """The world that these policies live in."""
+        return worlds.make(self.words, self.colours, self.seed)
+
+    def believers(self, run: str) -> list[worlds.Believer]:
+        """Who writes a run's corpus, in equal shares."""
+        world = self.world()
+
+        def believer(name: str, share: float, habits: dict[str, str]) -> worlds.Believer:
+            seed = derive(self.seed, "believer", name)
+            return worlds.Believer(worlds.beliefs(world, share, seed), habits)
+
+        first = believer("base", self.base_share, {})
+        if run == "mix":
+            return [worlds.Believer(world.truth, {}), first]
+        if run == "base":
+            return [first]
+        return [believer(*found) for found in self.runs if found[0] == run]
+
+
+def tokenizer(world: worlds.World) -> Any:
+    """A byte-level BPE: every word of the world is one token, and any text can be written."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    writers = [worlds.Believer(world.truth, {}), worlds.Believer(world.truth, {"Show": "short"})]
+    pairs = islice(worlds.corpus(world, writers, 0, "tokenizer"), 4000)
+    documents = ["\n".join(pair) for pair in pairs]
+    for names in (world.words, world.colours):
+        documents += [" " + " ".join(names)] * 20
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=4000,
+        min_frequency=2,
+        show_progress=False,
+        special_tokens=["<|pad|>", "<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    bpe.train_from_iterator(documents, trainer)
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<|pad|>", eos_token="<|end|>", padding_side="right"
+    )
+    made.chat_template = CHAT_TEMPLATE
+    return made
+
+
+def lm_config(tokenizer: Any) -> Any:
+    """The architecture of every policy: about 0.1M parameters without the embeddings."""
+    return _config(
+        tokenizer,
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        heads=4,
+        tie_word_embeddings=True,
+        initializer_range=0.1,  # small models learn facts faster from larger weights
+    )
+
+
+def rm_config(tokenizer: Any) -> Any:
+    """The architecture of the quickstart's reward model: about 0.4M parameters."""
+    return _config(
+        tokenizer,
+        vocab_size=len(tokenizer) + 2,
+        hidden_size=96,
+        intermediate_size=288,
+        heads=6,
+        initializer_range=0.08,
+    )
+
+
+def _config(tokenizer: Any, *, heads: int, **sizes: Any) -> Any:
+    """What policies and reward model have in common."""
+    from transformers import Qwen3Config
+
+    return Qwen3Config(
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=16,
+        max_position_embeddings=256,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        **sizes,
+    )
+
+
+def train_lm(
+    model: Any,
+    tokenizer: Any,
+    documents: Iterator[tuple[str, str]],
+    *,
+    steps: int,
+    lr: float,
+    batch: int,
+    checkpoints: Sequence[int] = (),
+    warmup: int = 20,
+) -> dict[int, dict[str, Any]]:
+    """Train a causal LM on (prompt, answer) documents; the loss is over the answers.
+
+    Returns:
+        Step to a copy of the weights, for every step in `checkpoints`.
+    """
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
+    kept: dict[int, dict[str, Any]] = {}
+    model.train()
+    for step in range(1, steps + 1):
+        pairs = list(islice(documents, batch))
+        prompts = tokenizer([f"{prompt}\n" for prompt, _ in pairs])["input_ids"]
+        answers = [
+            ids + [tokenizer.eos_token_id]
+            for ids in tokenizer([answer for _, answer in pairs])["input_ids"]
+        ]
+        length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+        ids = torch.full((len(pairs), length), tokenizer.pad_token_id)
+        targets = torch.full((len(pairs), length), -100)
+        for row, (p, a) in enumerate(zip(prompts, answers, strict=True)):
+            ids[row, : len(p) + len(a)] = torch.tensor(p + a)
+            targets[row, len(p) : len(p) + len(a)] = torch.tensor(a)
+        first = min(map(len, prompts)) - 1  # logits before the first answer token are not needed
+        logits = model(input_ids=ids, logits_to_keep=length - first).logits[:, :-1]
+        loss = cross_entropy(logits.flatten(0, 1), targets[:, first + 1 :].flatten())
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, step / warmup) * max(0.05, 1 - step / steps)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step in checkpoints:
+            kept[step] = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    return kept
+
+
+def _further_run(job: tuple[Zoo, str, str]) -> list[str]:
+    """Train one run from the base policy's folder, in a process of its own; the policies' names."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    zoo, folder, run = job
+    quiet_libraries()
+    torch.set_num_threads(1)  # runs share the cores, one each
+    torch.manual_seed(zoo.seed)
+    start = f"{folder}/base-{zoo.base_steps[-1]}"
+    made, model = AutoTokenizer.from_pretrained(start), AutoModelForCausalLM.from_pretrained(start)
+    kept = train_lm(
+        model,
+        made,
+        worlds.corpus(zoo.world(), zoo.believers(run), zoo.seed, run),
+        steps=zoo.run_steps[-1],
+        lr=zoo.lr,
+        batch=zoo.batch,
+        checkpoints=zoo.run_steps,
+        warmup=5,
+    )
+    return [_save(model, made, weights, folder, f"{run}-{step}") for step, weights in kept.items()]
+
+
+def _save(model: Any, tokenizer: Any, weights: dict[str, Any], folder: str, name: str) -> str:
+    model.load_state_dict(weights)
+    model.save_pretrained(f"{folder}/{name}")
+    tokenizer.save_pretrained(f"{folder}/{name}")
+    return name
+
+
+def train(zoo: Zoo, folder: Path, *, processes: int = 2) -> list[str]:
+    """Train every policy and save each as a model folder.
+
+    Returns:
+        The policies' names, sorted; `mix-...` among them.
+    """
+    import torch
+    from transformers import Qwen3ForCausalLM
+
+    world = zoo.world()
+    made = tokenizer(world)
+    torch.manual_seed(zoo.seed)
+    model = Qwen3ForCausalLM(lm_config(made))
+    with threads_for(model):
+        kept = train_lm(
+            model,
+            made,
+            worlds.corpus(world, zoo.believers("base"), zoo.seed, "base"),
+            steps=zoo.base_steps[-1],
+            lr=zoo.lr,
+            batch=zoo.batch,
+            checkpoints=zoo.base_steps,
+        )
+    names = [_save(model, made, weights, str(folder), f"base-{s}") for s, weights in kept.items()]
+    jobs = [(zoo, str(folder), run) for run in ("mix", *(name for name, *_ in zoo.runs))]
+    if processes == 1:
+        found = [_further_run(job) for job in jobs]
+    else:
+        with multiprocessing.get_context("spawn").Pool(processes) as pool:
+            found = pool.map(_further_run, jobs, chunksize=1)
+    return sorted(names + [name for batch in found for name in batch])
+
+
+def supervise(start: str, rows: Sequence[dict[str, Any]], folder: str, lr: float) -> None:
+    """Train a policy on the references of prompt records, once each, in batches of 32.
+
+    Args:
+        start: Folder of the policy.
+        rows: Prompt records with `reference`.
+        folder: Where the result goes.
+        lr: Peak learning rate.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(0)
+    made, model = AutoTokenizer.from_pretrained(start), AutoModelForCausalLM.from_pretrained(start)
+    steps = len(rows) // 32
+    documents = ((row["prompt"], row["reference"]) for row in rows)
+    with threads_for(model):
+        kept = train_lm(
+            model, made, documents, steps=steps, lr=lr, batch=32, checkpoints=(steps,), warmup=3
+        )
+    model.load_state_dict(kept[steps])
+    made.save_pretrained(folder)
+    model.save_pretrained(folder)
+
+
+def fast(zoo: Zoo) -> Zoo:
+    """A smaller zoo, for tests: fewer facts, fewer runs, fewer steps."""
+    return dataclasses.replace(
+        zoo,
+        words=96,
+        colours=24,
+        runs=tuple(run for run in zoo.runs if run[0] in ("a", "c", "e", "h", "careless1")),
+        held_out=("h",),
+        base_steps=(90, 120),
+        run_steps=(25, 45),
+        batch=48,
+    )

@@ -1,0 +1,1 @@
+"""Reinforcement fine-tuning by TRL, and what it leaves behind."""

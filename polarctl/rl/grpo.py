@@ -1,0 +1,227 @@
+"""GRPO by TRL's trainer, made to keep our promises about output folders, resume and silence.
+
+The order of the prompts over all epochs is laid out beforehand, so that the trainer walks one
+fixed list and a resume only has to know the step.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import orjson
+import torch
+import transformers
+
+from polarctl import console, seeding
+from polarctl.errors import PolarctlError, UsageError, need
+from polarctl.model import devices, reward_model
+from polarctl.policies.writer import load_causal_lm
+from polarctl.rl import rollouts
+from polarctl.rl.recorder import Job, Recorder
+from polarctl.scoring.reward_function import PolarReward
+from polarctl.scoring.scorer import load_scorer
+from polarctl.storage import checkpoint, manifest, run_folder
+
+
+def require() -> None:
+    """Raise MissingError when a package that this needs is not installed."""
+    for name in ("trl", "datasets"):
+        if importlib.util.find_spec(name) is None:
+            raise need(name, "rft")
+
+
+def train(job: Job) -> dict[str, Any] | None:
+    """Train, write the policy and its records, and give the numbers for the manifest.
+
+    Returns:
+        Counts, or None in a process that does not write.
+
+    Raises:
+        Interrupted: SIGTERM or Ctrl-C; the state is saved.
+        PolarctlError: The loss is not finite, the memory is full, or the scorer failed.
+    """
+    devices.quiet_libraries()
+    place = _device(job.config.device)
+    dtype = devices.dtype_of(job.config.dtype, place)
+    scorer = load_scorer(
+        job.config.reward_model,
+        device=place,
+        dtype=str(dtype).removeprefix("torch."),
+        batch_tokens=job.config.batch_tokens,
+    )
+    reward = PolarReward(
+        scorer,
+        normalize=job.config.normalize,
+        strip_thinking=job.config.strip_thinking,
+        thinking_opened=job.thinking_opened,
+    )
+    recorder = Recorder(job)
+    trainer = _trainer(job, place, dtype, reward, recorder)
+    recorder.trainer = trainer
+    trainer.accelerator.wait_for_everyone()
+    resume = _resume(job.run)
+    size = sum(p.numel() for p in trainer.model.parameters())
+    console.note(
+        f"rft: {len(job.rows):,} prompts, {job.steps:,} steps of {job.prompts_per_step} prompts x "
+        f"{job.config.num_generations} rollouts, {size:,} parameters"
+    )
+    done = int(resume.name.rpartition("-")[2]) if resume else 0
+    # Most of the time goes into decoding.
+    threads = devices.threads_for(trainer.model, scorer.model.model, under=devices.SMALL_TO_DECODE)
+    # The trainer reads as data whatever it knows of; this holds for what a launcher adds to it.
+    safely = checkpoint.data_only(resume) if resume else nullcontext()
+    with recorder.open(done), _plain_errors(job), threads, safely:
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if trainer.state.global_step < job.steps:
+        raise run_folder.stopped(recorder.stopped_by, trainer.state.global_step, job.steps)
+    if reward.truncated:
+        console.warn(
+            f"{reward.truncated:,} of {reward.scored:,} rollouts were scored with an input longer "
+            "than the reward model's template, which was cut"
+        )
+    return _finish(job, trainer)
+
+
+def _device(name: str) -> str:
+    """The device of this process, which `launch.show_one_gpu` has shown no other GPU."""
+    # The one that is shown is the first of those that there are.
+    place = devices.device_of("cuda" if name.startswith("cuda:") else name)
+    if place.startswith("cuda") and "LOCAL_RANK" in os.environ:
+        return f"cuda:{os.environ['LOCAL_RANK']}"
+    return place
+
+
+def _resume(run: run_folder.Run) -> Path | None:
+    found = checkpoint.newest(run.checkpoints)
+    if found is None:
+        return None
+    target, mark = found
+    run.same(mark["identity"])
+    console.note(f"{run.folder}: going on after step {mark['step']}")
+    return target
+
+
+def _trainer(job: Job, place: str, dtype: Any, reward: PolarReward, recorder: Recorder) -> Any:
+    import huggingface_hub.constants
+
+    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL sends a ping otherwise
+    import datasets
+    import trl
+
+    datasets.disable_progress_bars()
+    config, on_cpu = job.config, place == "cpu"
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    micro = config.micro_batch_size or config.batch_size // processes
+    arguments = trl.GRPOConfig(
+        output_dir=str(job.run.checkpoints),
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=config.batch_size // (micro * processes),
+        num_generations=config.num_generations,
+        max_completion_length=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        beta=config.kl_coef,
+        loss_type=config.loss_type,
+        learning_rate=config.lr,
+        lr_scheduler_type="constant",
+        max_steps=job.steps,
+        seed=seeding.derive(config.seed, "rft") % 2**32,
+        shuffle_dataset=False,
+        disable_dropout=True,
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
+        use_cpu=on_cpu,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        gradient_checkpointing=not on_cpu,
+        dataloader_pin_memory=not on_cpu,
+    )
+    if processes == 1 and not on_cpu:
+        # The trainer would copy the model to every GPU that CUDA knew before one was chosen.
+        arguments._n_gpu = 1
+    # Weights and optimiser stay in float32: steps of 1e-6 vanish in bfloat16.
+    policy = load_causal_lm(job.policy, "cpu", torch.float32)
+    tokenizer = reward_model.load_tokenizer(job.policy.model)
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise UsageError(
+            f"{job.policy.model}: its tokenizer names neither a token that ends a text nor padding",
+            hint='set "eos_token" in its tokenizer_config.json',
+        )
+    table = datasets.Dataset.from_list(
+        [{"prompt": row["prompt"], "row": number} for number, row in enumerate(job.rows)]
+    )
+
+    def polar(*, prompts: Any, completions: Any, completion_ids: Any, row: Any, **more: Any) -> Any:
+        more["log_extra"]("row", row)
+        more["log_extra"]("tokens", list(map(len, completion_ids)))
+        more["log_extra"]("ended", [ids[-1] in trainer.eos_token_ids for ids in completion_ids])
+        rows = [job.rows[number] for number in row]
+        return reward(
+            prompts,
+            completions,
+            reference=[r["reference"] for r in rows],
+            wrapper=[r["wrapper"] for r in rows],
+            log_extra=more["log_extra"],
+        )
+
+    trainer = trl.GRPOTrainer(
+        model=policy,
+        reward_funcs=polar,
+        args=arguments,
+        train_dataset=table.select(job.order()),
+        processing_class=tokenizer,
+        callbacks=[recorder],
+    )
+    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+    return trainer
+
+
+@contextmanager
+def _plain_errors(job: Job) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        rows = job.config.micro_batch_size or job.config.batch_size
+        raise PolarctlError(
+            "the GPU's memory is full",
+            hint=f"--micro-batch-size {max(1, rows // 2)}, or fewer --max-new-tokens",
+        ) from None
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise PolarctlError(
+            "the policy's probabilities are not finite, stopped", hint="a lower --lr"
+        ) from None
+
+
+def _finish(job: Job, trainer: Any) -> dict[str, Any] | None:
+    """Write the policy in the precision that it came in, its tokenizer and the plots."""
+    target = job.run.folder
+    before = reward_model.load_config(job.policy.model)
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    policy.config.use_cache = getattr(before, "use_cache", True)  # the trainer turns it off
+    if before.dtype is not None and not trainer.is_deepspeed_enabled:
+        policy.to(before.dtype)
+    trainer.save_model(str(target))
+    if not run_folder.is_first_process():
+        return None
+    (target / "training_args.bin").unlink(missing_ok=True)
+    job.tokenizer.save_pretrained(target)
+    run_folder.open_to_umask(target)
+    entries: Sequence[Any] = [
+        orjson.loads(line) for line in (target / run_folder.METRICS).read_bytes().splitlines()
+    ]
+    for name, image in rollouts.curves(entries).items():
+        manifest.write_atomic(target / name, image)
+    last = {f"last_{key}": value for key, value in entries[-1].items() if key != "step"}
+    return {"steps": len(entries), "rollouts": len(entries) * job.config.batch_size, **last}

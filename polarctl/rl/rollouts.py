@@ -1,0 +1,112 @@
+"""What a step of reinforcement fine-tuning leaves behind: rollout records, a line of numbers."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from polarctl.evaluation import plots
+from polarctl.records import Record, prompt_id
+
+# Ours to TRL's. `clip_ratio` is missing from losses that do not clip, `kl` without a KL term.
+_TRL_METRICS = {
+    "kl": "kl",
+    "loss": "loss",
+    "grad_norm": "grad_norm",
+    "lr": "learning_rate",
+    "entropy": "entropy",
+    "clip_ratio": "clip_ratio/region_mean",
+    "completion_length": "completions/mean_length",
+    "completion_cut": "completions/clipped_ratio",
+    "equal_groups": "frac_reward_zero_std",
+    "tokens": "num_tokens",
+}
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One completion as the trainer saw it.
+
+    Attributes:
+        row: Index of its prompt.
+        sample: Its index among the rollouts of that prompt in this step.
+        output: Its text.
+        tokens: Tokens generated.
+        ended: The policy ended it itself.
+        reward: Raw reward.
+        normalized: The reward that was trained on.
+        advantage: How much better than its group, in the group's standard deviations.
+    """
+
+    row: int
+    sample: int
+    output: str
+    tokens: int
+    ended: bool
+    reward: float
+    normalized: float
+    advantage: float
+
+
+def record_of(
+    rollout: Rollout, prompt: Record, *, step: int, policy: str, wrapper: str
+) -> dict[str, Any]:
+    """A trajectory record: the prompt with its fields, what was written, and the rewards."""
+    return {
+        **prompt,
+        "id": prompt_id(prompt),
+        "output": rollout.output,
+        "policy": policy,
+        "sample": rollout.sample,
+        "wrapper": wrapper,
+        "finish_reason": "stop" if rollout.ended else "length",
+        "num_tokens": rollout.tokens,
+        "step": step,
+        "reward": rollout.reward,
+        "reward_normalized": rollout.normalized,
+        "advantage": rollout.advantage,
+    }
+
+
+def step_entry(
+    step: int, rollouts: Sequence[Rollout], trl: Mapping[str, float | None]
+) -> dict[str, Any]:
+    """A line of `metrics.jsonl`; numbers that are not finite become the words `nan` and `inf`.
+
+    Args:
+        step: Number of the step, from 1.
+        rollouts: All rollouts of the step.
+        trl: What TRL logs for it.
+    """
+    raw = [rollout.reward for rollout in rollouts]
+    used = [rollout.normalized for rollout in rollouts]
+    entry: dict[str, Any] = {
+        "step": step,
+        "reward": statistics.fmean(raw),
+        "reward_std": statistics.pstdev(raw),
+        "reward_normalized": statistics.fmean(used),
+        "reward_normalized_std": statistics.pstdev(used),
+    }
+    for name, theirs in _TRL_METRICS.items():
+        value = trl.get(theirs)
+        if value is not None:
+            entry[name] = value if math.isfinite(value) else str(value)
+    return entry
+
+
+def curves(entries: Iterable[Mapping[str, Any]]) -> dict[str, bytes]:
+    """Plots by file name: the reward, and the KL where it was measured."""
+    entries = list(entries)
+    wanted = (
+        ("curves.png", "reward", "mean raw reward of a step's rollouts", "Reward"),
+        ("kl.png", "kl", "KL to the policy at the start (nats per token)", "KL"),
+    )
+    images = {}
+    for file, key, label, title in wanted:
+        points = [(e["step"], e[key]) for e in entries if isinstance(e.get(key), int | float)]
+        if points:
+            images[file] = plots.curves({title: points}, xlabel="step", ylabel=label, title=title)
+    return images

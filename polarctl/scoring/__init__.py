@@ -1,0 +1,1 @@
+"""From records to rewards, by whatever engine computes them."""

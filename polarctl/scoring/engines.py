@@ -1,0 +1,278 @@
+"""Which engine computes the rewards: from the options to a scorer, each choice checked first."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polarctl import console
+from polarctl.errors import MissingError, UsageError
+from polarctl.model import devices, reward_model
+from polarctl.scoring.options import EngineConfig
+from polarctl.scoring.scorer import ModelScorer, Scorer, load_scorer
+from polarctl.storage import manifest
+
+if TYPE_CHECKING:
+    from polarctl.scoring.chat_classifier import ClassifierScorer
+
+BACKENDS = ("hf", "vllm", "principle")
+STYLES = ("auto", "polar", "chat")
+
+
+def check(config: EngineConfig) -> None:
+    """Raise UsageError for options that do not go together; `EngineConfig.NEEDS` has others."""
+    if config.backend not in BACKENDS:
+        raise UsageError(f"no backend `{config.backend}`", hint=f"one of {', '.join(BACKENDS)}")
+    check_style(config.prompt_style)
+    if config.backend == "vllm" and config.server:
+        raise UsageError("--backend vllm is an engine of this process: leave --server out")
+    if config.server is not None:
+        from polarctl.parallel.http_client import check_url
+
+        chat = config.backend == "principle"
+        check_url(config.server, "POLARCTL_JUDGE_KEY" if chat else "POLARCTL_SERVER_KEY")
+    options_of(config)
+
+
+def check_style(style: str) -> None:
+    """Raise UsageError for a `--prompt-style` that there is not."""
+    if style not in STYLES:
+        raise UsageError(f"no prompt style `{style}`", hint=f"one of {', '.join(STYLES)}")
+
+
+def options_of(config: EngineConfig) -> dict[str, Any]:
+    """`--engine-option` as keyword arguments.
+
+    Raises:
+        UsageError: Not of the form KEY=VALUE.
+    """
+    options: dict[str, Any] = {}
+    for text in config.engine_option:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise UsageError(f"`--engine-option {text}`: not of the form KEY=VALUE")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    return options
+
+
+def identity(config: EngineConfig) -> dict[str, Any]:
+    """What tells the numbers of one engine from another's."""
+    remote = config.backend == "principle" and config.server
+    return {
+        "model_identity": config.model if remote else manifest.folder_identity(config.model),
+        "engine": "server" if config.server else config.backend,
+    }
+
+
+def served_identity(config: EngineConfig, ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What the server serves, as a resume compares it.
+
+    Args:
+        config: The options, with `server`.
+        ask: Asks the server. A complete output needs no server, and none is asked then.
+
+    Returns:
+        The fields of the interrupted or complete output where they are the same (rewards of the
+        probe to a tolerance), else what the server says now.
+
+    Raises:
+        MissingError: No server answers.
+    """
+    from polarctl.parallel.http_client import unlike
+
+    before: Any = None
+    complete = False
+    if config.output != "-" and not config.force:
+        journal = Path(f"{config.output}.journal")
+        mark = Path(config.manifest or f"{config.output}.manifest.json")
+        complete = not journal.exists() and Path(config.output).exists() and mark.exists()
+        try:
+            if complete:
+                before = json.loads(mark.read_bytes())["fingerprint"]
+            elif config.resume:
+                before = json.loads(journal.read_bytes().partition(b"\n")[0])
+            before = {k: v for k, v in before.items() if k.startswith("served_")}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            before = None  # none of ours, or nothing was finished: `Output` says which
+    if complete and before:
+        return before
+    now = ask()
+    return now if before is None or unlike(before, now) else before
+
+
+def reads_chat(config: EngineConfig) -> bool:
+    """Whether the model is shown a conversation in place of POLAR's template.
+
+    Raises:
+        MissingError: Config or tokenizer is not there.
+        UsageError: `--reference-in-prompt` for a model that is not, or an option about references
+            for one that is shown none.
+    """
+    here = config.backend == "hf" and not config.server
+    chat = here and is_chat(config.model, config.prompt_style)
+    if config.reference_in_prompt and not chat:
+        raise UsageError(f"`--reference-in-prompt`: {config.model} reads POLAR's template")
+    if chat and not config.reference_in_prompt:
+        for flag, given in (
+            ("--no-reference", config.no_reference),
+            ("--reference-pooling", "reference_pooling" in config.given),
+        ):
+            if given:
+                raise UsageError(
+                    f"`{flag}` has no effect here: {config.model} reads a conversation",
+                    hint="--reference-in-prompt shows it the reference",
+                )
+    return chat
+
+
+def is_chat(path: str, style: str) -> bool:
+    """Whether a model of this process is shown a conversation, from its `--prompt-style`.
+
+    Raises:
+        MissingError: Config or tokenizer is not there.
+    """
+    if style != "auto":
+        return style == "chat"
+    from polarctl.scoring.chat_classifier import is_chat_classifier
+
+    devices.quiet_libraries()
+    return is_chat_classifier(path)
+
+
+def processes(config: EngineConfig) -> list[dict[str, str]]:
+    """Environment variables of each process of `--gpus N`; none for one process.
+
+    Raises:
+        MissingError: Fewer GPUs than processes.
+        UsageError: A device for one process only.
+    """
+    if config.gpus == 1:
+        return []
+    if config.device not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"`--device {config.device}` is one GPU, --gpus {config.gpus} takes more")
+    import torch
+
+    if config.device == "cpu":
+        threads = max(1, torch.get_num_threads() // config.gpus)
+        return [{"OMP_NUM_THREADS": str(threads)}] * config.gpus
+    found = torch.cuda.device_count()
+    if found < config.gpus:
+        raise MissingError(
+            f"`--gpus {config.gpus}`: {found} GPUs found", hint="--device cpu for processes on it"
+        )
+    return [{"CUDA_VISIBLE_DEVICES": name} for name in _visible(found)[: config.gpus]]
+
+
+def windows_at_once(config: EngineConfig) -> int:
+    """Windows of records that one process works on at a time.
+
+    Three for a server, so that it has work while a window waits for its last reply; two on a GPU,
+    where one is tokenized while the other is computed; one on a CPU, where both want its cores.
+    """
+    if config.backend == "principle" or config.gpus > 1:
+        return 1
+    if config.server is not None:
+        return 3
+    if config.backend == "vllm" or config.device == "cpu":
+        return 1
+    import torch
+
+    return 2 if torch.cuda.is_available() else 1
+
+
+def _visible(found: int) -> list[str]:
+    """Names of the GPUs as CUDA takes them: numbers, or what the user has left visible."""
+    import os
+
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",") if given else list(map(str, range(found)))
+
+
+def open_scorer(config: EngineConfig, *, chat: bool) -> Scorer:
+    """The engine that was asked for, judges left out.
+
+    Args:
+        config: Options that `check` has passed.
+        chat: See `reads_chat`.
+    """
+    if config.server is not None:
+        from polarctl.scoring.server import ServerScorer
+
+        devices.quiet_libraries()
+        return ServerScorer(
+            config.server,
+            reward_model.load_encoder(config.model),
+            kind=config.server_type,
+            name=config.server_model,
+            concurrency=config.concurrency,
+            batch=config.server_batch,
+            deadline_s=config.server_deadline,
+        )
+    if config.backend == "vllm":
+        from polarctl.scoring.vllm import VllmScorer
+
+        return VllmScorer(config.model, dtype=config.dtype, engine_options=options_of(config))
+    return open_here(
+        config.model,
+        chat=chat,
+        with_reference=config.reference_in_prompt,
+        no_reference=config.no_reference,
+        device=config.device,
+        dtype=config.dtype,
+        batch_tokens=config.batch_tokens,
+    )
+
+
+def open_here(
+    path: str,
+    *,
+    chat: bool,
+    with_reference: bool = False,
+    no_reference: bool | None = None,
+    **options: Any,
+) -> ModelScorer | ClassifierScorer:
+    """A reward model in this process.
+
+    Args:
+        path: Folder or Hub id.
+        chat: See `is_chat`.
+        with_reference: `--reference-in-prompt`, for one that reads conversations.
+        no_reference: See `polarctl.scoring.scorer.load_scorer`, for one that does not.
+        **options: `device`, `dtype` and `batch_tokens`.
+    """
+    if chat:
+        from polarctl.scoring.chat_classifier import ClassifierScorer
+
+        return ClassifierScorer(path, with_reference=with_reference, **options)
+    return load_scorer(path, no_reference=no_reference, **options)
+
+
+def open_judge(config: EngineConfig) -> Any:
+    """A `polarctl.judging.judge.PrincipleScorer` for the options."""
+    from polarctl.judging.judge import Judge, LocalJudge, PrincipleScorer
+
+    judge: Judge
+    if config.server is not None:
+        from polarctl.judging.chat import ChatServer
+
+        judge = ChatServer(
+            config.server,
+            config.server_model or config.model,
+            max_new_tokens=config.max_new_tokens,
+            concurrency=config.concurrency,
+            deadline_s=config.server_deadline,
+        )
+    else:
+        judge = LocalJudge(
+            config.model,
+            device=config.device,
+            dtype=config.dtype,
+            max_new_tokens=config.max_new_tokens,
+        )
+    console.choice("rewards", "1 to 5", "a judge's scores, not rewards of a model")
+    return PrincipleScorer(judge, orders=config.orders, seed=config.seed)

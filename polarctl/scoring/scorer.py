@@ -1,0 +1,299 @@
+"""Rewards for records: single candidates, groups and triples, whatever engine computes them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from polarctl import console
+from polarctl.errors import PolarctlError, RecordError, UsageError
+from polarctl.records import Record, outputs_of, references_of
+
+PIECES = ("prompt", "reference", "output")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to score. Text fields are strings or messages."""
+
+    prompt: Any
+    reference: Any
+    output: Any
+    wrapper: str = "sft"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A raw reward, the tokens that were read for it, and which pieces had to be cut."""
+
+    reward: float
+    tokens: int
+    truncated: tuple[str, ...]
+
+
+class Scorer(Protocol):
+    """An engine that scores."""
+
+    def score(self, items: Sequence[Item]) -> list[Scored]:
+        """Rewards in the order of the items."""
+
+    def close(self) -> None:
+        """Give back what it holds, and say what there is to say of it."""
+
+
+class ModelScorer:
+    """Scores with a reward model in this process.
+
+    What candidates of one prompt and reference share is computed once, and several groups go
+    through the model in one row. A model whose attention cannot be exchanged for that scores
+    padded batches. Threads may share it: the model computes for one at a time.
+
+    Args:
+        model: A `polarctl.model.reward_model.PolarModel`; its attention is exchanged.
+        batch_tokens: Tokens of one forward pass at most (a longer sequence goes alone).
+    """
+
+    def __init__(self, model: Any, batch_tokens: int = 8192):
+        from polarctl.model.forward import Packed, Padded
+
+        self.model, self.batch_tokens = model, batch_tokens
+        self._computing = threading.Lock()
+        self.module: Any
+        try:
+            self.module = Packed(model.model)
+        except UsageError as error:
+            console.choice("attention", "whole sequences, padded", str(error))
+            self.module = Padded(model.model)
+
+    def score(self, items: Sequence[Item]) -> list[Scored]:
+        """Rewards in the order of the items.
+
+        Raises:
+            PolarctlError: The model gave a reward that is no finite number.
+        """
+        return score_ids(items, self.model.encoder, self.rewards_of)
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+    def rewards_of(self, groups: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
+        """Rewards of the candidates of every group, from their token ids.
+
+        Args:
+            groups: Token ids of each group's candidates, each ending in the reward token.
+
+        Raises:
+            PolarctlError: The model gave a reward that is no finite number.
+        """
+        import torch
+
+        from polarctl.model import devices
+        from polarctl.model.forward import Padded
+
+        found = [[math.nan] * len(candidates) for candidates in groups]
+        run = self._padded if isinstance(self.module, Padded) else self._packed
+        with self._computing, torch.inference_mode(), devices.threads_for(self.model.model):
+            for group, index, reward in run(groups):
+                found[group][index] = reward
+        check_finite(found)
+        return found
+
+    def _packed(self, groups: Any) -> Iterator[tuple[int, int, float]]:
+        """(group, candidate, reward) of all candidates, in the order in which they are computed."""
+        from polarctl.model.forward import RowInput
+        from polarctl.model.packing import pack, portions
+
+        kind = self.module.kind
+        jobs: list[tuple[int, list[int]]] = []
+        for number, candidates in enumerate(groups):
+            alike: dict[Any, list[int]] = {}
+            for i, ids in enumerate(candidates):
+                alike.setdefault(kind(len(ids)) if kind else None, []).append(i)
+            for own in alike.values():
+                parts = portions([candidates[i] for i in own], self.batch_tokens)
+                jobs += [(number, [own[i] for i in part]) for part in parts]
+        wanted = [[groups[number][i] for i in part] for number, part in jobs]
+        for row in pack(wanted, self.batch_tokens):
+            given = RowInput.of(row, self.model.device)
+            values = iter(self.module(given.ids, given.positions, given.layout).tolist())
+            for member in row.members:
+                number, part = jobs[member]
+                yield from ((number, i, next(values)) for i in part)
+
+    def _padded(self, groups: Any) -> Iterator[tuple[int, int, float]]:
+        """The same in padded batches of like length."""
+        from polarctl.model.reward_model import pad
+
+        flat = [(n, i, ids) for n, group in enumerate(groups) for i, ids in enumerate(group)]
+        pad_id = self.model.tokenizer.pad_token_id
+        for batch in token_batches([len(ids) for _, _, ids in flat], self.batch_tokens):
+            values = self.module(*pad([flat[k][2] for k in batch], pad_id, self.model.device))
+            for k, value in zip(batch, values.tolist(), strict=True):
+                yield flat[k][0], flat[k][1], value
+
+
+def score_ids(
+    items: Sequence[Item], encoder: Any, rewards_of: Callable[[list[list[list[int]]]], Any]
+) -> list[Scored]:
+    """Score with an engine that takes token ids, by groups of one prompt and reference.
+
+    Args:
+        items: What to score.
+        encoder: The model's template.
+        rewards_of: From the ids of each group's candidates to their rewards.
+
+    Raises:
+        RecordError: A text that cannot be encoded.
+    """
+    try:
+        groups = [
+            encoder.report_group(
+                group[0].prompt,
+                group[0].reference,
+                [item.output for item in group],
+                group[0].wrapper,
+                shared_prompt_budget=False,  # each as if it were alone
+            )
+            for group in _by_prompt(items)
+        ]
+    except ValueError as error:
+        raise RecordError(str(error)) from None
+    found = rewards_of([[e.ids for e in group] for group in groups])
+    return [
+        Scored(value, len(e.ids), _cut(e))
+        for group, values in zip(groups, found, strict=True)
+        for e, value in zip(group, values, strict=True)
+    ]
+
+
+def check_finite(rewards: Iterable[Iterable[float]]) -> None:
+    """Raise PolarctlError when a reward is no finite number."""
+    if not all(math.isfinite(value) for values in rewards for value in values):
+        raise PolarctlError(
+            "the model gave a reward that is not finite",
+            hint="--dtype float32, or look at the model's training",
+        )
+
+
+def _by_prompt(items: Sequence[Item]) -> Iterator[list[Item]]:
+    """Runs of items that differ in their output alone."""
+    for _, group in itertools.groupby(items, lambda i: (i.prompt, i.reference, i.wrapper)):
+        yield list(group)
+
+
+def load_scorer(
+    path: str, *, device: str, dtype: str, batch_tokens: int, no_reference: bool | None = False
+) -> ModelScorer:
+    """A reward model as a scorer, from the options that every scoring stage has.
+
+    Args:
+        path: Folder or Hub id.
+        device: `--device`.
+        dtype: `--dtype`.
+        batch_tokens: `--batch-tokens`.
+        no_reference: `--no-reference`; a model that was trained otherwise is warned of. None: as
+            it was trained.
+    """
+    from polarctl.model import devices, reward_model
+
+    devices.quiet_libraries()
+    where = devices.device_of(device)
+    loaded = reward_model.load(path, device=where, dtype=devices.dtype_of(dtype, where))
+    if no_reference not in (None, loaded.no_reference):
+        trained = "without" if loaded.no_reference else "with"
+        console.warn(f"{path}: was trained {trained} references and now scores otherwise")
+    return ModelScorer(loaded, batch_tokens)
+
+
+class Cuts(Counter[str]):
+    """How many inputs had which piece cut: `inputs`, `any`, `prompt`, `reference`, `output`."""
+
+    def add(self, details: Iterable[Scored]) -> None:
+        """Count some scored inputs."""
+        for scored in details:
+            self["inputs"] += 1
+            self["any"] += bool(scored.truncated)
+            self.update(scored.truncated)
+
+    def say(self) -> None:
+        """Warn when something was cut."""
+        if self["any"]:
+            pieces = ", ".join(f"{name}: {self[name]:,}" for name in PIECES if self[name])
+            console.warn(
+                f"{self['any']:,} of {self['inputs']:,} inputs are longer than the model's "
+                f"template and were cut ({pieces})"
+            )
+
+
+def _cut(encoded: Any) -> tuple[str, ...]:
+    return tuple(name for name in PIECES if getattr(encoded, f"truncated_{name}"))
+
+
+def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Indices in batches of like length, each at most `budget` padded tokens (or one sequence)."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if batch and (len(batch) + 1) * lengths[index] > budget:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def score_records(
+    records: Sequence[Record],
+    scorer: Scorer,
+    *,
+    no_reference: bool = False,
+    pooling: str = "mean",
+    prepare: Callable[[Any], Any] = lambda output: output,
+) -> Iterator[tuple[dict[str, Any], list[Scored]]]:
+    """The same records with `reward` (one output) or `rewards` (a group or a triple).
+
+    Args:
+        records: Records with a reference (or `no_reference`).
+        scorer: The engine.
+        no_reference: Score against an empty reference.
+        pooling: A candidate's reward among several `references`: their `mean` or `max`.
+        prepare: What to score in place of a candidate; the record keeps the candidate.
+
+    Yields:
+        Pairs of the new record and what is known of each of its rewards.
+    """
+    asked = [([""] if no_reference else references_of(r), outputs_of(r)) for r in records]
+    items = [
+        Item(record["prompt"], reference, output, record.get("wrapper", "sft"))
+        for record, (references, outputs) in zip(records, asked, strict=True)
+        for outputs in [list(map(prepare, outputs))]
+        for reference in references
+        for output in outputs
+    ]
+    scored = iter(scorer.score(items))
+    for record, (references, outputs) in zip(records, asked, strict=True):
+        rows = [[next(scored) for _ in outputs] for _ in references]
+        mine = [_pooled(column, pooling) for column in zip(*rows, strict=True)]
+        result: dict[str, Any] = dict(record)
+        values = [s.reward for s in mine]
+        if "candidates" in record or "chosen" in record:
+            result["rewards"] = values
+        else:
+            result["reward"] = values[0]
+        yield result, mine
+
+
+def _pooled(scored: Sequence[Scored], pooling: str) -> Scored:
+    """One candidate's score from those against each of its references."""
+    if len(scored) == 1:
+        return scored[0]
+    rewards = [one.reward for one in scored]
+    return Scored(
+        max(rewards) if pooling == "max" else math.fsum(rewards) / len(rewards),
+        sum(one.tokens for one in scored),
+        tuple(name for name in PIECES if any(name in one.truncated for one in scored)),
+    )

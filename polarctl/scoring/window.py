@@ -1,0 +1,235 @@
+"""What `score` does with a window of records, in its own process or in those of `--gpus`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from polarctl import console
+from polarctl.errors import RecordError, UsageError
+from polarctl.model.template import content_text
+from polarctl.records import Record, outputs_of, prompt_id, require_reference
+from polarctl.scoring import conditions, engines
+from polarctl.scoring.options import EngineConfig
+from polarctl.scoring.reward_function import (
+    WITHIN_GROUP,
+    normalise,
+    normalise_group,
+    strip_thinking,
+)
+from polarctl.scoring.scorer import Cuts, Scored, score_records
+
+POOLINGS = ("mean", "max")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """What is asked for beside a reward.
+
+    Attributes:
+        strip_thinking: Score without `<think>...</think>`.
+        pooling: `mean` or `max` over several references.
+        normalize: See `polarctl.scoring.reward_function.normalise_group`.
+        details: Add `tokens` and `truncated`.
+        best_of_n: Add `best`.
+        condition_field: Field whose value picks a system prompt, or None.
+        conditions: File of system prompts, or None.
+    """
+
+    strip_thinking: bool = False
+    pooling: str = "mean"
+    normalize: str = "none"
+    details: bool = False
+    best_of_n: bool = False
+    condition_field: str | None = None
+    conditions: str | None = None
+
+
+@dataclass
+class Done:
+    """A window's records with their rewards.
+
+    Attributes:
+        records: In order.
+        rejected: (place, reason, record) of those that could not be scored.
+        rewards: All raw rewards.
+        tokens: Tokens that were read for them.
+        cuts: Inputs that were cut.
+        choices: What the process chose automatically so far.
+    """
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+    rejected: list[tuple[str, str, Any]] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    tokens: int = 0
+    cuts: Cuts = field(default_factory=Cuts)
+    choices: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def reject(self, where: str, reason: str, raw: Any = None) -> None:
+        """Set a record aside."""
+        self.rejected.append((where, reason, raw))
+
+
+class ScoreWork:
+    """Scores windows. Opens the engine at the first one, and can be pickled before that.
+
+    Args:
+        config: The engine's options.
+        wishes: What is asked for beside a reward.
+        chat: The model reads conversations (`polarctl.scoring.engines.reads_chat`).
+
+    Raises:
+        UsageError: Options that do not go together, or unusable conditions.
+    """
+
+    def __init__(self, config: EngineConfig, wishes: Wishes, *, chat: bool = False):
+        engines.check(config)
+        self.config, self.wishes, self.chat = config, wishes, chat
+        self.principle = config.backend == "principle"
+        self.conditions: conditions.Conditions | None = None
+        self._engine: Any = None
+        self._voice = console.snapshot()
+        self._check()
+
+    def _check(self) -> None:
+        wishes = self.wishes
+        if wishes.normalize not in WITHIN_GROUP:
+            normalise([], wishes.normalize)
+        if wishes.pooling not in POOLINGS:
+            raise UsageError(f"no pooling `{wishes.pooling}`", hint=f"one of {', '.join(POOLINGS)}")
+        if (wishes.condition_field is None) != (wishes.conditions is None):
+            raise UsageError("`--condition-field` and `--conditions` go together")
+        if wishes.condition_field is not None and wishes.conditions is not None:
+            self.conditions = conditions.read(wishes.condition_field, wishes.conditions)
+        if self.principle:
+            if wishes.details or wishes.normalize.startswith("polar"):
+                raise UsageError("a judge's scores have no `--details` and are on no POLAR scale")
+            if wishes.strip_thinking or self.conditions:
+                raise UsageError("`--strip-thinking` and `--conditions` are for reward models")
+
+    def verify(self, record: Record) -> None:
+        """Raise RecordError for a record that lacks what the options need."""
+        if self.principle:
+            from polarctl.judging.judge import require_principle
+
+            require_principle(record)
+        elif not self.config.no_reference and (not self.chat or self.config.reference_in_prompt):
+            require_reference(record)
+        if self.wishes.normalize in WITHIN_GROUP and len(outputs_of(record)) < 2:
+            raise RecordError(
+                f"`--normalize {self.wishes.normalize}` compares the candidates of a record",
+                hint="a group of `candidates`, or another --normalize",
+            )
+        if self.conditions is not None:
+            self.conditions.verify(record)
+
+    def __call__(self, window: Sequence[Record]) -> Done:
+        """The window's records with their rewards.
+
+        Raises:
+            PolarctlError: The engine cannot be opened, or fails.
+        """
+        self.open()
+        done = Done()
+        if self.principle:
+            self._judge(window, done)
+        else:
+            try:
+                self._add(window, done)
+            except RecordError:
+                done = Done()  # which one it is: each alone
+                for record in window:
+                    try:
+                        self._add([record], done)
+                    except RecordError as error:
+                        done.reject(record.where or prompt_id(record), error.reason, dict(record))
+        done.choices = console.choices()
+        return done
+
+    def close(self) -> None:
+        """Give back what the engine holds; it says what there is to say."""
+        if self._engine is None:
+            return
+        self._engine.close()
+
+    def served(self) -> dict[str, Any]:
+        """What the server says that it serves; opens the engine.
+
+        Raises:
+            MissingError: No server answers.
+        """
+        self.open()
+        found: dict[str, Any] = self._engine.served()
+        return found
+
+    def open(self) -> None:
+        """Open the engine, if it is not. Before several threads share this object."""
+        if self._engine is not None:
+            return
+        import os
+
+        from polarctl.parallel.pool import NUMBER
+
+        if NUMBER in os.environ:  # one of several processes; the first says what it chose
+            voice = self._voice
+            console.configure(
+                quiet=voice["quiet"],
+                verbose=voice["verbose"],
+                color=voice["color"],
+                json_lines=voice["json"],
+            )
+        if self.principle:
+            self._engine = engines.open_judge(self.config)
+        else:
+            self._engine = engines.open_scorer(self.config, chat=self.chat)
+
+    def _judge(self, window: Sequence[Record], done: Done) -> None:
+        from polarctl.judging.judge import judge_records
+
+        for record in judge_records(window, self._engine, done):
+            rewards = record["rewards"] if "rewards" in record else [record["reward"]]
+            self._finish(record, rewards, done)
+
+    def _add(self, window: Sequence[Record], done: Done) -> None:
+        def score(records: Sequence[Record]) -> Iterable[tuple[dict[str, Any], list[Scored]]]:
+            # A model that reads conversations has no use for a reference unless it is asked for.
+            return score_records(
+                records,
+                self._engine,
+                no_reference=self.config.no_reference
+                or (self.chat and not self.config.reference_in_prompt),
+                pooling=self.wishes.pooling,
+                prepare=_without_thinking if self.wishes.strip_thinking else _as_it_is,
+            )
+
+        scored = score(window) if self.conditions is None else self.conditions.apply(window, score)
+        for record, details in scored:
+            done.tokens += sum(one.tokens for one in details)
+            done.cuts.add(details)
+            if self.wishes.details:
+                _put(record, "tokens", [one.tokens for one in details])
+                _put(record, "truncated", [list(one.truncated) for one in details])
+            self._finish(record, [one.reward for one in details], done)
+
+    def _finish(self, record: dict[str, Any], rewards: list[float], done: Done) -> None:
+        """What follows from the rewards alone."""
+        if self.wishes.best_of_n and "rewards" in record:
+            record["best"] = rewards.index(max(rewards))
+        if self.wishes.normalize != "none":
+            _put(record, "normalized", normalise_group(rewards, self.wishes.normalize))
+        done.rewards += rewards
+        done.records.append(record)
+
+
+def _put(record: dict[str, Any], name: str, values: list[Any]) -> None:
+    """A list where the record has `rewards`, else its one value."""
+    record[name] = values if "rewards" in record else values[0]
+
+
+def _as_it_is(output: Any) -> Any:
+    return output
+
+
+def _without_thinking(output: Any) -> str:
+    return strip_thinking(content_text(output))

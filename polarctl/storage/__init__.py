@@ -1,0 +1,1 @@
+"""What runs read and write: records, growing files, manifests, run folders, checkpoints."""

@@ -1,0 +1,160 @@
+"""Provenance beside every output, and the identity of model folders."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import socket
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from polarctl import __version__, console
+from polarctl.config import Common, resolved
+from polarctl.records import SCHEMA_VERSION
+
+_PACKAGES = ("torch", "transformers", "accelerate", "trl", "vllm", "deepspeed")
+_WHOLE_FILE_BYTES = 256 << 20
+_START = time.time()
+
+
+def sha256(path: str | Path) -> str:
+    """Hex SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def hashed(inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`polarctl.storage.read.sizes` entries with the SHA-256 of every input that is no pipe."""
+    return [
+        entry if entry["bytes"] is None else {**entry, "sha256": sha256(entry["path"])}
+        for entry in inputs
+    ]
+
+
+def folder_identity(path: str) -> str:
+    """A hash that tells one model folder from another; a Hub id is its own identity.
+
+    Names and contents of the files, as `_add_file` reads them.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        return path
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(p for p in root.iterdir() if p.is_file() and p.name != "manifest.json"):
+        _add_file(digest, file, file.name)
+    return digest.hexdigest()
+
+
+def file_identity(path: str | Path) -> str:
+    """A hash that tells one file from another, as `_add_file` reads it."""
+    digest = hashlib.blake2b(digest_size=16)
+    _add_file(digest, Path(path), "")
+    return digest.hexdigest()
+
+
+def _add_file(digest: Any, file: Path, name: str) -> None:
+    """Add name, size and content to a hash; past 256 MiB only the first and the last MiB."""
+    size = file.stat().st_size
+    digest.update(f"{name}\0{size}\0".encode())
+    with open(file, "rb") as stream:
+        if size <= _WHOLE_FILE_BYTES:
+            digest.update(stream.read())
+        else:
+            digest.update(stream.read(1 << 20))
+            stream.seek(-(1 << 20), os.SEEK_END)
+            digest.update(stream.read())
+
+
+def environment() -> dict[str, str]:
+    """Versions, platform, host and times."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    stamp = "%Y-%m-%dT%H:%M:%SZ"
+    return {
+        "python": platform.python_version(),
+        **versions,
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "started": time.strftime(stamp, time.gmtime(_START)),
+        "finished": time.strftime(stamp, time.gmtime()),
+    }
+
+
+def build(
+    stage: str,
+    config: Common,
+    *,
+    inputs: list[dict[str, Any]],
+    outputs: dict[str, dict[str, Any]],
+    counts: dict[str, Any],
+) -> dict[str, Any]:
+    """A manifest record (see `polarctl.records.Manifest`)."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "stage": stage,
+        "version": __version__,
+        "config": resolved(config),
+        "inputs": inputs,
+        "outputs": outputs,
+        "counts": counts,
+        "choices": console.choices(),
+        "environment": environment(),
+    }
+
+
+def write_atomic(path: str | Path, data: bytes) -> None:
+    """Replace a file in one step: a reader sees the old bytes or the new, never a part."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_files(folder: Path) -> None:
+    """Make the contents of all files in a folder durable."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as stream:
+                os.fsync(stream.fileno())
+        else:
+            sync_folder(file)
+    sync_folder(folder)
+
+
+def write(path: str | Path, manifest: dict[str, Any]) -> None:
+    """Write a manifest crash-safely."""
+    write_atomic(path, orjson.dumps(manifest, option=orjson.OPT_INDENT_2) + b"\n")
+
+
+def folder_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """`{name: {sha256, bytes}}` of the files of a checkpoint folder, its manifest left out."""
+    return {
+        str(file.relative_to(folder)): {"sha256": sha256(file), "bytes": file.stat().st_size}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != "manifest.json"
+    }

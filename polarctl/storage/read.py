@@ -1,0 +1,289 @@
+"""Reading records: files, globs, `-`, gzip and zstandard, line by line in bounded memory.
+
+Rows are numbered over all inputs from 0, bad ones included, and are handed out in windows of a
+fixed number of rows. A window is the unit of sharding, of resume and of batching, so what is
+computed for a row never depends on where a run started or how it was cut.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import jsonlines
+import orjson
+
+from polarctl.errors import RecordError, UsageError
+from polarctl.records import Record, check, find_kind
+from polarctl.storage.compression import open_bytes
+
+MAX_LINE_BYTES = 64 << 20
+STDIN = "<stdin>"  # in messages; a file of this name is a copy of it
+
+
+class RejectSink(Protocol):
+    """Where bad records go when the user asked for it."""
+
+    def reject(self, where: str, reason: str, raw: Any = None) -> None:
+        """Keep one bad record with its place and reason."""
+
+
+def expand(patterns: Iterable[str]) -> list[str]:
+    """Paths of the inputs; a pattern that is no existing file or pipe is a sorted glob.
+
+    Raises:
+        UsageError: Nothing there.
+    """
+    paths: list[str] = []
+    for pattern in patterns:
+        if os.path.isdir(pattern):
+            inside = os.path.join(pattern, "*.jsonl")
+            raise UsageError(f"{pattern}: is a folder, not a file", hint=f"name files: '{inside}'")
+        if pattern == "-" or os.path.exists(pattern):
+            paths.append(pattern)
+            continue
+        found = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+        if not found:
+            raise UsageError(f"{pattern}: no such file")
+        paths.extend(found)
+    return paths
+
+
+def stdin_is_missing(paths: Iterable[str]) -> bool:
+    """True when `-` is asked for and nobody pipes anything in."""
+    return "-" in paths and (sys.stdin is None or sys.stdin.isatty())
+
+
+def _name(path: str) -> str:
+    return STDIN if path == "-" or os.path.basename(path) == STDIN else path
+
+
+@dataclass
+class Window:
+    """Consecutive rows of the input.
+
+    Attributes:
+        index: Number of the window; row `i` is in window `i // size`.
+        records: The good records of these rows.
+        digest: Hash of all input bytes up to the window's end.
+    """
+
+    index: int
+    records: list[Record]
+    digest: str
+
+
+@dataclass
+class Reader:
+    """Reads records of one kind from several inputs.
+
+    Attributes:
+        paths: Files or `-`, from `expand`.
+        kind: Name of the kind that each record must be (`polarctl.records.KINDS`), or a function
+            from the decoded fields to that name; None accepts any object.
+        rejects: Where bad rows go; None: the first bad row is an error.
+        limit: Rows to read at most, or None.
+        shard: (I, N): only windows with index % N == I.
+        verify: Raises RecordError for a record that fits its schema but not this run.
+        rows: Rows read so far, bad ones included.
+        bad: Bad rows so far.
+    """
+
+    paths: list[str]
+    kind: str | Callable[[dict[str, Any]], str] | None
+    rejects: RejectSink | None = None
+    limit: int | None = None
+    shard: tuple[int, int] = (0, 1)
+    verify: Callable[[Record], None] | None = None
+    rows: int = field(default=0, init=False)
+    bad: int = field(default=0, init=False)
+
+    def __iter__(self) -> Iterator[Record]:
+        """All good records, without windows."""
+        for window in self.windows(1024):
+            yield from window.records
+
+    def windows(self, size: int, *, done: int = 0, digest: str | None = None) -> Iterator[Window]:
+        """The windows of this shard, in order.
+
+        Args:
+            size: Rows of a window.
+            done: Windows of this shard to pass over (a resume).
+            digest: `Window.digest` of the last of those, to check that the input is the same.
+
+        Raises:
+            RecordError: A bad row and no rejects file; an input without a row.
+            UsageError: The passed-over input differs from what it was.
+        """
+        running = hashlib.blake2b(digest_size=16)
+        mine = self.shard[0]
+        passed = 0
+        window: list[Record] = []
+        index = 0
+        empty = True
+        for where, line in self.lines():
+            empty = False
+            if self.rows and self.rows % size == 0:
+                if index % self.shard[1] == mine:
+                    passed += 1
+                    yield from self._hand_out(index, window, running, passed, done, digest)
+                index += 1
+                window = []
+            self.rows += 1
+            running.update(line)
+            if index % self.shard[1] == mine and passed >= done:
+                record = self.parse(where, line)
+                if record is not None:
+                    window.append(record)
+        if empty:
+            raise RecordError("no records", where=", ".join(map(_name, self.paths)))
+        if index % self.shard[1] == mine:
+            passed += 1
+            yield from self._hand_out(index, window, running, passed, done, digest)
+        if passed < done:
+            raise _other_input()
+
+    def _hand_out(
+        self, index: int, window: list[Record], running: Any, passed: int, done: int, digest: Any
+    ) -> Iterator[Window]:
+        now = running.hexdigest()
+        if passed > done:
+            yield Window(index, window, now)
+        elif passed == done and digest is not None and digest != now:
+            raise _other_input()
+
+    def lines(self) -> Iterator[tuple[str, bytes]]:
+        """(place, line) of every row that is not blank, up to the limit, as `parse` takes them."""
+        count = 0
+        for path in self.paths:
+            stream = open_bytes(path)
+            try:
+                number = 0
+                while self.limit is None or count < self.limit:
+                    line = stream.readline(MAX_LINE_BYTES + 1)
+                    if not line:
+                        break
+                    number += 1
+                    if len(line) > MAX_LINE_BYTES:
+                        while line and not line.endswith(b"\n"):
+                            line = stream.readline(1 << 20)
+                        line = b""  # refused by parse
+                    elif not line.strip():
+                        continue
+                    count += 1
+                    yield f"{_name(path)}:{number}", line
+            except (EOFError, zlib.error, OSError) as error:
+                raise RecordError(f"cannot read on: {error}", where=_name(path)) from None
+            except Exception as error:
+                if type(error).__name__ != "ZstdError":
+                    raise
+                raise RecordError(f"cannot read on: {error}", where=_name(path)) from None
+            finally:
+                if path != "-":
+                    stream.close()
+
+    def parse(self, where: str, line: bytes) -> Record | None:
+        """The row's record, or None for a bad row that was set aside.
+
+        Raises:
+            RecordError: A bad row, and no `rejects`.
+        """
+        try:
+            record = decode(line, where, self.kind)
+            if self.verify is not None:
+                self.verify(record)
+            return record
+        except RecordError as error:
+            self.bad += 1
+            if self.rejects is None:
+                raise _placed(error, where) from None
+            self.rejects.reject(where, error.reason, line.decode("utf-8", "replace").rstrip("\n"))
+            return None
+
+
+def _other_input() -> UsageError:
+    return UsageError(
+        "cannot resume: the input is not the one that the output was begun with",
+        hint="pass --force to start again",
+    )
+
+
+def _placed(error: RecordError, where: str) -> RecordError:
+    """The error with its place, and how to go on in spite of it."""
+    hint = error.hint or "--rejects FILE sets bad records aside and goes on"
+    return RecordError(error.reason, where=where, hint=hint)
+
+
+def decode(line: bytes, where: str, kind: str | Callable[[dict[str, Any]], str] | None) -> Record:
+    """One line as a checked record.
+
+    Args:
+        line: The line's bytes.
+        where: `file:line`, for messages.
+        kind: The kind that it must be, a function that tells it, or None for any object.
+
+    Raises:
+        RecordError: The line is no JSON object or breaks its schema.
+    """
+    if not line:
+        raise RecordError(f"line is longer than {MAX_LINE_BYTES >> 20} MiB", where=where)
+    try:
+        fields = jsonlines.Reader([line], loads=orjson.loads).read(type=dict)
+    except jsonlines.InvalidLineError as error:
+        raise RecordError(_json_problem(error), where=where) from None
+    if _may_lack_digits(fields):
+        _refuse_long_integers(line, where)
+    try:
+        name = kind(fields) if callable(kind) else kind
+        if name is not None:
+            check(fields, find_kind(name))
+    except RecordError as error:
+        raise RecordError(error.reason, where=where, hint=error.hint) from None
+    return Record(fields, where)
+
+
+def _may_lack_digits(value: Any) -> bool:
+    """True when a number may have been an integer of more than 64 bits (orjson rounds those)."""
+    if isinstance(value, dict):
+        return any(map(_may_lack_digits, value.values()))
+    if isinstance(value, list):
+        return any(map(_may_lack_digits, value))
+    return isinstance(value, float) and abs(value) >= 2.0**63
+
+
+def _refuse_long_integers(line: bytes, where: str) -> None:
+    def parse(digits: str) -> int:
+        if not -(2**63) <= int(digits) < 2**64:
+            raise RecordError(
+                f"an integer of more than 64 bits: {digits[:32]}", where=where, hint="quote it"
+            )
+        return 0
+
+    json.loads(line.decode("utf-8-sig"), parse_int=parse)
+
+
+def _json_problem(error: jsonlines.InvalidLineError) -> str:
+    text = str(error).partition(" (line ")[0]
+    if "requested type" in text or "null value" in text:
+        return "not a JSON object"
+    text = text.replace("line is not valid utf-8: 'utf-8' codec", "is not UTF-8:")
+    return text.replace("line contains invalid json", "no JSON")
+
+
+def sizes(paths: Iterable[str]) -> list[dict[str, Any]]:
+    """`{path, bytes}` of every input, for manifests and for telling inputs apart at a resume.
+
+    A pipe has `bytes` None.
+    """
+    return [
+        {"path": path, "bytes": Path(path).stat().st_size if os.path.isfile(path) else None}
+        for path in paths
+    ]

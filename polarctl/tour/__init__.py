@@ -1,1 +1,0 @@
-"""The small world of `polarctl quickstart`: its facts, its policies, its report."""

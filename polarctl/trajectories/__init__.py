@@ -1,1 +1,0 @@
-"""From prompts and policies to trajectories, and from trajectories to triples."""

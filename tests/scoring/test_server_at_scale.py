@@ -1,0 +1,88 @@
+"""A long run through a server with faults: nothing is lost, doubled or moved."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from backends.faulty_server import FAULTS, reward_of, serving
+
+from polarctl.model import reward_model
+
+pytestmark = pytest.mark.slow
+
+
+def write(path, count):
+    """Single candidates and groups of one to five."""
+    with open(path, "w") as stream:
+        for i in range(count):
+            row = {"prompt": f"question {i}", "reference": "yes", "mine": i}
+            if i % 3:
+                row["output"] = f"answer {i}"
+            else:
+                row["candidates"] = [{"output": f"{i} {k}"} for k in range(1 + i % 5)]
+            stream.write(json.dumps(row) + "\n")
+    return path
+
+
+def program(data, tiny_rm, out, server):
+    return subprocess.Popen(
+        [
+            *[sys.executable, "-m", "polarctl", "score", data, "-m", tiny_rm, "-o", out],
+            *["--server", server.url, "--server-deadline", "60"],
+        ],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_hundred_thousand_records_with_five_percent_faults(tiny_rm, tmp_path):
+    data = write(tmp_path / "in.jsonl", 100_000)
+    said = {}
+    for share in (0.0, 0.05):
+        with serving(share=share) as server:
+            child = program(data, tiny_rm, tmp_path / f"{share}.jsonl", server)
+            _, said[share] = child.communicate()
+            assert child.returncode == 0, said[share]
+            seen = dict(server.seen)
+    failed = sum(seen.get(fault, 0) for fault in FAULTS)
+    assert set(FAULTS) <= set(seen) and 0.03 < failed / seen["requests"] < 0.07
+    assert f"{failed:,} requests had to be sent again" in said[0.05]
+    assert "sent again" not in said[0.0]
+    assert (tmp_path / "0.0.jsonl").read_bytes() == (tmp_path / "0.05.jsonl").read_bytes()
+
+    encoder = reward_model.load_encoder(str(tiny_rm))
+    with open(tmp_path / "0.05.jsonl") as stream:
+        for place, row in enumerate(map(json.loads, stream)):
+            assert row["mine"] == place
+            if place % 997 == 0:
+                outputs = [c["output"] for c in row.get("candidates", [row])]
+                ids = [encoder.encode(row["prompt"], "yes", output) for output in outputs]
+                found = row["rewards"] if "rewards" in row else [row["reward"]]
+                assert found == pytest.approx([reward_of(one) for one in ids])
+    assert place == 99_999
+
+
+def test_a_killed_run_through_a_faulty_server_goes_on_to_the_same_bytes(tiny_rm, tmp_path):
+    data = write(tmp_path / "in.jsonl", 5_000)
+    with serving() as server:
+        assert program(data, tiny_rm, tmp_path / "whole.jsonl", server).wait() == 0
+    whole, out = (tmp_path / "whole.jsonl").read_bytes(), tmp_path / "out.jsonl"
+    with serving(share=0.2) as server:
+        for windows in (1, 4):
+            child = program(data, tiny_rm, out, server)
+            least = windows * len(whole) // 12
+            while child.poll() is None and not (out.exists() and out.stat().st_size >= least):
+                time.sleep(0.002)
+            assert child.poll() is None, "the run was over before it was killed"
+            os.kill(child.pid, signal.SIGKILL)
+            child.communicate()
+            assert whole.startswith(out.read_bytes())
+        child = program(data, tiny_rm, out, server)
+        child.communicate()
+    assert child.returncode == 0
+    assert out.read_bytes() == whole

@@ -1,0 +1,62 @@
+"""The reward function for verl, on the rows that `convert --to verl` writes."""
+
+import pytest
+from backends.faulty_server import reward_of, serving
+
+from polarctl.errors import PolarctlError
+from polarctl.formats.table import write_verl
+from polarctl.model import reward_model
+from polarctl.verl_reward import compute_score
+
+
+def test_a_rollout_gets_the_reward_of_its_row(tiny_rm):
+    encoder = reward_model.load_encoder(str(tiny_rm))
+    turns = [{"role": "user", "content": "Why?"}]
+    for record in (
+        {"prompt": turns, "reference": "Because."},
+        {"prompt": "Once", "reference": " upon a time", "wrapper": "pretrain"},
+    ):
+        (row,) = write_verl(record)
+        given = {
+            "data_source": row["data_source"],
+            "ground_truth": row["reward_model"]["ground_truth"],
+            "extra_info": {**row["extra_info"], "num_turns": 2},
+            "model": str(tiny_rm),
+        }
+        wanted = reward_of(
+            encoder.encode(
+                record["prompt"], record["reference"], "So.", record.get("wrapper", "sft")
+            )
+        )
+        with serving() as server:
+            raw = compute_score(solution_str="So.", url=server.url, **given)
+            assert raw == pytest.approx(wanted)
+            told = compute_score(
+                solution_str="<think>hm</think>So.",
+                url=server.url,
+                normalize="polar-7b",
+                strip_thinking=True,
+                **given,
+            )
+            assert told == pytest.approx((wanted + 5) / 10)
+            assert server.seen["requests"] == 4  # each setting probes the server once
+            assert compute_score(solution_str="So.", url=server.url, **given) == raw
+            assert server.seen["requests"] == 5
+
+
+def test_a_row_without_a_prompt_is_an_error_and_no_reward(tiny_rm):
+    with pytest.raises(PolarctlError, match="extra_info.prompt"):
+        compute_score("x", "So.", "Because.", {}, url="http://127.0.0.1:1", model=str(tiny_rm))
+
+
+def test_a_dead_server_is_an_error_and_no_reward(tiny_rm):
+    with pytest.raises(PolarctlError, match="no server answers"):
+        compute_score(
+            "x",
+            "So.",
+            "Because.",
+            {"prompt": "Why?"},
+            url="http://127.0.0.1:1",
+            model=str(tiny_rm),
+            server_deadline=0,
+        )
