@@ -85,7 +85,7 @@ UNSOUND = [
     (b'{"n": "\xed\xa0\x80"}', "UTF-8"),  # a surrogate in UTF-8
     (b'{"n": "a\x00b"}', "no JSON"),
     (b'\xff\xfe{\x00"\x00', "UTF-8"),  # UTF-16
-    (DEEP, "depth limit"),
+    (DEEP, "depth"),
     (b"[1]", "not a JSON object"),
     (b"null", "not a JSON object"),
     (b"3", "not a JSON object"),
