@@ -182,6 +182,13 @@ class Score(Struct):
         list[str | list[str]] | UnsetType,
         Meta(description="With `--details`: pieces that were cut to fit, for each reward."),
     ] = UNSET
+    floored: Annotated[
+        str | list[str | None] | UnsetType,
+        Meta(
+            description="Why `reward`, or each of `rewards`, is the reward floor: `empty`, "
+            "`unclosed` (in an unfinished thought), `cut_off`; null where the model gave it."
+        ),
+    ] = UNSET
     best: Annotated[
         int | UnsetType, Meta(description="With `--best-of-n`: index of the highest reward.")
     ] = UNSET

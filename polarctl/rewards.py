@@ -1,5 +1,6 @@
 """The POLAR reward for RL trainers, under the name that scripts import."""
 
-from polarctl.scoring.reward_function import PolarReward, normalise, strip_thinking
+from polarctl.scoring.answers import REWARD_FLOOR, strip_thinking
+from polarctl.scoring.reward_function import PolarReward, normalise
 
-__all__ = ["PolarReward", "normalise", "strip_thinking"]
+__all__ = ["REWARD_FLOOR", "PolarReward", "normalise", "strip_thinking"]

@@ -14,6 +14,7 @@ from typing import Any
 
 from polarctl.errors import PolarctlError
 from polarctl.model.reward_model import load_encoder
+from polarctl.scoring.answers import REWARD_FLOOR
 from polarctl.scoring.reward_function import PolarReward
 from polarctl.scoring.server import ServerScorer
 
@@ -28,6 +29,7 @@ def compute_score(
     model: str,
     normalize: str = "none",
     strip_thinking: bool = False,
+    reward_floor: float | None = REWARD_FLOOR,
     server_deadline: float = 300.0,
     **_: Any,
 ) -> float:
@@ -42,6 +44,9 @@ def compute_score(
         model: Folder or Hub id of that model, for its tokenizer and template.
         normalize: Scale, see `polarctl.scoring.reward_function.normalise`.
         strip_thinking: Score without `<think>...</think>`.
+        reward_floor: Raw reward of an empty output, and with `strip_thinking` of one that ends in a
+            thought; None: what is left of it is scored. verl does not tell whether an output was
+            cut off.
         server_deadline: Seconds without a good reply before giving up.
         **_: The other things that verl gives; not used.
 
@@ -54,7 +59,7 @@ def compute_score(
             "the POLAR reward needs `extra_info.prompt`",
             hint="polarctl convert --to verl writes it",
         )
-    reward = _reward(url, model, server_deadline, normalize, strip_thinking)
+    reward = _reward(url, model, server_deadline, normalize, strip_thinking, reward_floor)
     (found,) = reward(
         [list(known["prompt"]) if not isinstance(known["prompt"], str) else known["prompt"]],
         [solution_str],
@@ -66,8 +71,15 @@ def compute_score(
 
 @functools.lru_cache
 def _reward(
-    url: str, model: str, deadline_s: float, normalize: str, strip_thinking: bool
+    url: str,
+    model: str,
+    deadline_s: float,
+    normalize: str,
+    strip_thinking: bool,
+    reward_floor: float | None,
 ) -> PolarReward:
     """One for each process and server: it probes the server once and keeps its connections."""
     scorer = ServerScorer(url, load_encoder(model), deadline_s=deadline_s)
-    return PolarReward(scorer, normalize=normalize, strip_thinking=strip_thinking)
+    return PolarReward(
+        scorer, normalize=normalize, strip_thinking=strip_thinking, reward_floor=reward_floor
+    )

@@ -73,6 +73,14 @@ class Config(Common):
     strip_thinking: Annotated[
         bool, typer.Option("--strip-thinking", help="Score rollouts without <think>...</think>.")
     ] = False
+    reward_floor: Annotated[
+        str,
+        typer.Option(
+            metavar="VALUE",
+            help="Raw reward of a rollout without an answer: empty, in an unfinished thought, or "
+            "cut off by --max-new-tokens. A number, or none; auto is -20.",
+        ),
+    ] = "auto"
     batch_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens of one pass of the reward model, with padding.")
     ] = 8192
@@ -86,6 +94,7 @@ class Config(Common):
 def run(config: Config) -> None:
     """Train the policy on the input's prompts."""
     from polarctl.model import devices
+    from polarctl.scoring.answers import floor_of
 
     devices.show_one_gpu(config.device)  # before torch is imported by any of the others
     from polarctl.policies.pool import Policy, Sampling
@@ -97,6 +106,7 @@ def run(config: Config) -> None:
 
     grpo.require()
     normalise([], config.normalize)
+    floor_of(config.reward_floor, None)
     check_shape(config)
     devices.quiet_libraries()
     name = Path(config.model).resolve().name if Path(config.model).is_dir() else config.model

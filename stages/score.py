@@ -43,6 +43,15 @@ class Config(EngineConfig):
     strip_thinking: Annotated[
         bool, typer.Option("--strip-thinking", help="Score without <think>...</think>.")
     ] = False
+    reward_floor: Annotated[
+        str,
+        typer.Option(
+            metavar="VALUE",
+            help="Raw reward of an output without an answer: empty, in an unfinished thought, or "
+            "`finish_reason: length`. A number, none, or auto: -20 with --strip-thinking, else "
+            "none. Such a record says so in `floored`.",
+        ),
+    ] = "auto"
     normalize: Annotated[
         str,
         typer.Option(
@@ -65,7 +74,8 @@ def run(config: Config) -> None:
     from polarctl import console
     from polarctl.records import kind_of_scorable
     from polarctl.scoring import engines
-    from polarctl.scoring.scorer import Cuts
+    from polarctl.scoring.answers import REWARD_FLOOR, Answers, floor_of
+    from polarctl.scoring.scorer import Cuts, Floored
     from polarctl.scoring.summary import Summary
     from polarctl.scoring.window import ScoreWork, Wishes
     from polarctl.storage import manifest, read, windows
@@ -73,8 +83,12 @@ def run(config: Config) -> None:
 
     engines.check(config)
     paths = windows.inputs_of("score", config)
+    default = REWARD_FLOOR if config.strip_thinking else None
+    answers = Answers(
+        strip_thinking=config.strip_thinking, floor=floor_of(config.reward_floor, default)
+    )
     wishes = Wishes(
-        strip_thinking=config.strip_thinking,
+        answers=answers,
         pooling=config.reference_pooling,
         normalize=config.normalize,
         details=config.details,
@@ -100,6 +114,7 @@ def run(config: Config) -> None:
         counts = out.counts
         counts.setdefault("tokens", 0)
         counts["cuts"] = cuts = Cuts(counts.get("cuts", {}))
+        counts["floored"] = floored = Floored(counts.get("floored", {}))
         summary = Summary()
 
         def take(done: Any) -> Any:
@@ -108,6 +123,7 @@ def run(config: Config) -> None:
                 out.reject(*row)
             counts["tokens"] += done.tokens
             cuts.update(done.cuts)
+            floored.update(done.floored)
             summary.add(len(done.records), done.rewards, done.tokens)
             yield from done.records
 
@@ -125,4 +141,5 @@ def run(config: Config) -> None:
             threads=threads,
         )
         cuts.say()
+        floored.say(answers.floor)
         summary.say()

@@ -42,6 +42,21 @@ class Config(Bare):
             help="/get_reward: what the policy ends its texts with, as `<|im_end|>`; repeatable.",
         ),
     ] = ()
+    strip_thinking: Annotated[
+        bool,
+        typer.Option(
+            "--strip-thinking", help="/score, /get_reward: score without <think>...</think>."
+        ),
+    ] = False
+    reward_floor: Annotated[
+        str,
+        typer.Option(
+            metavar="VALUE",
+            help="/score, /get_reward: raw reward of an output without an answer: empty, in an "
+            "unfinished thought, `finish_reason: length`, or without the --end-token. A number, "
+            "none, or auto: -20 with --strip-thinking, else none.",
+        ),
+    ] = "auto"
     key_file: Annotated[
         str | None, typer.Option(metavar="PATH", help="File whose first line is the key.")
     ] = None
@@ -81,7 +96,12 @@ class Config(Bare):
 def run(config: Config) -> None:
     """Serve until a signal comes."""
     from polarctl.errors import need
+    from polarctl.scoring.answers import REWARD_FLOOR, Answers, floor_of
 
+    default = REWARD_FLOOR if config.strip_thinking else None
+    answers = Answers(
+        strip_thinking=config.strip_thinking, floor=floor_of(config.reward_floor, default)
+    )
     key = _key(config)
     _check_host(config.host, key)
 
@@ -111,7 +131,7 @@ def run(config: Config) -> None:
         )
         name = config.served_model_name or config.model
         identity = manifest.folder_identity(config.model)
-        service = app.Service(scorer, name, limits, config.end_token, identity)
+        service = app.Service(scorer, name, limits, config.end_token, identity, answers)
         greeting = f"serving {config.model} on {address}"
         if listening.serve(app.create(service, key), listener, greeting):
             raise typer.Exit(130)  # there is nothing to say, and nothing to go on with

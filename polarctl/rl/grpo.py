@@ -22,9 +22,10 @@ from polarctl.errors import PolarctlError, UsageError, need
 from polarctl.model import devices, reward_model
 from polarctl.policies.writer import load_causal_lm
 from polarctl.rl import rollouts
-from polarctl.rl.recorder import Job, Recorder
+from polarctl.rl.recorder import ROLLOUTS, Job, Recorder
+from polarctl.scoring.answers import REWARD_FLOOR, floor_of
 from polarctl.scoring.reward_function import PolarReward
-from polarctl.scoring.scorer import load_scorer
+from polarctl.scoring.scorer import Floored, load_scorer
 from polarctl.storage import checkpoint, manifest, run_folder
 
 
@@ -59,6 +60,7 @@ def train(job: Job) -> dict[str, Any] | None:
         normalize=job.config.normalize,
         strip_thinking=job.config.strip_thinking,
         thinking_opened=job.thinking_opened,
+        reward_floor=floor_of(job.config.reward_floor, REWARD_FLOOR),
     )
     recorder = Recorder(job)
     trainer = _trainer(job, place, dtype, reward, recorder)
@@ -164,13 +166,15 @@ def _trainer(job: Job, place: str, dtype: Any, reward: PolarReward, recorder: Re
     def polar(*, prompts: Any, completions: Any, completion_ids: Any, row: Any, **more: Any) -> Any:
         more["log_extra"]("row", row)
         more["log_extra"]("tokens", list(map(len, completion_ids)))
-        more["log_extra"]("ended", [ids[-1] in trainer.eos_token_ids for ids in completion_ids])
+        ended = [ids[-1] in trainer.eos_token_ids for ids in completion_ids]
+        more["log_extra"]("ended", ended)
         rows = [job.rows[number] for number in row]
         return reward(
             prompts,
             completions,
             reference=[r["reference"] for r in rows],
             wrapper=[r["wrapper"] for r in rows],
+            ended=ended,
             log_extra=more["log_extra"],
         )
 
@@ -223,5 +227,10 @@ def _finish(job: Job, trainer: Any) -> dict[str, Any] | None:
     ]
     for name, image in rollouts.curves(entries).items():
         manifest.write_atomic(target / name, image)
+    floored, floor = Floored(), floor_of(job.config.reward_floor, REWARD_FLOOR)
+    with open(target / ROLLOUTS, "rb") as stream:
+        for row in map(orjson.loads, stream):
+            floored.count(row["reward"], row.get("floored"), floor)
+    floored.say(floor)
     last = {f"last_{key}": value for key, value in entries[-1].items() if key != "step"}
-    return {"steps": len(entries), "rollouts": len(entries) * job.config.batch_size, **last}
+    return {"steps": len(entries), "rollouts": floored["outputs"], "floored": dict(floored), **last}

@@ -94,6 +94,7 @@ class Recorder(transformers.TrainerCallback):
         self.job = job
         self.stop = run_folder.StopFlag()
         self.stopped_by = 0
+        self.warned = False
 
     @contextmanager
     def open(self, step: int) -> Iterator[None]:
@@ -127,6 +128,12 @@ class Recorder(transformers.TrainerCallback):
                 wrapper=self.job.rows[one.row]["wrapper"],
             )
             self.rollouts.write(orjson.dumps(record) + b"\n")
+        if entry["floored"] == 1 and not self.warned:
+            self.warned = True
+            console.warn(
+                f"step {state.global_step}: no rollout has an answer, all got the reward floor and "
+                "nothing is learned from them: more --max-new-tokens, or --reward-floor none"
+            )
         # A half-precision scaler meets infinite gradients as a matter of course and skips them.
         watched = ("loss",) if args.fp16 else ("loss", "grad_norm")
         if not all(math.isfinite(logs.get(name, 0.0)) for name in watched):
@@ -151,6 +158,7 @@ class Recorder(transformers.TrainerCallback):
             raw,
             normalise(raw, self.job.config.normalize),
             logs["advantages"],
+            logs["extra"]["polar_floored"],
             strict=True,
         )
         group = self.job.config.num_generations

@@ -39,6 +39,7 @@ class Rollout:
         reward: Raw reward.
         normalized: The reward that was trained on.
         advantage: How much better than its group, in the group's standard deviations.
+        floored: Why its reward is the floor; empty: the reward model gave it.
     """
 
     row: int
@@ -49,6 +50,7 @@ class Rollout:
     reward: float
     normalized: float
     advantage: float
+    floored: str = ""
 
 
 def record_of(
@@ -68,6 +70,7 @@ def record_of(
         "reward": rollout.reward,
         "reward_normalized": rollout.normalized,
         "advantage": rollout.advantage,
+        **({"floored": rollout.floored} if rollout.floored else {}),
     }
 
 
@@ -89,6 +92,7 @@ def step_entry(
         "reward_std": statistics.pstdev(raw),
         "reward_normalized": statistics.fmean(used),
         "reward_normalized_std": statistics.pstdev(used),
+        "floored": statistics.fmean(bool(rollout.floored) for rollout in rollouts),
     }
     for name, theirs in _TRL_METRICS.items():
         value = trl.get(theirs)

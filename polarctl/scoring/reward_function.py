@@ -9,21 +9,18 @@ script of your own:
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from polarctl.errors import PolarctlError, UsageError
-from polarctl.model.template import content_text
-from polarctl.scoring.scorer import Item, Scorer, load_scorer
+from polarctl.scoring.answers import REWARD_FLOOR, Answers
+from polarctl.scoring.scorer import Floored, Item, Scorer, load_scorer, score_answers
 
 # Mean that the paper's scripts subtract for each released model, before they divide by 10.
 PRESETS: dict[str, float | None] = {"none": None, "polar-1.8b": -10.0, "polar-7b": -5.0}
 WITHIN_GROUP = ("zscore", "rank")
 _SCALE, _CLIP = 10.0, 10.0
-
-_CLOSED = re.compile(r"<think>.*?</think>", re.DOTALL)
 
 
 def normalise(rewards: Sequence[float], preset: str) -> list[float]:
@@ -72,23 +69,6 @@ def normalise_group(rewards: Sequence[float], how: str) -> list[float]:
     return [places[reward] / (len(rewards) - 1) for reward in rewards]
 
 
-def strip_thinking(text: str, *, opened: bool = False) -> str:
-    """The answer without its `<think>...</think>` parts and the blank space after them.
-
-    A part that is never closed runs to the end: the answer was not reached, and nothing is left.
-    A `</think>` without its opening closes what the prompt had opened.
-
-    Args:
-        text: What the policy wrote.
-        opened: The prompt ended in `<think>`, as some chat templates do.
-    """
-    if "<think>" not in text and "</think>" not in text:
-        return "" if opened else text
-    kept = _CLOSED.sub("", "<think>" + text if opened else text)
-    kept = kept.rpartition("</think>")[2].partition("<think>")[0]
-    return kept.lstrip()
-
-
 class PolarReward:
     """A reward function as TRL calls it: keyword arguments in, one number per completion out.
 
@@ -98,10 +78,14 @@ class PolarReward:
         strip_thinking: Score completions without their `<think>` parts.
         thinking_opened: The prompts end in `<think>`, so completions begin inside that part.
         wrapper: For prompts whose dataset has no `wrapper` column: `sft` or `pretrain`.
+        reward_floor: Raw reward of a completion without an answer: empty, in an unfinished thought
+            (with `strip_thinking`), or cut off (where `__call__` is told). None: what is left of it
+            is scored.
 
     Attributes:
         scored: Completions scored so far.
         truncated: Those of them whose input was longer than the reward model takes and was cut.
+        floored: How many of them got the floor, and why.
     """
 
     __name__ = "polar"  # TRL's metrics are named by it
@@ -114,11 +98,15 @@ class PolarReward:
         strip_thinking: bool = False,
         thinking_opened: bool = False,
         wrapper: str = "sft",
+        reward_floor: float | None = REWARD_FLOOR,
     ):
         normalise([], normalize)
         self.scorer, self.normalize, self.wrapper = scorer, normalize, wrapper
-        self.strip_thinking, self.thinking_opened = strip_thinking, thinking_opened
+        self.answers = Answers(
+            strip_thinking=strip_thinking, thinking_opened=thinking_opened, floor=reward_floor
+        )
         self.scored = self.truncated = 0
+        self.floored = Floored()
 
     @classmethod
     def load(
@@ -141,19 +129,23 @@ class PolarReward:
         *,
         reference: Sequence[Any] | None = None,
         wrapper: Sequence[str | None] | None = None,
+        ended: Sequence[bool] | None = None,
         log_metric: Callable[[str, float], None] | None = None,
         log_extra: Callable[[str, list[Any]], None] | None = None,
         **columns: Any,
     ) -> list[float]:
         """Rewards in the order of the completions.
 
-        Raw rewards go to `log_extra("polar_raw")`, their mean to `log_metric("polar_raw")`.
+        Raw rewards go to `log_extra("polar_raw")`, their mean to `log_metric("polar_raw")`; why a
+        completion got the floor to `log_extra("polar_floored")` (else an empty text), and the share
+        of those to `log_metric("polar_floored")`.
 
         Args:
             prompts: Texts or lists of messages.
             completions: Texts or lists of messages.
             reference: The dataset's column of references, texts or lists of messages.
             wrapper: The dataset's column of wrappers, if it has one.
+            ended: Whether the policy ended each completion itself; None: all did, for all we know.
             log_metric: Given by TRL.
             log_extra: Given by TRL.
             **columns: The other things that TRL gives; not used.
@@ -168,24 +160,22 @@ class PolarReward:
             )
         wrappers = wrapper or [None] * len(prompts)
         items = [
-            Item(prompt, text, self.answer(completion), kind or self.wrapper)
+            Item(prompt, text, completion, kind or self.wrapper)
             for prompt, text, completion, kind in zip(
                 prompts, reference, completions, wrappers, strict=True
             )
         ]
-        found = self.scorer.score(items)
-        if len(found) != len(items):
-            raise PolarctlError(f"the scorer gave {len(found)} rewards for {len(items)} rollouts")
+        cut_off = [False] * len(items) if ended is None else [not one for one in ended]
+        found = score_answers(items, self.scorer, self.answers, cut_off)
         raw = [scored.reward for scored in found]
         self.scored += len(found)
         self.truncated += sum(bool(scored.truncated) for scored in found)
+        self.floored.add(found, self.answers.floor)
+        faults = [scored.floored or "" for scored in found]
         if log_extra is not None:
             log_extra("polar_raw", raw)
+            log_extra("polar_floored", faults)
         if log_metric is not None:
             log_metric("polar_raw", sum(raw) / len(raw))
+            log_metric("polar_floored", sum(map(bool, faults)) / len(faults))
         return normalise(raw, self.normalize)
-
-    def answer(self, completion: Any) -> str:
-        """The text of a completion that is scored."""
-        text = content_text(completion)
-        return strip_thinking(text, opened=self.thinking_opened) if self.strip_thinking else text

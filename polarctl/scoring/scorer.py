@@ -7,12 +7,13 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from polarctl import console
 from polarctl.errors import PolarctlError, RecordError, UsageError
 from polarctl.records import Record, outputs_of, references_of
+from polarctl.scoring.answers import AS_THEY_ARE, FAULTS, Answers
 
 PIECES = ("prompt", "reference", "output")
 
@@ -29,11 +30,19 @@ class Item:
 
 @dataclass(frozen=True)
 class Scored:
-    """A raw reward, the tokens that were read for it, and which pieces had to be cut."""
+    """A raw reward and how it came about.
+
+    Attributes:
+        reward: The reward.
+        tokens: Tokens that were read for it.
+        truncated: Pieces that had to be cut.
+        floored: Why it is the floor (`polarctl.scoring.answers.FAULTS`); None: the model gave it.
+    """
 
     reward: float
     tokens: int
     truncated: tuple[str, ...]
+    floored: str | None = None
 
 
 class Scorer(Protocol):
@@ -230,6 +239,38 @@ class Cuts(Counter[str]):
             )
 
 
+class Floored(Counter[str]):
+    """How many of the `outputs` got the floor and why, and how many rewards are `below` it."""
+
+    def add(self, details: Iterable[Scored], floor: float | None) -> None:
+        """Count some scored outputs."""
+        for scored in details if floor is not None else ():
+            self.count(scored.reward, scored.floored, floor)
+
+    def count(self, reward: float, fault: str | None, floor: float | None) -> None:
+        """Count one output: its raw reward, and why that is the floor."""
+        self["outputs"] += 1
+        if fault is not None:
+            self[fault] += 1
+        elif floor is not None:
+            self["below"] += reward <= floor
+
+    def say(self, floor: float | None) -> None:
+        """Warn of floored outputs, and of a floor that is none."""
+        found = [(self[fault], words) for fault, words in FAULTS.items() if self[fault]]
+        if found:
+            parts = ", ".join(f"{count:,} {words}" for count, words in found)
+            console.warn(
+                f"{sum(count for count, _ in found):,} of {self['outputs']:,} outputs have no "
+                f"answer and got the reward floor {floor:g} ({parts})"
+            )
+        if found and self["below"]:
+            console.warn(
+                f"{self['below']:,} answers have a reward at the floor or below it: those without "
+                "an answer are not the worst; a lower --reward-floor"
+            )
+
+
 def _cut(encoded: Any) -> tuple[str, ...]:
     return tuple(name for name in PIECES if getattr(encoded, f"truncated_{name}"))
 
@@ -252,16 +293,18 @@ def score_records(
     *,
     no_reference: bool = False,
     pooling: str = "mean",
-    prepare: Callable[[Any], Any] = lambda output: output,
+    answers: Answers = AS_THEY_ARE,
 ) -> Iterator[tuple[dict[str, Any], list[Scored]]]:
     """The same records with `reward` (one output) or `rewards` (a group or a triple).
+
+    Where an output got the floor, `floored` says why, in the shape of the rewards.
 
     Args:
         records: Records with a reference (or `no_reference`).
         scorer: The engine.
         no_reference: Score against an empty reference.
         pooling: A candidate's reward among several `references`: their `mean` or `max`.
-        prepare: What to score in place of a candidate; the record keeps the candidate.
+        answers: What to score of a candidate; the record keeps the candidate.
 
     Yields:
         Pairs of the new record and what is known of each of its rewards.
@@ -270,26 +313,75 @@ def score_records(
     items = [
         Item(record["prompt"], reference, output, record.get("wrapper", "sft"))
         for record, (references, outputs) in zip(records, asked, strict=True)
-        for outputs in [list(map(prepare, outputs))]
         for reference in references
         for output in outputs
     ]
-    scored = iter(scorer.score(items))
+    cut_off = [
+        cut
+        for record, (references, _) in zip(records, asked, strict=True)
+        for _ in references
+        for cut in _cut_off(record)
+    ]
+    scored = iter(score_answers(items, scorer, answers, cut_off))
     for record, (references, outputs) in zip(records, asked, strict=True):
         rows = [[next(scored) for _ in outputs] for _ in references]
         mine = [_pooled(column, pooling) for column in zip(*rows, strict=True)]
-        result: dict[str, Any] = dict(record)
+        result: dict[str, Any] = {k: v for k, v in record.items() if k != "floored"}
         values = [s.reward for s in mine]
         if "candidates" in record or "chosen" in record:
             result["rewards"] = values
         else:
             result["reward"] = values[0]
+        faults = [s.floored for s in mine]
+        if any(faults):
+            result["floored"] = faults if "rewards" in result else faults[0]
         yield result, mine
+
+
+def _cut_off(record: dict[str, Any]) -> list[bool]:
+    """Of each candidate of a record, whether a limit of tokens ended it."""
+    if "candidates" in record:
+        return [each.get("finish_reason") == "length" for each in record["candidates"]]
+    single = "chosen" not in record  # the finish of a triple's texts is not known
+    return [single and record.get("finish_reason") == "length"] * len(outputs_of(record))
+
+
+def score_answers(
+    items: Sequence[Item], scorer: Scorer, answers: Answers, cut_off: Sequence[bool]
+) -> list[Scored]:
+    """Score what is to be scored of each output; those without an answer get the floor.
+
+    Args:
+        items: With whole outputs.
+        scorer: The engine; it is shown the outputs with an answer alone.
+        answers: How to read outputs.
+        cut_off: Whether the limit of new tokens ended each output.
+
+    Raises:
+        PolarctlError: The scorer failed, or gave another number of rewards.
+    """
+    faults = [
+        answers.fault(item.output, cut_off=cut, wrapper=item.wrapper)
+        for item, cut in zip(items, cut_off, strict=True)
+    ]
+    asked = [
+        replace(item, output=answers.text(item.output))
+        for item, fault in zip(items, faults, strict=True)
+        if fault is None
+    ]
+    found = scorer.score(asked) if asked else []
+    if len(found) != len(asked):
+        raise PolarctlError(f"the scorer gave {len(found)} rewards for {len(asked)} outputs")
+    given, floor = iter(found), answers.floor
+    return [
+        next(given) if fault is None or floor is None else Scored(floor, 0, (), fault)
+        for fault in faults
+    ]
 
 
 def _pooled(scored: Sequence[Scored], pooling: str) -> Scored:
     """One candidate's score from those against each of its references."""
-    if len(scored) == 1:
+    if len(scored) == 1 or scored[0].floored:  # the output has no answer, whatever the reference
         return scored[0]
     rewards = [one.reward for one in scored]
     return Scored(

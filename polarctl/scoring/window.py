@@ -8,17 +8,17 @@ from typing import Any
 
 from polarctl import console
 from polarctl.errors import RecordError, UsageError
-from polarctl.model.template import content_text
 from polarctl.records import Record, outputs_of, prompt_id, require_reference
 from polarctl.scoring import conditions, engines
+from polarctl.scoring.answers import AS_THEY_ARE, Answers
 from polarctl.scoring.options import EngineConfig
-from polarctl.scoring.reward_function import (
-    WITHIN_GROUP,
-    normalise,
-    normalise_group,
-    strip_thinking,
+from polarctl.scoring.reward_function import WITHIN_GROUP, normalise, normalise_group
+from polarctl.scoring.scorer import (
+    Cuts,
+    Floored,
+    Scored,
+    score_records,
 )
-from polarctl.scoring.scorer import Cuts, Scored, score_records
 
 POOLINGS = ("mean", "max")
 
@@ -28,7 +28,7 @@ class Wishes:
     """What is asked for beside a reward.
 
     Attributes:
-        strip_thinking: Score without `<think>...</think>`.
+        answers: What of an output is scored, and the floor of those without an answer.
         pooling: `mean` or `max` over several references.
         normalize: See `polarctl.scoring.reward_function.normalise_group`.
         details: Add `tokens` and `truncated`.
@@ -37,7 +37,7 @@ class Wishes:
         conditions: File of system prompts, or None.
     """
 
-    strip_thinking: bool = False
+    answers: Answers = AS_THEY_ARE
     pooling: str = "mean"
     normalize: str = "none"
     details: bool = False
@@ -56,6 +56,7 @@ class Done:
         rewards: All raw rewards.
         tokens: Tokens that were read for them.
         cuts: Inputs that were cut.
+        floored: Outputs that got the floor.
         choices: What the process chose automatically so far.
     """
 
@@ -64,6 +65,7 @@ class Done:
     rewards: list[float] = field(default_factory=list)
     tokens: int = 0
     cuts: Cuts = field(default_factory=Cuts)
+    floored: Floored = field(default_factory=Floored)
     choices: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def reject(self, where: str, reason: str, raw: Any = None) -> None:
@@ -105,8 +107,10 @@ class ScoreWork:
         if self.principle:
             if wishes.details or wishes.normalize.startswith("polar"):
                 raise UsageError("a judge's scores have no `--details` and are on no POLAR scale")
-            if wishes.strip_thinking or self.conditions:
-                raise UsageError("`--strip-thinking` and `--conditions` are for reward models")
+            if wishes.answers != AS_THEY_ARE or self.conditions:
+                raise UsageError(
+                    "`--strip-thinking`, `--reward-floor` and `--conditions` are for reward models"
+                )
 
     def verify(self, record: Record) -> None:
         """Raise RecordError for a record that lacks what the options need."""
@@ -200,13 +204,14 @@ class ScoreWork:
                 no_reference=self.config.no_reference
                 or (self.chat and not self.config.reference_in_prompt),
                 pooling=self.wishes.pooling,
-                prepare=_without_thinking if self.wishes.strip_thinking else _as_it_is,
+                answers=self.wishes.answers,
             )
 
         scored = score(window) if self.conditions is None else self.conditions.apply(window, score)
         for record, details in scored:
             done.tokens += sum(one.tokens for one in details)
             done.cuts.add(details)
+            done.floored.add(details, self.wishes.answers.floor)
             if self.wishes.details:
                 _put(record, "tokens", [one.tokens for one in details])
                 _put(record, "truncated", [list(one.truncated) for one in details])
@@ -225,11 +230,3 @@ class ScoreWork:
 def _put(record: dict[str, Any], name: str, values: list[Any]) -> None:
     """A list where the record has `rewards`, else its one value."""
     record[name] = values if "rewards" in record else values[0]
-
-
-def _as_it_is(output: Any) -> Any:
-    return output
-
-
-def _without_thinking(output: Any) -> str:
-    return strip_thinking(content_text(output))

@@ -29,8 +29,16 @@ from polarctl.records import (
     references_of,
     require_reference,
 )
+from polarctl.scoring.answers import AS_THEY_ARE, Answers
 from polarctl.scoring.chat_classifier import ClassifierScorer
-from polarctl.scoring.scorer import Item, ModelScorer, Scored, score_ids, score_records
+from polarctl.scoring.scorer import (
+    Item,
+    ModelScorer,
+    Scored,
+    score_answers,
+    score_ids,
+    score_records,
+)
 from polarctl.serving import shapes
 from polarctl.serving.batching import Batcher, Closed
 from polarctl.serving.limits import Gate, InTurns, Limits, Refused, Size
@@ -51,6 +59,7 @@ class Service:
         limits: What a request may ask for.
         ends: See `polarctl.serving.shapes.rollouts_of`.
         fingerprint: What tells its weights from others, for `/v1/models`.
+        answers: What of an output is scored, where a request has outputs of their own.
     """
 
     def __init__(
@@ -60,9 +69,10 @@ class Service:
         limits: Limits,
         ends: Sequence[str] = (),
         fingerprint: str = "",
+        answers: Answers = AS_THEY_ARE,
     ):
         self.name, self.limits, self.ends = name, limits, tuple(ends)
-        self.fingerprint = fingerprint
+        self.fingerprint, self.answers = fingerprint, answers
         self._turns = threading.Semaphore(_TOKENIZING)
         self.bodies = Gate(_AT_ONCE * limits.body_bytes)
         self._texts = Gate(_AT_ONCE * limits.chars)
@@ -123,7 +133,9 @@ class Service:
             references = [""] if self.no_reference else references_of(record)
             size.add(record["prompt"], references, outputs_of(record))
         with self._texts.holding(size.chars):
-            scored = list(score_records(records, self, no_reference=self.no_reference))
+            scored = list(
+                score_records(records, self, no_reference=self.no_reference, answers=self.answers)
+            )
         replies = []
         for fields, details in scored:
             many = "rewards" in fields
@@ -135,8 +147,10 @@ class Service:
                     name: fields[name],
                     "tokens": tokens if many else tokens[0],
                     "truncated": cut if many else cut[0],
+                    **({"floored": fields["floored"]} if "floored" in fields else {}),
                 }
             )
+            self._count_floored(details)
         return replies if isinstance(body, list) else replies[0]
 
     def classify(self, body: Any) -> Any:
@@ -154,13 +168,20 @@ class Service:
 
     def get_reward(self, body: Any) -> Any:
         """`/get_reward`, as OpenRLHF asks."""
-        items = shapes.rollouts_of(_object(body), self.ends)
+        items, cut_off = shapes.rollouts_of(_object(body), self.ends)
         size = Size(self.limits)
         for item in items:
             size.add(item.prompt, [item.reference], [item.output])
         with self._texts.holding(size.chars):
-            rewards = [one.reward for one in self.score(items)]
+            found = score_answers(items, self, self.answers, cut_off)
+        self._count_floored(found)
+        rewards = [one.reward for one in found]
         return {"rewards": rewards, "scores": rewards, "extra_logs": {}}
+
+    def _count_floored(self, found: Sequence[Scored]) -> None:
+        for one in found:
+            if one.floored is not None:
+                self.meters.floored.labels(one.floored).inc()
 
     def _given(self, body: Any) -> tuple[list[list[int]], list[float]]:
         if self.chat is not None:

@@ -23,6 +23,9 @@ class Meters:
             "polarctl_request_seconds", "Seconds of a request", ["route"], registry=own
         )
         self.inputs = Counter("polarctl_inputs", "Rewards computed", registry=own)
+        self.floored = Counter(
+            "polarctl_floored", "Outputs that got the reward floor", ["reason"], registry=own
+        )
         self.tokens = Counter("polarctl_tokens", "Tokens of the inputs", registry=own)
         self.batches = Counter("polarctl_batches", "Batches of requests", registry=own)
         gauge = Gauge("polarctl_waiting_requests", "Requests that wait for the model", registry=own)

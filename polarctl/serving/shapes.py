@@ -117,12 +117,15 @@ def embedded(rewards: Sequence[float], counts: Sequence[int]) -> list[dict[str, 
     ]
 
 
-def rollouts_of(body: dict[str, Any], ends: Sequence[str] = ()) -> list[Item]:
+def rollouts_of(body: dict[str, Any], ends: Sequence[str] = ()) -> tuple[list[Item], list[bool]]:
     """What OpenRLHF asks for: `labels` are the references, and a query goes on from its prompt.
 
     Args:
         body: The request.
         ends: What a policy may end its text with; one of them is taken off a response.
+
+    Returns:
+        The rollouts, and whether each was cut off: it has none of `ends`, where there are some.
 
     Raises:
         Refused: Lists that do not fit together.
@@ -135,12 +138,15 @@ def rollouts_of(body: dict[str, Any], ends: Sequence[str] = ()) -> list[Item]:
         lists.append(values)
     if not lists[0] or len({len(values) for values in lists}) != 1:
         raise Refused(400, "`query`, `prompts` and `labels` must be of one length, 1 at least")
-    items = []
+    items, cut_off = [], []
     for index, (query, prompt, label) in enumerate(zip(*lists, strict=True)):
         if not query.startswith(prompt):
             raise Refused(400, f"`query[{index}]` does not begin with its prompt")
-        items.append(Item(prompt, label, _without_end(query[len(prompt) :], ends)))
-    return items
+        response = query[len(prompt) :]
+        answer = _without_end(response, ends)
+        items.append(Item(prompt, label, answer))
+        cut_off.append(bool(ends) and answer == response)
+    return items, cut_off
 
 
 def _without_end(response: str, ends: Sequence[str]) -> str:

@@ -1,7 +1,8 @@
 import pytest
 
 from polarctl.errors import PolarctlError, UsageError
-from polarctl.scoring.reward_function import PolarReward, normalise, strip_thinking
+from polarctl.scoring.answers import floor_of, strip_thinking
+from polarctl.scoring.reward_function import PolarReward, normalise
 from polarctl.scoring.scorer import Scored
 
 
@@ -68,10 +69,73 @@ def test_the_callable_takes_what_trl_passes():
         log_extra=lambda name, values: logged.update({f"{name}s": values}),
     )
     assert rewards == [0.0, -1.0]  # (-5 + 5)/10, (-15 + 5)/10
+    assert logged.pop("polar_floored") == 0 and logged.pop("polar_flooreds") == ["", ""]
     assert logged == {"polar_raw": -10.0, "polar_raws": [-5.0, -15.0]}
     assert [item.wrapper for item in scorer.items] == ["pretrain", "sft"]
     assert scorer.items[0].output == "12345"
     assert reward.__name__ == "polar"
+
+
+@pytest.mark.parametrize(
+    ("text", "ended", "wrapper", "fault"),
+    [
+        ("yes", True, "sft", ""),
+        ("<think>a</think>yes", True, "sft", ""),
+        ("", True, "sft", "empty"),
+        (" \n", True, "pretrain", "empty"),
+        ("<think>a</think>\n", True, "sft", "empty"),
+        ("<think>never closed", True, "sft", "unclosed"),
+        ("<think>never closed", False, "sft", "unclosed"),
+        ("<think>a</think>yes <think>never closed", True, "sft", "unclosed"),
+        ("yes, and", False, "sft", "cut_off"),
+        ("yes, and", False, "pretrain", ""),  # a continuation has no end to reach
+    ],
+)
+def test_an_output_without_an_answer_gets_the_floor(text, ended, wrapper, fault):
+    logged = {}
+    reward = PolarReward(FakeScorer(), strip_thinking=True, normalize="polar-7b")
+    good, found = reward(
+        ["p", "p"],
+        ["an answer", [{"role": "assistant", "content": text}]],
+        reference=["r", "r"],
+        wrapper=["sft", wrapper],
+        ended=[True, ended],
+        log_extra=lambda name, values: logged.update({name: values}),
+    )
+    assert good == pytest.approx(-0.4)  # (-9 + 5)/10
+    assert logged["polar_floored"] == ["", fault]
+    assert (found == pytest.approx(-1.5)) == bool(fault)  # (-20 + 5)/10
+    assert reward.floored["outputs"] == 2 and reward.floored[fault] == bool(fault)
+
+
+def test_the_prompt_may_have_opened_the_thought_that_is_not_closed():
+    reward = PolarReward(FakeScorer(), strip_thinking=True, thinking_opened=True, reward_floor=-7)
+    texts = ["thinking and no answer", "thinking</think>so"]
+    assert reward(["p"] * 2, texts, reference=["r"] * 2) == [-7, -2]
+
+
+def test_without_a_floor_what_is_left_is_scored():
+    reward = PolarReward(FakeScorer(), strip_thinking=True, reward_floor=None)
+    found = reward(["p"] * 2, ["<think>x", "yes"], reference=["r"] * 2, ended=[False, False])
+    assert found == [0, -3]  # of an empty text, and of "yes"
+
+
+def test_a_thought_is_judged_only_where_thoughts_are_stripped():
+    reward = PolarReward(FakeScorer())
+    assert reward(["p"] * 2, ["<think>x", ""], reference=["r"] * 2) == [-8, -20]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("auto", -20.0), ("none", None), ("-3.5", -3.5), ("0", 0.0)]
+)
+def test_a_floor_is_a_number_none_or_the_default(option, value):
+    assert floor_of(option, -20.0) == value
+
+
+@pytest.mark.parametrize("option", ["nan", "-inf", "low", ""])
+def test_another_floor_is_a_usage_error(option):
+    with pytest.raises(UsageError, match="--reward-floor"):
+        floor_of(option, None)
 
 
 def test_a_failure_is_an_error_and_never_a_reward():

@@ -44,6 +44,20 @@ def test_a_rollout_gets_the_reward_of_its_row(tiny_rm):
             assert server.seen["requests"] == 5
 
 
+def test_a_rollout_without_an_answer_gets_the_floor(tiny_rm):
+    given = {"ground_truth": "Because.", "extra_info": {"prompt": "Why?"}, "model": str(tiny_rm)}
+    with serving() as server:
+        for text, more, reward in (
+            ("", {}, -20),
+            ("<think>hm", {"strip_thinking": True}, -20),
+            ("<think>hm", {"strip_thinking": True, "normalize": "polar-7b"}, -1.5),
+            ("", {"reward_floor": -3}, -3),
+        ):
+            found = compute_score("x", text, url=server.url, **given, **more)
+            assert found == pytest.approx(reward)
+        assert compute_score("x", "", url=server.url, **given, reward_floor=None) not in (-20, 0)
+
+
 def test_a_row_without_a_prompt_is_an_error_and_no_reward(tiny_rm):
     with pytest.raises(PolarctlError, match="extra_info.prompt"):
         compute_score("x", "So.", "Because.", {}, url="http://127.0.0.1:1", model=str(tiny_rm))

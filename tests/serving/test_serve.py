@@ -149,6 +149,29 @@ def test_openrlhf_gets_a_reward_for_each_rollout(server, wanted):
     assert said == "`query[1]` does not begin with its prompt"
 
 
+def test_outputs_without_an_answer_get_the_floor(tiny_rm, wanted):
+    options = ["--strip-thinking", "--reward-floor", "-30", "--end-token", "<|im_end|>"]
+    with serving("-m", tiny_rm, *options) as client:
+        texts = ["<think>a</think>yes", "<think>a", " ", "no"]
+        group = {**GROUP, "candidates": [{"output": text} for text in texts]}
+        group["candidates"][3]["finish_reason"] = "length"
+        reply = post(client, "/score", group)
+        best = pytest.approx(wanted.expected[0], abs=1e-5)
+        assert reply["rewards"] == [best, -30, -30, -30]
+        assert reply["floored"] == [None, "unclosed", "empty", "cut_off"]
+        prompt, ended = GROUP["prompt"], "<|im_end|>"
+        texts = ["<think>a</think>yes" + ended, "<think>a" + ended, ended, "yes"]
+        body = {
+            "query": [prompt + text for text in texts],
+            "prompts": [prompt] * 4,
+            "labels": ["yes"] * 4,
+        }
+        assert post(client, "/get_reward", body)["rewards"] == [best, -30, -30, -30]
+        metrics = client.get("/metrics").text
+        for reason in ("unclosed", "empty", "cut_off"):
+            assert f'polarctl_floored_total{{reason="{reason}"}} 2.0' in metrics
+
+
 @pytest.mark.parametrize("kind", ["auto", "polarctl", "vllm", "sglang", "lmdeploy"])
 def test_score_through_the_server_gives_the_same(kind, server, wanted, tiny_rm, tmp_path):
     (tmp_path / "in.jsonl").write_text(json.dumps(GROUP) + "\n")

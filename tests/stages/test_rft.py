@@ -132,8 +132,11 @@ def test_metrics_follow_from_the_rollouts(finished):
 def test_rewards_are_those_of_score(finished, reward_model, tmp_path):
     out = tmp_path / "scored.jsonl"
     source = str(finished / "rollouts.jsonl")
-    assert cli.run(["score", source, "-m", str(reward_model), "-o", str(out), "-q"]) == 0
-    before = [record["reward"] for record in lines(finished / "rollouts.jsonl")]
+    options = ["-m", str(reward_model), "--reward-floor", "-20", "-o", str(out), "-q"]
+    assert cli.run(["score", source, *options]) == 0
+    before = lines(finished / "rollouts.jsonl")
+    assert [r.get("floored") for r in lines(out)] == [r.get("floored") for r in before]
+    before = [record["reward"] for record in before]
     assert [record["reward"] for record in lines(out)] == pytest.approx(before, abs=1e-5)
     assert len(set(before)) > STEPS
     rollouts = lines(finished / "rollouts.jsonl")[:3]
@@ -210,6 +213,7 @@ def test_a_loss_that_is_not_finite_leaves_no_policy(
 def test_a_chat_policy_gets_messages(tiny_chat_lm, reward_model, prompts, tmp_path):
     folder = tmp_path / "chat"
     options = ("--max-steps", "1", "--micro-batch-size", "2", "--normalize", "polar-7b")
+    options += ("--reward-floor", "none")
     assert run(prompts, tiny_chat_lm, reward_model, folder, *options) == 0
     rollouts = lines(folder / "rollouts.jsonl")
     assert {record["wrapper"] for record in rollouts} == {"sft"}
@@ -219,6 +223,30 @@ def test_a_chat_policy_gets_messages(tiny_chat_lm, reward_model, prompts, tmp_pa
     (entry,) = lines(folder / "metrics.jsonl")
     assert "kl" not in entry  # no reference model without --kl-coef
     assert not (folder / "kl.png").exists()
+
+
+def test_rollouts_without_an_answer_get_the_floor_and_are_counted(
+    tiny_chat_lm, reward_model, prompts, tmp_path, capsys
+):
+    folder = tmp_path / "chat"
+    # Six tokens are too few for a random policy: whoever gets to an end does so by chance.
+    options = ("--max-steps", "1", "--normalize", "polar-7b", "--max-new-tokens", "6")
+    assert run(prompts, tiny_chat_lm, reward_model, folder, *options) == 0
+    rollouts = lines(folder / "rollouts.jsonl")
+    for record in rollouts:
+        check_record(record, find_kind("score"))
+        no_answer = record["finish_reason"] == "length" or not record["output"].strip()
+        assert (record["reward"] == -20) == no_answer == ("floored" in record)
+        assert record["reward_normalized"] == pytest.approx((record["reward"] + 5) / 10)
+    cut = sum(record.get("floored") == "cut_off" for record in rollouts)
+    assert cut > 0
+    (entry,) = lines(folder / "metrics.jsonl")
+    assert entry["floored"] == sum("floored" in record for record in rollouts) / ROLLOUTS
+    counts = json.loads((folder / "manifest.json").read_text())["counts"]
+    assert counts["floored"]["cut_off"] == cut and counts["rollouts"] == ROLLOUTS
+    said = capsys.readouterr().err
+    assert f"of {ROLLOUTS} outputs have no answer and got the reward floor -20" in said
+    assert ("no rollout has an answer" in said) == (entry["floored"] == 1)
 
 
 def test_a_prompt_that_cannot_be_used_is_named(tiny_lm, reward_model, tmp_path, capsys):

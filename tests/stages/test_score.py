@@ -188,6 +188,37 @@ def test_thinking_is_stripped_for_the_score_and_kept_in_the_record(tiny_rm, tmp_
     assert scored(tiny_rm, tmp_path, thought)["rewards"] != pytest.approx(wanted, abs=1e-3)
 
 
+def test_outputs_without_an_answer_get_the_floor_and_say_so(tiny_rm, tmp_path, capfd):
+    texts = ["yes", "<think>hm", "<think>hm</think> ", "no"]
+    group = {**GROUP, "candidates": [{"output": text} for text in texts]}
+    group["candidates"][3]["finish_reason"] = "length"
+    wanted = scored(tiny_rm, tmp_path, {**GROUP, "candidates": [{"output": "yes"}]})["rewards"][0]
+    capfd.readouterr()
+    row = scored(tiny_rm, tmp_path, group, "--strip-thinking", "--best-of-n", "--details")
+    assert row["rewards"] == [pytest.approx(wanted, abs=1e-6), -20, -20, -20]
+    assert row["floored"] == [None, "unclosed", "empty", "cut_off"]
+    assert row["best"] == 0 and row["tokens"][1:] == [0, 0, 0]
+    said = "3 of 4 outputs have no answer and got the reward floor -20 (1 in an unfinished thought"
+    assert f"{said}, 1 cut off, 1 empty)" in capfd.readouterr().err
+    counts = json.loads((tmp_path / "out.jsonl.manifest.json").read_text())["counts"]
+    assert counts["floored"] == {"outputs": 4, "unclosed": 1, "cut_off": 1, "empty": 1, "below": 0}
+    kept = scored(tiny_rm, tmp_path, group, "--strip-thinking", "--reward-floor", "none")
+    assert "floored" not in kept and -20 not in kept["rewards"]
+    several = {k: v for k, v in GROUP.items() if k not in ("reference", "candidates")}
+    several |= {"references": ["yes", "no"], "output": "", "floored": "of an earlier run"}
+    row = scored(tiny_rm, tmp_path, several, "--reward-floor", "-9.5")
+    assert (row["reward"], row["floored"]) == (-9.5, "empty")
+    row = scored(tiny_rm, tmp_path, several)  # nobody has asked for a floor
+    assert "floored" not in row and row["reward"] != -20
+
+
+def test_a_floor_above_answers_is_said(tiny_rm, tmp_path, capfd):
+    group = {**GROUP, "candidates": [{"output": "yes"}, {"output": ""}]}
+    row = scored(tiny_rm, tmp_path, group, "--reward-floor", "1000")
+    assert row["floored"] == [None, "empty"]
+    assert "1 answers have a reward at the floor or below it" in capfd.readouterr().err
+
+
 def test_details_say_what_was_read_and_cut(tiny_rm, tmp_path):
     long = {**GROUP, "candidates": [{"output": "yes"}, {"output": "no " * 300}]}
     row = scored(tiny_rm, tmp_path, long, "--details")
