@@ -36,6 +36,7 @@ STAGES = (
 )
 
 _RESUME = "the same command goes on from here"
+_NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
 _TYPER: dict[str, Any] = {
     "rich_markup_mode": None,
     "pretty_exceptions_enable": False,
@@ -293,13 +294,31 @@ def run(arguments: list[str]) -> int:
         # The reader has what it wanted (`| head`). Keep Python from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO):
-            why = f"cannot write: {error.strerror}"
-            return _fail(1, why, f"make room; {_RESUME}")
-        raise
+    except Exception as error:
+        why = _failed_write(error)
+        if why is None:
+            raise
+        return _fail(1, f"cannot write: {why}", f"make room; {_RESUME}")
     finally:
         launcher.command_line = before
+
+
+def _failed_write(error: BaseException) -> str | None:
+    """What the system said of a write that failed; None when that is not why the run ends.
+
+    safetensors and torch put it into errors and words of their own, or leave it out.
+    """
+    text = str(error)
+    number = error.errno if isinstance(error, OSError) else None
+    if type(error).__name__ == "SafetensorError":
+        found = re.search(r"\(os error (\d+)\)", text)
+        number = int(found[1]) if found else None
+    if number in _NO_ROOM:
+        return os.strerror(number)
+    if error.__context__ is not None and (why := _failed_write(error.__context__)):
+        return why
+    torn = "unexpected pos" in text or "PytorchStreamWriter failed writing" in text
+    return "a checkpoint could not be written whole" if torn else None
 
 
 def _fail(exit_status: int, message: str, hint: str | None) -> int:

@@ -294,7 +294,7 @@ def _checkpoint(config: Config) -> None:
     from polarctl.errors import UsageError
     from polarctl.model import devices
     from polarctl.model.internlm2 import convert
-    from polarctl.storage import manifest
+    from polarctl.storage import claim, manifest, replace
     from polarctl.storage.write import stdout
 
     devices.quiet_libraries()
@@ -309,15 +309,34 @@ def _checkpoint(config: Config) -> None:
     if config.dry_run:
         console.note(f"convert: would write {source} as {layout} into {target}")
         return
-    if config.force:
-        shutil.rmtree(target, ignore_errors=True)
-    layouts[layout](source, target)
-    record = manifest.build(
-        "convert",
-        config,
-        inputs=[{"path": source, "bytes": None}],
-        outputs=manifest.folder_files(target),
-        counts={},
-    )
-    manifest.write(target / "manifest.json", record)
+    taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    if taken and not config.force:
+        raise UsageError(f"{target}: exists already", hint="another folder, or --force")
+    if taken:
+        replace.check_unused(target, {}, [source])
+        replace.check_folder(target)
+        replace.check_exchange(target)
+    place = replace.next_to(target)
+    if not place.parent.is_dir():
+        raise UsageError(f"{target.parent}: is no folder", hint="make it first")
+    lock = claim.locked(f"{place}.lock", target)
+    try:
+        shutil.rmtree(place, ignore_errors=True)
+        layouts[layout](source, place)
+        record = manifest.build(
+            "convert",
+            config,
+            inputs=[{"path": source, "bytes": None}],
+            outputs=manifest.folder_files(place),
+            counts={},
+        )
+        manifest.write(place / replace.MANIFEST, record)
+        if taken:
+            replace.exchange(place, target)
+        else:
+            place.rename(os.path.realpath(target))
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+        os.unlink(f"{place}.lock")
+        lock.close()
     stdout().write(f"{target}\n".encode())

@@ -58,7 +58,7 @@ def run(config: Config) -> None:
     from polarctl.evaluation.page import terminal_table
     from polarctl.records import Record, kind_of_scorable, require_reference
     from polarctl.scoring.scorer import Cuts, load_scorer, score_records
-    from polarctl.storage import manifest, read, windows
+    from polarctl.storage import manifest, read, replace, windows
     from polarctl.storage.write import Output
 
     paths = windows.inputs_of("eval", config)
@@ -78,6 +78,8 @@ def run(config: Config) -> None:
             "eval", config, paths, kind, verify=look, check=lambda: _check_by(config.by, fields)
         )
         return
+    if config.report:
+        replace.check_report(config.report, eval_report.FILES)
     identity = {"model_identity": manifest.folder_identity(config.model)} if config.model else {}
     cases = Cases()
     with Output("eval", config, read.sizes(paths), identity) as out:

@@ -119,7 +119,7 @@ def run(config: Config) -> None:
     run_folder.run(
         "rft",
         config,
-        lambda run: _train(config, run_folder.read_all(run, config, "prompt", verify), writer),
+        lambda run: _train(config, run, writer, verify),
         dry_run=lambda paths: windows.dry_run("rft", config, paths, "prompt", verify=verify),
         sources=("model", "reward_model"),
         free=_FREE,
@@ -172,7 +172,14 @@ def row_of(record: Record, chat: bool) -> dict[str, Any]:
     }
 
 
-def _train(config: Config, run: Run, writer: Writer) -> None:
+def _train(config: Config, run: Run, writer: Writer, verify: Callable[[Record], None]) -> None:
+    from polarctl.storage import run_folder
+
+    with run_folder.rejects_of(run, config) as rejects:
+        _improve(config, run_folder.read_all(run, config, "prompt", verify, rejects), writer)
+
+
+def _improve(config: Config, run: Run, writer: Writer) -> None:
     from polarctl import console
     from polarctl.rl import grpo
     from polarctl.rl.recorder import Job

@@ -176,7 +176,7 @@ def policies_of(config: Config) -> list[Policy]:
 def run(config: Config) -> None:
     """Sample every prompt from every policy, one policy loaded at a time."""
     from polarctl.policies.prompts import Prompts, prompt_in
-    from polarctl.storage import manifest, read, windows
+    from polarctl.storage import manifest, read, replace, windows
     from polarctl.storage.write import Output, check_paths
 
     paths = windows.inputs_of("sample", config)
@@ -188,6 +188,7 @@ def run(config: Config) -> None:
     held = windows.HeldRejects()
     reader = windows.reader_of(config, paths, None, sink=held, verify=verify)
     check_paths(config, [*paths, *([config.pool] if config.pool else [])])
+    replace.check_unused(config.output, {}, [policy.model for policy in policies])
     prompts = Prompts()
     prompts.read(reader, WINDOW_ROWS)
     identity = {

@@ -12,6 +12,7 @@ from polarctl.evaluation.cases import interval_of
 from polarctl.evaluation.page import Image, Report, Section, Table, format_interval, render_html
 from polarctl.storage import manifest
 
+FILES = ("margins.png", "accuracy.png", "report.html", "report.json")
 SCORERS = {"model": "model", "length": "longer wins", "overlap": "word overlap (F1)"}
 
 

@@ -5,14 +5,14 @@ pyarrow comes with the extra `[verl]` and is imported only here.
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from polarctl.config import Common
 from polarctl.errors import UsageError, need
-from polarctl.storage import manifest
+from polarctl.storage import manifest, replace
 from polarctl.storage.write import Output, check_paths
 
 
@@ -69,11 +69,14 @@ class VerlFile:
         check_paths(config, [entry["path"] for entry in inputs])
         self._target = Path(config.output)
         self._mark = Path(config.manifest or f"{config.output}.manifest.json")
-        self._temporary = self._target.with_name(f".{self._target.name}.tmp")
-        if self._target.exists() and not config.force:
-            raise UsageError(f"{config.output}: exists", hint="pass --force to replace it")
+        self._temporary = replace.next_to(self._target)
+        replace.check_mark(self._mark)
+        if self._target.exists() and self._target.stat().st_size:
+            if not config.force:
+                raise UsageError(f"{config.output}: exists", hint="pass --force to replace it")
+            replace.check_file(self._target, self._mark)
         # It writes no record: it only keeps the rejects.
-        self.sink = Output(stage, replace(config, output="-", manifest=None), inputs)
+        self.sink = Output(stage, dataclasses.replace(config, output="-", manifest=None), inputs)
         self.counts = self.sink.counts
         self._schema = verl_schema(self._pyarrow)
 
@@ -94,10 +97,9 @@ class VerlFile:
         if kind is not None:
             self._temporary.unlink(missing_ok=True)
             return
-        self._mark.unlink(missing_ok=True)  # the old file is not the complete one any more
         with open(self._temporary, "rb") as stream:
             os.fsync(stream.fileno())
-        os.replace(self._temporary, self._target)
+        os.replace(self._temporary, os.path.realpath(self._target))
         manifest.sync_folder(self._target.parent)
         file = {
             "sha256": manifest.sha256(self._target),

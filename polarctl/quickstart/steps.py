@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 
 from polarctl import console
-from polarctl.errors import PolarctlError
+from polarctl.errors import Interrupted, PolarctlError
 from polarctl.model.devices import quiet_libraries
 from polarctl.quickstart import policies as zoo
 from polarctl.quickstart import world
@@ -101,6 +101,11 @@ class Tour:
         words = [stage, *arguments, *(("--seed", str(self.seed)) if seeded else ())]
         console.note(f"$ polarctl {shlex.join(words)}")
         status = self.timed(stage, lambda: self.run([*words, "--quiet"]))
+        if status in (75, 130):
+            by = "SIGTERM" if status == 75 else "Ctrl-C"
+            raise Interrupted(
+                f"stopped by {by}", hint="the same command goes on from here", exit_status=status
+            )
         if status:
             raise PolarctlError(f"`polarctl {stage}` ended with status {status}")
 

@@ -104,7 +104,7 @@ def _resume(run: run_folder.Run) -> Path | None:
         return None
     target, mark = found
     run.same(mark["identity"])
-    console.note(f"{run.folder}: going on after step {mark['step']}")
+    console.note(f"{run.target}: going on after step {mark['step']}")
     return target
 
 
@@ -210,7 +210,7 @@ def _plain_errors(job: Job) -> Iterator[None]:
 
 def _finish(job: Job, trainer: Any) -> dict[str, Any] | None:
     """Write the policy in the precision that it came in, its tokenizer and the plots."""
-    target = job.run.folder
+    target = job.run.part()
     before = reward_model.load_config(job.policy.model)
     policy = trainer.accelerator.unwrap_model(trainer.model)
     policy.config.use_cache = getattr(before, "use_cache", True)  # the trainer turns it off
@@ -223,7 +223,8 @@ def _finish(job: Job, trainer: Any) -> dict[str, Any] | None:
     job.tokenizer.save_pretrained(target)
     run_folder.open_to_umask(target)
     entries: Sequence[Any] = [
-        orjson.loads(line) for line in (target / run_folder.METRICS).read_bytes().splitlines()
+        orjson.loads(line)
+        for line in (job.run.folder / run_folder.METRICS).read_bytes().splitlines()
     ]
     for name, image in rollouts.curves(entries).items():
         manifest.write_atomic(target / name, image)

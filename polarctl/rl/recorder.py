@@ -21,7 +21,6 @@ from polarctl.scoring.reward_function import normalise
 from polarctl.storage import checkpoint, run_folder
 
 LOSS_TYPES = ("dapo", "grpo", "dr_grpo", "bnpo")
-ROLLOUTS = "rollouts.jsonl"
 
 
 def check_shape(config: Any) -> None:
@@ -104,7 +103,7 @@ class Recorder(transformers.TrainerCallback):
             with self.stop:
                 yield
             return
-        paths = [run.folder / name for name in (run_folder.METRICS, ROLLOUTS)]
+        paths = [run.folder / name for name in (run_folder.METRICS, run_folder.ROLLOUTS)]
         for path, lines in zip(paths, (step, step * self.job.config.batch_size), strict=True):
             run_folder.keep_lines(path, lines)
         bar = console.progress("rft", total, "steps")

@@ -48,21 +48,26 @@ class Claim:
         owner: The run's output, or None: a run that cannot be resumed.
         begun: The run's own journal knows of the file's content.
         force: Replace rejected records of an earlier run.
-
-    Attributes:
-        owned: An earlier start of this run has made the claim.
+        rewritten: The run writes all of the file anew when it goes on.
 
     Raises:
         UsageError: Another run has it, or the file is not this run's.
     """
 
-    def __init__(self, rejects: str, owner: str | None, *, begun: bool, force: bool):
+    def __init__(
+        self,
+        rejects: str,
+        owner: str | None,
+        *,
+        begun: bool,
+        force: bool,
+        rewritten: bool = False,
+    ):
         self._path = Path(f"{os.path.realpath(rejects)}.journal")
         name = os.path.realpath(owner) if owner else None
         self._stream = locked(self._path, rejects)
         try:
             before = self._owner()
-            self.owned = name is not None and before == name
             if before is not None and before != name and _is_unfinished(before):
                 raise UsageError(
                     f"{rejects}: holds the rejects of an unfinished run that writes {before}",
@@ -70,9 +75,9 @@ class Claim:
                 )
             filled = os.path.exists(rejects) and os.path.getsize(rejects) > 0
             if filled and not begun:
-                if not force:
-                    raise UsageError(f"{rejects}: exists", hint="pass --force to replace it")
                 check_rejects(rejects)
+                if not (force or (rewritten and before == name)):
+                    raise UsageError(f"{rejects}: exists", hint="pass --force to replace it")
         except UsageError:
             self.release(forget=not self._path.stat().st_size)
             raise

@@ -15,13 +15,12 @@ import ctypes
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import orjson
 
-from polarctl.config import Basic, Common, resolved
 from polarctl.errors import UsageError
 
 _PREFIX = ".polarctl-next."
@@ -46,12 +45,12 @@ def refuse(target: str | Path, why: str) -> NoReturn:
 # -- what the run reads ----------------------------------------------------------------------------
 
 
-def check_unused(target: str | Path, config: Common | Basic, more: Iterable[str] = ()) -> None:
+def check_unused(target: str | Path, options: Mapping[str, Any], more: Iterable[str] = ()) -> None:
     """Refuse an output that is, or holds, a file or a model that the run reads.
 
     Args:
         target: The output, a file or a folder; it need not exist.
-        config: The options; each that names something that exists counts as read.
+        options: Names to values; each value that names something that exists counts as read.
         more: Other paths that are read, such as the models of a pool.
 
     Raises:
@@ -60,7 +59,7 @@ def check_unused(target: str | Path, config: Common | Basic, more: Iterable[str]
     real = Path(os.path.realpath(target))
     if not real.exists():
         return
-    for path in [*_read_by(config), *more]:
+    for path in [*_read_by(options), *more]:
         used = Path(path)
         if not used.exists():
             continue
@@ -74,8 +73,8 @@ def check_unused(target: str | Path, config: Common | Basic, more: Iterable[str]
                 refuse(target, f"this run reads {used}")
 
 
-def _read_by(config: Common | Basic) -> Iterator[str]:
-    for name, value in resolved(config).items():
+def _read_by(options: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in options.items():
         for one in value if isinstance(value, list) else [value]:
             if name not in _WRITTEN and isinstance(one, str) and one not in ("", "-"):
                 yield one
@@ -124,6 +123,8 @@ def check_report(folder: str | Path, names: Iterable[str]) -> None:
         folder: Where the report goes.
         names: The report's files; `report.json` among them tells whose they are.
     """
+    if Path(folder).exists() and not Path(folder).is_dir():
+        refuse(folder, "it is a file, and a report is a folder")
     try:
         ours = "overall" in orjson.loads(Path(folder, "report.json").read_bytes())
     except (OSError, ValueError, TypeError):

@@ -3,26 +3,32 @@
 DIR/checkpoints/     while training; removed at the end
 DIR/metrics.jsonl    one line a step; marks a folder as a run of ours
 DIR/config.json, model.safetensors, tokenizer files, manifest.json   at the end, in that order
+
+With `--force` and a complete DIR all of this happens in `.polarctl-next.DIR`, which then takes the
+place of DIR.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import dataclasses
 import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+import orjson
+
 from polarctl import console
-from polarctl.config import Common
+from polarctl.config import Common, resolved
 from polarctl.errors import Interrupted, RecordError, UsageError
 from polarctl.records import Record
-from polarctl.storage import manifest, read, windows
+from polarctl.storage import checkpoint, claim, manifest, replace, windows
+from polarctl.storage import read as reading
 from polarctl.storage.fingerprint import difference, header
 from polarctl.storage.write import check_paths, stdout
 
@@ -30,6 +36,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 METRICS = "metrics.jsonl"
+ROLLOUTS = "rollouts.jsonl"
+BEST = "best"
+_CHECKPOINTS = "checkpoints"
+_PART, _NAMES = "final", "final.json"  # in it: the files of the result, and their names
+_TRACKED = {"tensorboard": "runs", "wandb": "wandb"}
 _WINDOW_ROWS = 1024
 
 
@@ -38,7 +49,8 @@ class Run:
     """What a training stage works on, once its folder is its own.
 
     Attributes:
-        folder: Where it writes.
+        folder: Where it writes: `target`, or with `--force` a folder beside an old complete one.
+        target: The output folder, as the user named it.
         paths: The inputs.
         identity: What must be the same for a resume.
         inputs: `polarctl.storage.read.sizes` of the inputs.
@@ -47,6 +59,7 @@ class Run:
     """
 
     folder: Path
+    target: Path
     paths: list[str]
     identity: dict[str, Any]
     inputs: list[dict[str, Any]]
@@ -56,23 +69,59 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         """The folder of the checkpoints."""
-        return self.folder / "checkpoints"
+        return self.folder / _CHECKPOINTS
+
+    def part(self) -> Path:
+        """An empty folder for the files of the result; `finish` gives them their places."""
+        part = self.checkpoints / _PART
+        if is_first_process():
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+        return part
 
     def same(self, before: dict[str, Any]) -> None:
         """Raise UsageError when a checkpoint's identity is not this run's."""
         changed = difference(before, self.identity)
         if changed:
             raise UsageError(
-                f"cannot resume {self.folder}: {changed}", hint="pass --force to start again"
+                f"cannot resume {self.target}: {changed}", hint="pass --force to start again"
             )
 
     def finish(self, stage: str, config: Common, counts: dict[str, Any]) -> None:
-        """Remove the checkpoints and write the manifest: the folder is complete."""
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
-        outputs = {k: v for k, v in manifest.folder_files(self.folder).items() if k != ".lock"}
+        """Put the files of `part` into place and write the manifest: the folder is complete.
+
+        An old folder that this one replaces is removed only then.
+        """
+        part = self.checkpoints / _PART
+        manifest.sync_files(part)
+        named = [str(file.relative_to(part)) for file in part.rglob("*") if file.is_file()]
+        # Whose files these are, should this be killed before there is a manifest.
+        manifest.write_atomic(self.checkpoints / _NAMES, orjson.dumps(named))
+        for entry in sorted(part.iterdir()):
+            place = self.folder / entry.name
+            if place.is_dir():
+                shutil.rmtree(place)
+            os.replace(entry, place)
+        whole = manifest.folder_files(self.folder)
+        made = {*named, METRICS, ROLLOUTS}
+        outputs = {
+            name: facts
+            for name, facts in whole.items()
+            if name in made or Path(name).parts[0] in (BEST, *_tracked(config))
+        }
         counts = {**counts, "rejects": self.bad}
         record = manifest.build(stage, config, inputs=self.inputs, outputs=outputs, counts=counts)
-        manifest.write(self.folder / "manifest.json", {**record, "fingerprint": self.identity})
+        manifest.write(self.folder / replace.MANIFEST, {**record, "fingerprint": self.identity})
+        if self.folder != self.target:
+            replace.exchange(self.folder, self.target)
+            shutil.rmtree(self.folder)
+        shutil.rmtree(self.target / _CHECKPOINTS)
+
+
+def _tracked(config: Common) -> list[str]:
+    """Folders that the run's trackers make in its own."""
+    asked = getattr(config, "report_to", ())
+    return [name for tracker, name in _TRACKED.items() if tracker in asked]
 
 
 def run(
@@ -106,14 +155,23 @@ def run(
     if config.output == "-":
         raise UsageError("a training stage writes a folder", hint="-o DIR")
     folder = Path(config.output)
-    with locked(folder, config) if is_first_process() else contextlib.nullcontext():
-        identity = _identity(stage, config, paths, sources, free)
+    replace.check_unused(folder, resolved(config))
+    with contextlib.ExitStack() as held:
         if is_first_process():
-            complete = _is_complete(folder, config, identity)
-        else:  # the first process says whether that is right
-            complete = (folder / "manifest.json").exists() and not config.force
-        if not complete:
-            work(Run(folder, paths, identity, read.sizes(paths)))
+            check_paths(dataclasses.replace(config, output="-"), paths)
+            held.enter_context(locked(folder))
+        identity = _identity(stage, config, paths, sources, free)
+        done = (folder / replace.MANIFEST).exists()
+        place = folder
+        if done and config.force:
+            place = replace.next_to(folder)
+            if is_first_process():
+                _prepare(place, folder, config, identity)
+                held.enter_context(locked(place))
+        elif is_first_process():  # which says, for all, whether what they find is right
+            done = _is_complete(folder, config, identity)
+        if place != folder or not done:
+            work(Run(place, folder, paths, identity, reading.sizes(paths)))
     if is_first_process():
         stdout().write(f"{folder}\n".encode())
 
@@ -124,7 +182,7 @@ def is_first_process() -> bool:
 
 
 @contextmanager
-def locked(folder: Path, config: Common) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Hold a folder alone, made if needed.
 
     Raises:
@@ -132,21 +190,18 @@ def locked(folder: Path, config: Common) -> Iterator[None]:
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder}: is a file; a training stage writes a folder")
+    replace.mend(folder)
     if not folder.exists():
         try:
             folder.mkdir(parents=True)
         except OSError as error:
             raise UsageError(f"{folder}: cannot be made: {error.strerror}") from None
-        check_paths(replace(config, output="-"), [])
-    with open(folder / ".lock", "wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"{folder}: another process is writing it") from None
-        try:
-            yield
-        finally:
-            (folder / ".lock").unlink(missing_ok=True)
+    lock = claim.locked(folder / replace.LOCK, folder)
+    try:
+        yield
+    finally:
+        (folder / replace.LOCK).unlink(missing_ok=True)
+        lock.close()
 
 
 def _identity(
@@ -155,7 +210,7 @@ def _identity(
     sources = {
         name: manifest.folder_identity(path) for name in names if (path := getattr(config, name))
     }
-    plain = header(stage, config, read.sizes(paths), sources)
+    plain = header(stage, config, reading.sizes(paths), sources)
     dropped = free | set(names)
     kept = {key: value for key, value in plain.items() if key not in dropped or key in sources}
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -168,39 +223,100 @@ def input_digest(paths: list[str]) -> list[str | None]:
 
 
 def _is_complete(folder: Path, config: Common, identity: dict[str, Any]) -> bool:
-    import orjson
+    """Whether there is nothing to do; clears a folder of ours that is to begin again.
 
-    mark = folder / "manifest.json"
-    taken = [p.name for p in folder.iterdir() if p.name not in (".lock", "checkpoints")]
-    if config.force or (not config.resume and not mark.exists() and METRICS in taken):
-        for path in folder.iterdir():
-            if path.name != ".lock":
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        return False
+    Raises:
+        UsageError: The folder is complete with another result, or is not ours.
+    """
+    mark = folder / replace.MANIFEST
+    taken = [p.name for p in folder.iterdir() if p.name != replace.LOCK and not _is_copy(p)]
     if mark.exists():
-        before = orjson.loads(mark.read_bytes()).get("fingerprint", {})
-        # By how many processes it was made does not matter once it is there.
-        unknown = {"processes"} | ({"input_digest"} if "-" in config.input else set())
-        changed = difference(
-            *({k: v for k, v in x.items() if k not in unknown} for x in (before, identity))
-        )
-        if changed or "-" in config.input:
-            why = changed or "and whether the piped input is the same cannot be known"
-            raise UsageError(
-                f"{folder}: is complete already, {why}", hint="pass --force to replace it"
-            )
-        console.note(f"{folder}: complete already, with the same options and input")
+        _same_result(folder, mark, config, identity)
+        # What a run that was killed as it finished has left.
+        shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
+        if not (replace.next_to(folder) / _CHECKPOINTS).exists():
+            shutil.rmtree(replace.next_to(folder), ignore_errors=True)
         return True
-    if taken and METRICS not in taken:
-        raise UsageError(
-            f"{folder}: is not empty and no interrupted run of this stage",
-            hint="another -o, or --force to replace all that is in it",
-        )
+    ours = METRICS in taken
+    if taken and not ours:
+        replace.refuse(folder, "it is not empty and no run of this program")
+    if ours and (config.force or not config.resume):
+        working = _working(folder, config)
+        replace.check_folder(folder, working)
+        for name in working:
+            path = folder / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif name != replace.LOCK:
+                path.unlink(missing_ok=True)
     return False
 
 
+def _is_copy(path: Path) -> bool:
+    """Whether this is a folder of checkpoints that holds at most copies of piped input."""
+    return path.name == _CHECKPOINTS and all(
+        inside.is_file() and (inside.name == reading.STDIN or inside.name.startswith("pipe-"))
+        for inside in path.iterdir()
+    )
+
+
+def _working(folder: Path, config: Common) -> list[str]:
+    """What a run that has not finished makes in its folder."""
+    try:
+        moved = orjson.loads((folder / _CHECKPOINTS / _NAMES).read_bytes())
+    except (OSError, ValueError):
+        moved = []
+    tops = {Path(name).parts[0] for name in moved}
+    # The metrics are the last to go: they tell that the folder is ours.
+    return [replace.LOCK, ROLLOUTS, BEST, *_tracked(config), *sorted(tops), _CHECKPOINTS, METRICS]
+
+
+def _same_result(folder: Path, mark: Path, config: Common, identity: dict[str, Any]) -> None:
+    """Raise UsageError unless a complete folder is what this run would write."""
+    try:
+        record = orjson.loads(mark.read_bytes())
+        before, outputs = record.get("fingerprint", {}), record["outputs"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        replace.refuse(folder, f"{mark} is no manifest")
+    # By how many processes it was made does not matter once it is there.
+    unknown = {"processes"} | ({"input_digest"} if "-" in config.input else set())
+    why = difference(
+        *({k: v for k, v in x.items() if k not in unknown} for x in (before, identity))
+    )
+    if not why and "-" in config.input:
+        why = "and whether the piped input is the same cannot be known"
+    # All bytes are read: seconds for a large model, and what follows builds on them.
+    for name, facts in outputs.items() if not why else ():
+        file = folder / name
+        if not file.is_file() or manifest.sha256(file) != facts["sha256"]:
+            why = f"but {name} is not the one in its manifest"
+            break
+    if why:
+        raise UsageError(f"{folder}: is complete already, {why}", hint="pass --force to replace it")
+    console.note(f"{folder}: complete already, with the same options and input")
+
+
+def _prepare(place: Path, folder: Path, config: Common, identity: dict[str, Any]) -> None:
+    """Make ready the folder beside a complete one that is to be replaced.
+
+    It is kept when an earlier start of the same command was interrupted there.
+    """
+    replace.check_folder(folder, [_CHECKPOINTS])
+    replace.check_exchange(folder)
+    found = checkpoint.newest(place / _CHECKPOINTS) if place.exists() else None
+    same = found is not None and not difference(found[1]["identity"], identity)
+    if not (same and config.resume):
+        shutil.rmtree(place, ignore_errors=True)
+    # It was complete but for the exchange: its last steps are done again.
+    (place / replace.MANIFEST).unlink(missing_ok=True)
+
+
 def read_all(
-    run: Run, config: Common, kind: str | None, verify: Callable[[Record], None] | None
+    run: Run,
+    config: Common,
+    kind: str | None,
+    verify: Callable[[Record], None] | None,
+    sink: Rejects,
 ) -> Run:
     """The run with all good records of its input in memory; its identity knows every byte of it.
 
@@ -209,22 +325,22 @@ def read_all(
         config: The stage's options.
         kind: Kind of the records, or None when `verify` checks it.
         verify: Raises RecordError for a record that does not fit this run.
+        sink: Where bad rows go.
 
     Raises:
         RecordError: A bad row and no `--rejects`; no good row.
     """
-    sink = rejects_of(run, config)
     reader = windows.reader_of(config, run.paths, kind, sink=sink, verify=verify)
     records: list[Record] = []
     digest = ""
     for window in reader.windows(_WINDOW_ROWS):
         records += window.records
         digest = window.digest
-    sink.close()
+    sink.read()
     if not records:
         raise RecordError("no good record", where=", ".join(run.paths))
     identity = {**run.identity, "input_digest": digest} if "-" in run.paths else run.identity
-    return replace(run, identity=identity, records=tuple(records), bad=reader.bad)
+    return dataclasses.replace(run, identity=identity, records=tuple(records), bad=reader.bad)
 
 
 def rejects_of(run: Run, config: Common) -> Rejects:
@@ -234,35 +350,60 @@ def rejects_of(run: Run, config: Common) -> Rejects:
         UsageError: There is a file already, and no run of this folder has written it.
     """
     if not config.rejects or not is_first_process():
-        return Rejects(None)
-    begun = (run.folder / METRICS).exists() or config.force
-    if os.path.exists(config.rejects) and not begun:
-        raise UsageError(f"{config.rejects}: exists already", hint="pass --force to replace it")
-    return Rejects(config.rejects)
+        return Rejects(None, run, force=False)
+    return Rejects(config.rejects, run, force=config.force)
 
 
 class Rejects:
-    """Bad records of a training stage, with reasons.
+    """Bad records of a training stage, with reasons; written anew whenever the run goes on.
 
     Args:
         path: The file, or None to keep nothing.
+        run: Whose they are.
+        force: Replace rejected records of an earlier run.
+
+    Raises:
+        UsageError: The file is another's.
     """
 
-    def __init__(self, path: str | None):
-        self.stream: IO[bytes] | None = open(path, "wb") if path else None
+    def __init__(self, path: str | None, run: Run, *, force: bool):
+        self.claim: claim.Claim | None = None
+        self.stream: IO[bytes] | None = None
+        if path is None:
+            return
+        self.path = Path(os.path.realpath(path))
+        self.claim = claim.Claim(path, str(run.target), begun=False, force=force, rewritten=True)
+        self.late = run.folder != run.target  # those of the old result keep their place, too
+        self.part = replace.next_to(path)
+        self.stream = open(self.part, "wb")
 
     def reject(self, where: str, reason: str, raw: Any = None) -> None:
         """Keep one bad record."""
-        import orjson
-
         if self.stream is not None:
             line = orjson.dumps({"where": where, "reason": reason, "record": raw})
             self.stream.write(line + b"\n")
 
-    def close(self) -> None:
-        """Finish the file."""
+    def read(self) -> None:
+        """All rows are read: the file is whole."""
         if self.stream is not None:
             self.stream.close()
+            self.stream = None
+            if not self.late:
+                os.replace(self.part, self.path)
+
+    def __enter__(self) -> Rejects:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Give the file up; a run that goes on later takes it again."""
+        if self.claim is None:
+            return
+        if self.stream is not None:
+            self.stream.close()
+        if kind is None and self.late:
+            os.replace(self.part, self.path)
+        self.part.unlink(missing_ok=True)
+        self.claim.release(forget=kind is None)
 
 
 def keep_lines(path: Path, count: int) -> bytes:

@@ -21,7 +21,7 @@ from typing import IO, Any
 import orjson
 
 from polarctl import console
-from polarctl.config import Common
+from polarctl.config import Common, resolved
 from polarctl.errors import PolarctlError, RecordError, UsageError
 from polarctl.storage import compression, manifest, replace
 from polarctl.storage.claim import Claim, locked
@@ -409,7 +409,7 @@ def check_paths(config: Common, inputs: list[str]) -> None:
         for path in inputs:
             if path != "-" and target.exists() and os.path.samefile(path, target):
                 raise UsageError(f"{target}: is both input and output")
-        replace.check_unused(target, config)
+        replace.check_unused(target, resolved(config))
 
 
 def write_whole(path: Path, records: Iterable[Mapping[str, Any]], *, overwrite: bool) -> int:

@@ -22,8 +22,6 @@ from polarctl.training.loop import NotFinite, StepLog, Trainer
 from polarctl.training.options import TrainConfig
 from polarctl.training.progress import Meter, Trackers
 
-BEST = "best"
-
 
 @dataclass(kw_only=True)
 class Drive:
@@ -105,7 +103,7 @@ class Drive:
 
     def _keep_best(self) -> None:
         """Write the model beside the last one, whole or not at all."""
-        half_written = self.run.checkpoints / BEST
+        half_written = self.run.checkpoints / run_folder.BEST
         accelerator = self.trainer.engine.accelerator
         if accelerator.is_main_process:
             shutil.rmtree(half_written, ignore_errors=True)
@@ -113,7 +111,7 @@ class Drive:
         accelerator.wait_for_everyone()
         self.write(half_written)
         if accelerator.is_main_process:
-            target = self.run.folder / BEST
+            target = self.run.folder / run_folder.BEST
             shutil.rmtree(target, ignore_errors=True)
             os.replace(half_written, target)
         accelerator.wait_for_everyone()
@@ -146,5 +144,5 @@ class Drive:
         if not self.config.report_to:
             return None
         given = {key: value for key, value in resolved(self.config).items() if value is not None}
-        name = f"{self.stage}-{self.run.folder.name}"
+        name = f"{self.stage}-{self.run.target.name}"
         return Trackers(self.config.report_to, self.run.folder, given, run_name=name)

@@ -100,11 +100,8 @@ class Job:
         paths = data.on_disk(run.paths, run.checkpoints)
         identity = {**run.identity, "input_digest": run_folder.input_digest(paths)}
         run = dataclasses.replace(run, identity=identity)
-        rejects = run_folder.rejects_of(run, self.config)
-        try:
+        with run_folder.rejects_of(run, self.config) as rejects:
             _Run(self, paths, rejects).train(run)
-        finally:
-            rejects.close()
 
 
 class _Run:
@@ -128,6 +125,8 @@ class _Run:
         world = max(self.accelerator.num_processes, job.config.gpus * job.config.nnodes)
         self.source = job.source(paths, rejects)
         self.survey = state.first_says(self.accelerator, lambda: job.survey(self.source))
+        if rejects is not None:
+            rejects.read()
         if self.config.val_fraction and len(self.survey.held_out_records) < world:
             raise UsageError(
                 f"--val-fraction {self.config.val_fraction} holds out "
@@ -210,7 +209,7 @@ class _Run:
             run.same(found[1]["identity"])
             state.restore(*found, trainer)
             best = found[1].get("best")
-            console.note(f"{run.folder}: going on after step {trainer.step} of {self.plan.steps}")
+            console.note(f"{run.target}: going on after step {trainer.step} of {self.plan.steps}")
         console.note(
             f"{stage}: "
             + (f"{self.facts.triples:,} triples, " if self.facts.triples else "")
@@ -241,7 +240,7 @@ class _Run:
             f"{stage}: done after {trainer.step:,} steps in {time.monotonic() - start:.0f} s; the "
             f"last step's loss {last['last_loss']:.4f}, accuracy {last['last_accuracy']:.3f}"
         )
-        write(run.folder)
+        write(run.part())
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             counts = {

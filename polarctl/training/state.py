@@ -30,9 +30,13 @@ def save(folder: Path, trainer: Trainer, identity: dict[str, Any], **more: Any) 
         shutil.rmtree(target, ignore_errors=True)  # what a killed run has begun
         target.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    trainer.engine.save(target)
-    if accelerator.is_main_process:
-        checkpoint.commit(target, trainer.step, identity, **more)
+    try:
+        trainer.engine.save(target)
+        if accelerator.is_main_process:
+            checkpoint.commit(target, trainer.step, identity, **more)
+    except Exception:  # a full disk, mostly: what is left of it would only take room
+        shutil.rmtree(target, ignore_errors=True)
+        raise
     accelerator.wait_for_everyone()
 
 

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from backends.faulty_server import FAULTS, reward_of, serving
+from scoring.faulty_server import FAULTS, reward_of, serving
 
 from polarctl.model import reward_model
 

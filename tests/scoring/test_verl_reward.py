@@ -1,7 +1,7 @@
 """The reward function for verl, on the rows that `convert --to verl` writes."""
 
 import pytest
-from backends.faulty_server import reward_of, serving
+from scoring.faulty_server import reward_of, serving
 
 from polarctl.errors import PolarctlError
 from polarctl.formats.table import write_verl

@@ -193,7 +193,7 @@ def test_rejects_of_another_run_are_not_overwritten(triples, tiny_lm, tmp_path, 
     kept = tmp_path / "rejects.jsonl"
     kept.write_text("precious\n")
     assert train(triples, tiny_lm, tmp_path / "rm", "--rejects", str(kept)) == 2
-    assert "exists already" in capfd.readouterr().err and kept.read_text() == "precious\n"
+    assert "is not replaced" in capfd.readouterr().err and kept.read_text() == "precious\n"
 
 
 def test_gradient_checkpointing_gives_the_same_weights(triples, tiny_lm, tmp_path):

@@ -390,13 +390,14 @@ def test_somebody_elses_file_is_never_replaced(whole, tmp_path):
 
 
 @pytest.mark.parametrize("target", ["out.jsonl", "-"])
-def test_somebody_elses_rejects_file_is_refused_without_force(whole, tmp_path, target, capfd):
+def test_somebody_elses_rejects_file_is_never_replaced(whole, tmp_path, target, capfd):
     source, *_ = whole
     mine = tmp_path / "bad.jsonl"
     mine.write_text("precious\n")
     where = tmp_path / target if target != "-" else Path("-")
-    with pytest.raises(UsageError, match="bad.jsonl: exists"):
-        run(source, where, rejects=str(mine))
+    for force in (False, True):
+        with pytest.raises(UsageError, match="bad.jsonl: is not replaced: it holds no rejected"):
+            run(source, where, rejects=str(mine), force=force)
     assert mine.read_text() == "precious\n"
 
 
