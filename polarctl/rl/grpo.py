@@ -22,7 +22,7 @@ from polarctl.errors import PolarctlError, UsageError, need
 from polarctl.model import devices, reward_model
 from polarctl.policies.writer import load_causal_lm
 from polarctl.rl import rollouts
-from polarctl.rl.recorder import ROLLOUTS, Job, Recorder
+from polarctl.rl.recorder import Job, Recorder
 from polarctl.scoring.answers import REWARD_FLOOR, floor_of
 from polarctl.scoring.reward_function import PolarReward
 from polarctl.scoring.scorer import Floored, load_scorer
@@ -229,7 +229,7 @@ def _finish(job: Job, trainer: Any) -> dict[str, Any] | None:
     for name, image in rollouts.curves(entries).items():
         manifest.write_atomic(target / name, image)
     floored, floor = Floored(), floor_of(job.config.reward_floor, REWARD_FLOOR)
-    with open(target / ROLLOUTS, "rb") as stream:
+    with open(target / run_folder.ROLLOUTS, "rb") as stream:
         for row in map(orjson.loads, stream):
             floored.count(row["reward"], row.get("floored"), floor)
     floored.say(floor)
