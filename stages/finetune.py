@@ -31,6 +31,8 @@ class Config(TrainConfig):
 
 def run(config: Config) -> None:
     """Train on the input."""
-    from polarctl.training import fit
+    from polarctl.training import run as training
 
-    fit.run("finetune", config, reference_field=config.reference_field, max_response_length=4096)
+    training.run(
+        "finetune", config, reference_field=config.reference_field, max_response_length=4096
+    )

@@ -37,6 +37,6 @@ class Config(TrainConfig):
 
 def run(config: Config) -> None:
     """Train on the input."""
-    from polarctl.training import fit
+    from polarctl.training import run as training
 
-    fit.run("pretrain", config, reference_field="reference", max_response_length=5120)
+    training.run("pretrain", config, reference_field="reference", max_response_length=5120)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from polarctl.storage.run_folder import Run
 
 _FREE = frozenset({"save_steps", "micro_batch_size", "device"})
+_SOURCES = ("model", "reward_model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,14 +117,13 @@ def run(config: Config) -> None:
     # Nothing is written by it here: it knows what the policy can read.
     writer = Writer(policy, device="cpu", dtype=None, batch_size=1)
     verify = verifier(writer)
-    run_folder.run(
-        "rft",
-        config,
-        lambda run: _train(config, run, writer, verify),
-        dry_run=lambda paths: windows.dry_run("rft", config, paths, "prompt", verify=verify),
-        sources=("model", "reward_model"),
-        free=_FREE,
-    )
+    paths = windows.inputs_of("rft", config)
+    if config.dry_run:
+        windows.dry_run("rft", config, paths, "prompt", verify=verify)
+        return
+    with run_folder.opened("rft", config, paths, sources=_SOURCES, free=_FREE) as run:
+        if run is not None:
+            _train(config, run, writer, verify)
 
 
 def verifier(writer: Writer) -> Callable[[Record], None]:

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
+PIECES = ("prompt", "reference", "output")
 WRAPPERS = ("sft", "pretrain")
 CUT_SIDES = ("right", "left")
 EMPTY_RULES = ("training", "client")
@@ -50,6 +51,11 @@ class Encoded:
     truncated_prompt: bool
     truncated_reference: bool
     truncated_output: bool
+
+    @property
+    def cut(self) -> tuple[str, ...]:
+        """The pieces that were cut, of `PIECES`."""
+        return tuple(name for name in PIECES if getattr(self, f"truncated_{name}"))
 
 
 class Encoder:

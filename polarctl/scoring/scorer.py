@@ -12,10 +12,9 @@ from typing import Any, Protocol
 
 from polarctl import console
 from polarctl.errors import PolarctlError, RecordError, UsageError
+from polarctl.model.template import PIECES
 from polarctl.records import Record, outputs_of, references_of
 from polarctl.scoring.answers import AS_THEY_ARE, FAULTS, Answers
-
-PIECES = ("prompt", "reference", "output")
 
 
 @dataclass(frozen=True)
@@ -174,7 +173,7 @@ def score_ids(
         raise RecordError(str(error)) from None
     found = rewards_of([[e.ids for e in group] for group in groups])
     return [
-        Scored(value, len(e.ids), _cut(e))
+        Scored(value, len(e.ids), e.cut)
         for group, values in zip(groups, found, strict=True)
         for e, value in zip(group, values, strict=True)
     ]
@@ -269,10 +268,6 @@ class Floored(Counter[str]):
                 f"{self['below']:,} answers have a reward at the floor or below it: those without "
                 "an answer are not the worst; a lower --reward-floor"
             )
-
-
-def _cut(encoded: Any) -> tuple[str, ...]:
-    return tuple(name for name in PIECES if getattr(encoded, f"truncated_{name}"))
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:

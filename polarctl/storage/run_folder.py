@@ -124,34 +124,29 @@ def _tracked(config: Common) -> list[str]:
     return [name for tracker, name in _TRACKED.items() if tracker in asked]
 
 
-def run(
+@contextmanager
+def opened(
     stage: str,
     config: Common,
-    work: Callable[[Run], None],
+    paths: list[str],
     *,
-    dry_run: Callable[[list[str]], None],
     sources: tuple[str, ...],
     free: frozenset[str],
-) -> None:
-    """Call `work` in the output folder, unless that is complete.
+) -> Iterator[Run | None]:
+    """The output folder, held alone: a run to be done and finished, or None when it is complete.
 
-    Prints the folder on stdout. Of several processes only the first locks and prints.
+    Prints the folder on stdout at the end. Of several processes only the first locks and prints.
 
     Args:
         stage: Name of the stage.
         config: Its options.
-        work: Reads, trains and calls `Run.finish`.
-        dry_run: What `--dry-run` does with the input paths instead.
+        paths: The inputs.
         sources: Options that name a model or a tokenizer; their contents count.
         free: Options that may differ at a resume: where and how often, not what.
 
     Raises:
         UsageError: The folder is taken, or a resume does not fit.
     """
-    paths = windows.inputs_of(stage, config)
-    if config.dry_run:
-        dry_run(paths)
-        return
     if config.output == "-":
         raise UsageError("a training stage writes a folder", hint="-o DIR")
     folder = Path(config.output)
@@ -170,8 +165,8 @@ def run(
                 held.enter_context(locked(place))
         elif is_first_process():  # which says, for all, whether what they find is right
             done = _is_complete(folder, config, identity)
-        if place != folder or not done:
-            work(Run(place, folder, paths, identity, reading.sizes(paths)))
+        complete = place == folder and done
+        yield None if complete else Run(place, folder, paths, identity, reading.sizes(paths))
     if is_first_process():
         stdout().write(f"{folder}\n".encode())
 

@@ -1,6 +1,7 @@
 """The training data as a stream: any number of triples in the memory of a few.
 
     files, shuffled by epoch ─> rows, checked ─> held out or kept ─> shuffle buffer ─> this process
+    ─> token ids, made ahead of the model
 
 Nothing is written and nothing is tokenized beforehand. The order follows from the seed, the epoch
 and the files alone, so a run goes on at item N by passing over N items. Of several processes each
@@ -18,11 +19,12 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from polarctl import console, seeding
 from polarctl.errors import PolarctlError, RecordError, UsageError
-from polarctl.model.template import content_text
+from polarctl.model.template import Encoder, content_text
+from polarctl.parallel.pool import in_order
 from polarctl.records import Record
 from polarctl.storage.read import STDIN, Reader, RejectSink
 
@@ -30,6 +32,8 @@ VAL_TRIPLES = 1024  # validation triples that are kept; all that are held out st
 SAMPLE = 512  # triples that stand for the whole, for estimates
 _LOOK_FOR_VAL = 200_000  # training triples to read on for them where the data is not counted
 _SAY_EVERY = 1000  # rows
+_MESSAGE = 8  # records a message to a worker
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,3 +261,91 @@ def _copy(path: str, copy: Path) -> None:
     with contextlib.ExitStack() as stack, open(copy, "wb") as target:
         pipe = sys.stdin.buffer if path == "-" else stack.enter_context(open(path, "rb"))
         shutil.copyfileobj(pipe, target, 1 << 20)
+
+
+# -- tokenizing, ahead of the model ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Group:
+    """An encoded triple.
+
+    Attributes:
+        ids: Token ids: chosen, then the rejected ones.
+        margin: The record's own margin.
+        cut: Pieces that were longer than the template.
+    """
+
+    ids: tuple[list[int], ...]
+    margin: float = 0.0
+    cut: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TripleEncoder:
+    """From a triple to its token ids.
+
+    Attributes:
+        encoder: The reward model's template.
+        negatives: Rejected trajectories that are used at most.
+    """
+
+    encoder: Encoder
+    negatives: int = 1
+
+    def __call__(self, record: Record) -> Group:
+        """The triple's group, with one prompt budget for all of its candidates.
+
+        Raises:
+            RecordError: A text that cannot be encoded.
+        """
+        rejected = [record["rejected"], *record.get("negatives", ())][: self.negatives]
+        try:
+            found = self.encoder.report_group(
+                record["prompt"],
+                record["reference"],
+                [record["chosen"], *rejected],
+                record.get("wrapper", "sft"),
+            )
+        except ValueError as error:
+            raise RecordError(str(error), where=record.where) from None
+        cut = {piece for encoded in found for piece in encoded.cut}
+        return Group(tuple(e.ids for e in found), record.get("margin", 0.0), tuple(sorted(cut)))
+
+
+def default_workers(device_type: str, processes: int) -> int:
+    """Workers of a process, said with the reason.
+
+    Args:
+        device_type: Where the model computes: `cpu` or `cuda`.
+        processes: Processes of this machine that train.
+    """
+    cores = os.cpu_count() or 1
+    if device_type == "cpu":
+        console.choice("workers", "0", "the model computes on the same cores")
+        return 0
+    count = min(8, max(0, cores // processes - 1))
+    console.choice("workers", str(count), f"{cores} cores for {processes} training processes")
+    return count
+
+
+def encoded(
+    records: Iterator[Record], encode: Callable[[Record], T], *, workers: int, ahead: int
+) -> Iterator[T]:
+    """What `encode` gives for each record, in order; see `polarctl.parallel.pool.in_order`.
+
+    Args:
+        records: What to encode; read `ahead` records before their turn.
+        encode: A function that can be pickled; importable, not of the main program.
+        workers: Processes; 0: none beside this one.
+        ahead: Records that are under way.
+    """
+    return in_order(
+        records,
+        encode,
+        environments=[{"OMP_NUM_THREADS": "1"}] * workers,
+        ahead=ahead,
+        message=_MESSAGE,
+        task="tokenizes",
+        hint="fewer --workers need less memory; the same command goes on from the checkpoint",
+    )

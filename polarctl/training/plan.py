@@ -42,7 +42,7 @@ def look(groups: Sequence[Any], batch_tokens: int) -> Sample:
     """What some encoded triples show of the whole.
 
     Args:
-        groups: Encoded triples (`polarctl.training.encode.Group`).
+        groups: Encoded triples (`polarctl.training.data.Group`).
         batch_tokens: Tokens of a row.
     """
     spans = [span_of(group.ids) for group in groups]

@@ -16,6 +16,21 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 _WINDOW_STEPS = 50
 
 
+def peak_of(accelerator: Any, *, half: bool) -> float | None:
+    """FLOP/s of all devices of a run together at best, or None where it is not known.
+
+    Args:
+        accelerator: Knows devices and processes.
+        half: Computing in bfloat16.
+    """
+    if accelerator.device.type != "cuda":
+        return None
+    import torch
+
+    peak = flops.peak(torch.cuda.get_device_name(accelerator.device), half=half)
+    return None if peak is None else peak * accelerator.num_processes
+
+
 class Meter:
     """Tokens a second over the last steps, and the time that is left.
 

@@ -16,7 +16,7 @@ from tiny import build_tokenizer
 from polarctl.errors import PolarctlError, RecordError
 from polarctl.model.template import Encoder
 from polarctl.records import Record
-from polarctl.training.encode import Group, TripleEncoder, default_count, encoded
+from polarctl.training.data import Group, TripleEncoder, default_workers, encoded
 
 
 def records(count, start=0):
@@ -292,7 +292,7 @@ def test_triples_are_encoded_alike_in_a_worker():
 
 @pytest.mark.parametrize("processes", [1, 2, 10_000])
 def test_the_default_count_leaves_a_core_to_each_training_process(processes):
-    assert default_count("cpu", processes) == 0
-    count = default_count("cuda", processes)
+    assert default_workers("cpu", processes) == 0
+    count = default_workers("cuda", processes)
     cores = os.cpu_count()
     assert 0 <= count <= 8 and processes * (count + 1) <= max(cores, processes)
