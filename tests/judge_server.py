@@ -33,6 +33,8 @@ class JudgeServer:
         reply: A user's question to the text of the answer.
         message: Further fields of the answer's message.
         finish_reason: Of every answer.
+        named: The model that every answer names, if any.
+        models: Rows of `/v1/models`; None: there is no such list.
     """
 
     def __init__(self) -> None:
@@ -42,6 +44,8 @@ class JudgeServer:
         self.reply: Callable[[dict[str, Any]], str | None] = rule
         self.message: dict[str, Any] = {}
         self.finish_reason = "stop"
+        self.named: str | None = None
+        self.models: list[dict[str, Any]] | None = None
         self.busy = self.most_busy = 0
         self.lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("H", (_Handler,), {"own": self}))
@@ -64,6 +68,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+    def do_GET(self) -> None:
+        if self.own.models is None:
+            self._send(404, {"error": {"message": f"no {self.path}"}})
+        else:
+            self._send(200, {"data": self.own.models})
 
     def do_POST(self) -> None:
         size = int(self.headers["Content-Length"])
@@ -98,7 +108,8 @@ class _Handler(BaseHTTPRequestHandler):
             text = self.own.reply(json.loads(body["messages"][-1]["content"]))
             message = {"role": "assistant", "content": text, **self.own.message}
             choice = {"index": 0, "message": message, "finish_reason": self.own.finish_reason}
-            self._send(200, {"object": "chat.completion", "choices": [choice]})
+            named = {"model": self.own.named} if self.own.named else {}
+            self._send(200, {"object": "chat.completion", "choices": [choice], **named})
 
     def _send(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()

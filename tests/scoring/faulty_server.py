@@ -38,7 +38,8 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def do_GET(self):
-        self.reply(200, {"data": [{"id": "rm", "owned_by": self.server.kind}]})
+        row = {"id": self.server.model, "owned_by": self.server.kind}
+        self.reply(200, {"data": [{**row, "root": self.server.root}]})
 
     def do_POST(self):
         server = self.server
@@ -53,13 +54,14 @@ class Handler(BaseHTTPRequestHandler):
             return
         server.keys.add(self.headers.get("Authorization"))
         if server.refuse:
-            self.reply(400, {"error": "the model takes no such input"})
+            told = f"\x1b]0;pwned\x07\u202e{self.headers.get('Authorization')}"
+            self.reply(400, {"error": f"the model takes no such input {told}"})
             return
         with server.lock:
             fails = server.draw.random() < server.share
             fault = server.draw.choice(FAULTS) if fails else None
         given = body["text"] if server.kind == "sglang" else body["input"]
-        rewards = [reward_of(one) for one in given]
+        rewards = [reward_of(one) + server.shift for one in given]
         if server.sigmoid:
             rewards = [1 / (1 + math.exp(-r)) for r in rewards]
         with server.lock:
@@ -83,11 +85,22 @@ class Handler(BaseHTTPRequestHandler):
         if server.kind == "sglang":
             reply = [{"embedding": [r]} for r in rewards]
         else:
-            field = "probs" if server.kind == "vllm" else "data"
-            value = (lambda r: [r]) if server.kind == "vllm" else (lambda r: r)
+            field = "data" if server.kind == "lmdeploy" else "probs"
+            value = (lambda r: r) if server.kind == "lmdeploy" else (lambda r: [r])
             rows = [{"index": i, field: value(r)} for i, r in enumerate(rewards)]
             random.Random(len(rows)).shuffle(rows)  # the index says which is which
-            reply = {"data": rows}
+            reply = {"data": rows, "model": server.said or body["model"]}
+        if server.hostile is not None:
+            with server.lock:
+                # The first is the probe; then every request meets it once, or always.
+                server.seen["hostile"] += 1
+                meets = server.seen["hostile"] > 1 and (
+                    server.always or json.dumps(given) not in server.met
+                )
+                server.met.add(json.dumps(given))
+            if meets:
+                server.hostile(self, rewards)
+                return
         data = json.dumps({"hello": 1} if fault == "nonsense" else reply).encode()
         self.reply(200, data[: len(data) // 2] if fault == "torn" else data)
 
@@ -103,12 +116,23 @@ def serving(
     seconds=0.0,
     hangs=(),
     hang_s=0.0,
+    model="rm",
+    root="/models/rm",
+    shift=0.0,
+    hostile=None,
+    always=False,
 ):
-    """A server; `share` of the requests fail, each takes `seconds`, those of `hangs` for ever."""
+    """A server; `share` of the requests fail, each takes `seconds`, those of `hangs` for ever.
+
+    `hostile(handler, rewards)` answers each request once, or `always`, in place of a good reply.
+    `model`, `root`, `said` (the name in replies) and `shift` (another model's rewards) may change.
+    """
     server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     server.daemon_threads = True
     server.kind, server.share, server.sigmoid, server.refuse = kind, share, sigmoid, refuse
     server.seconds, server.hangs, server.hang_s = seconds, frozenset(hangs), hang_s
+    server.model, server.root, server.said, server.shift = model, root, None, shift
+    server.hostile, server.always, server.met = hostile, always, set()
     server.draw, server.lock = random.Random(1), threading.Lock()
     server.seen, server.keys = Counter(), set()
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
