@@ -9,8 +9,9 @@ over the whole input. Where all policies answered all prompts this is uniform; a
 prompts is drawn more often in those that it has. Drawing first the reference's policy, then the
 other, gives both roles to everybody.
 
-Two samples of one policy are often the same text, above all where answers are short. Such a triple
-teaches to look for a copy of the reference, so what becomes of it is a choice: see `EQUAL_CHOSEN`.
+Two samples of one policy are often the same text, above all where answers are short. What becomes
+of such a triple is a choice, see `EQUAL_CHOSEN`. They are kept by default: a small model learns to
+compare from copies (measured in docs/guides/training.md).
 """
 
 from __future__ import annotations
