@@ -232,7 +232,7 @@ def run(config: Config) -> None:
             yield from convert(rows, config, counts)
             out.counts.update(counts)
 
-        reader = windows.reader_of(config, paths, None, sink=out, verify=verify)
+        reader = windows.reader_of(config, paths, None, on_bad=out.reject, verify=verify)
         windows.map_windows(out, reader, work, size=WINDOW_ROWS, title="convert")
         _say(counts, out.counts["records"])
 
@@ -281,7 +281,7 @@ def _write_parquet(config: Config, paths: list[str], verify: Any) -> None:
         raise UsageError("only `--to verl` writes Parquet", hint="-o FILE.jsonl")
     counts: Counter[str] = Counter()
     with parquet.VerlFile("convert", config, reading.sizes(paths)) as out:
-        reader = windows.reader_of(config, paths, None, sink=out.sink, verify=verify)
+        reader = windows.reader_of(config, paths, None, on_bad=out.sink.reject, verify=verify)
         for window in reader.windows(WINDOW_ROWS):
             out.write(list(convert(window.records, config, counts)))
             out.counts.update(counts)

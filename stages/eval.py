@@ -95,7 +95,7 @@ def run(config: Config) -> None:
             no_reference=config.no_reference,
         )
         cuts = Cuts()
-        reader = windows.reader_of(config, paths, kind, sink=out, verify=look)
+        reader = windows.reader_of(config, paths, kind, on_bad=out.reject, verify=look)
 
         def work(window: list[Record]) -> Any:
             if scorer:

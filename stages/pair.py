@@ -23,7 +23,6 @@ from polarctl.config import Common
 
 if TYPE_CHECKING:
     from polarctl.policies.pairing import Group, Pairing
-    from polarctl.storage.windows import HeldRejects
     from polarctl.storage.write import Output
 
 READ_ROWS = 1024
@@ -85,13 +84,13 @@ def run(config: Config) -> None:
         windows.dry_run("pair", config, paths, "trajectory")
         return
     check_paths(config, paths)
-    held = windows.HeldRejects()
+    bad: list[tuple[str, str, Any]] = []
     groups = Groups(_chooser(config))
     # Not by shards: a prompt's trajectories lie apart, so prompts are dealt out, not rows.
     reader = Reader(
         paths,
         "trajectory",
-        rejects=held if config.rejects else None,
+        on_bad=(lambda *row: bad.append(row)) if config.rejects else None,
         limit=config.limit,
         verify=groups.add,
     )
@@ -109,14 +108,14 @@ def run(config: Config) -> None:
     mine = [g for g in groups if seeding.derive(0, "shard", g.id) % count == index]
     with Output("pair", config, read.sizes(paths), {"trajectories": digest}) as out:
         if not out.complete:
-            _pair(mine, pairing, held, out)
+            windows.set_aside(out, bad)
+            _pair(mine, pairing, out)
             _report(pairing, out, config)
 
 
-def _pair(groups: list[Group], pairing: Pairing, held: HeldRejects, out: Output) -> None:
+def _pair(groups: list[Group], pairing: Pairing, out: Output) -> None:
     from polarctl import console
 
-    held.pass_on(out)
     with console.progress("pair", len(groups), "prompts") as bar:
         for unit, start in enumerate(range(0, len(groups), WINDOW_PROMPTS), 1):
             window = groups[start : start + WINDOW_PROMPTS]

@@ -185,8 +185,10 @@ def run(config: Config) -> None:
     if config.dry_run:
         windows.dry_run("sample", config, paths, None, verify=verify, policies=len(policies))
         return
-    held = windows.HeldRejects()
-    reader = windows.reader_of(config, paths, None, sink=held, verify=verify)
+    bad: list[tuple[str, str, Any]] = []
+    reader = windows.reader_of(
+        config, paths, None, on_bad=lambda *row: bad.append(row), verify=verify
+    )
     check_paths(config, [*paths, *([config.pool] if config.pool else [])])
     replace.check_unused(config.output, {}, [policy.model for policy in policies])
     prompts = Prompts()
@@ -200,7 +202,7 @@ def run(config: Config) -> None:
     }
     with Output("sample", config, read.sizes(paths), identity) as out:
         if not out.complete:
-            held.pass_on(out)
+            windows.set_aside(out, bad)
             _sample(config, policies, prompts, out)
             _report(out.counts)
 

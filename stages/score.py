@@ -110,7 +110,9 @@ def run(config: Config) -> None:
         if out.complete:
             return
         environments = engines.processes(config)
-        reader = windows.reader_of(config, paths, kind_of_scorable, sink=out, verify=work.verify)
+        reader = windows.reader_of(
+            config, paths, kind_of_scorable, on_bad=out.reject, verify=work.verify
+        )
         counts = out.counts
         counts.setdefault("tokens", 0)
         counts["cuts"] = cuts = Cuts(counts.get("cuts", {}))

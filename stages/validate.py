@@ -35,19 +35,15 @@ def run(config: Config) -> None:
     from polarctl.records import find_kind, kind_of
     from polarctl.storage.read import Reader, expand, stdin_is_missing
 
-    class Sink:
-        """Says each bad row at once."""
-
-        def reject(self, where: str, reason: str, raw: Any = None) -> None:
-            """Say the place and the reason."""
-            console.error(f"{where}: {reason}")
+    def say(where: str, reason: str, raw: Any) -> None:
+        console.error(f"{where}: {reason}")
 
     if config.kind is not None:
         find_kind(config.kind)
     if stdin_is_missing(config.input):
         raise UsageError("no input: name a file or pipe records in", hint="polarctl validate -h")
     for path in expand(config.input):
-        reader = Reader([path], config.kind or kind_of, rejects=Sink())
+        reader = Reader([path], config.kind or kind_of, on_bad=say)
         good = sum(1 for _ in reader)
         if reader.bad:
             raise RecordError(f"{reader.bad:,} of {reader.rows:,} records are bad", where=path)

@@ -22,7 +22,7 @@ from polarctl.model import devices
 from polarctl.policies.pool import Policy, Sampling, find_model
 from polarctl.policies.writer import Unfit, Writer
 from polarctl.records import Record, outputs_of, prompt_id
-from polarctl.storage.read import RejectSink
+from polarctl.storage.read import OnBad
 
 
 class Judge(Protocol):
@@ -246,7 +246,7 @@ def require_principle(record: Record) -> None:
 
 
 def judge_records(
-    records: Sequence[Record], scorer: PrincipleScorer, sink: RejectSink
+    records: Sequence[Record], scorer: PrincipleScorer, on_bad: OnBad
 ) -> Iterator[dict[str, Any]]:
     """The records with what the judge says of them; those that it says nothing of are set aside.
 
@@ -256,11 +256,11 @@ def judge_records(
     Args:
         records: Records with a principle.
         scorer: Who judges.
-        sink: Takes the failures; an `Output` without `--rejects` raises RecordError.
+        on_bad: What happens to a record that cannot be scored.
     """
     for record, found in zip(records, scorer.judge(records), strict=True):
         if isinstance(found, Failure):
-            sink.reject(record.where or prompt_id(record), found.reason, dict(record))
+            on_bad(record.where or prompt_id(record), found.reason, dict(record))
             continue
         group = "candidates" in record or "chosen" in record
         scores = {"rewards": found.rewards} if group else {"reward": found.rewards[0]}

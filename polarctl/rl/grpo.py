@@ -229,7 +229,7 @@ def _finish(job: Job, trainer: Any) -> dict[str, Any] | None:
     for name, image in rollouts.curves(entries).items():
         manifest.write_atomic(target / name, image)
     floored, floor = Floored(), floor_of(job.config.reward_floor, REWARD_FLOOR)
-    with open(target / run_folder.ROLLOUTS, "rb") as stream:
+    with open(job.run.folder / run_folder.ROLLOUTS, "rb") as stream:
         for row in map(orjson.loads, stream):
             floored.count(row["reward"], row.get("floored"), floor)
     floored.say(floor)

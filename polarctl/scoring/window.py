@@ -191,7 +191,7 @@ class ScoreWork:
     def _judge(self, window: Sequence[Record], done: Done) -> None:
         from polarctl.judging.judge import judge_records
 
-        for record in judge_records(window, self._engine, done):
+        for record in judge_records(window, self._engine, done.reject):
             rewards = record["rewards"] if "rewards" in record else [record["reward"]]
             self._finish(record, rewards, done)
 

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import jsonlines
 import orjson
@@ -29,11 +29,8 @@ MAX_LINE_BYTES = 64 << 20
 STDIN = "<stdin>"  # in messages; a file of this name is a copy of it
 
 
-class RejectSink(Protocol):
-    """Where bad records go when the user asked for it."""
-
-    def reject(self, where: str, reason: str, raw: Any = None) -> None:
-        """Keep one bad record with its place and reason."""
+# What happens to a bad record: called with its place, what is wrong with it, and the row as text.
+OnBad: TypeAlias = Callable[[str, str, Any], None]
 
 
 def expand(patterns: Iterable[str]) -> list[str]:
@@ -89,7 +86,7 @@ class Reader:
         paths: Files or `-`, from `expand`.
         kind: Name of the kind that each record must be (`polarctl.records.KINDS`), or a function
             from the decoded fields to that name; None accepts any object.
-        rejects: Where bad rows go; None: the first bad row is an error.
+        on_bad: What happens to a bad row; None: the first one is an error.
         limit: Rows to read at most, or None.
         shard: (I, N): only windows with index % N == I.
         verify: Raises RecordError for a record that fits its schema but not this run.
@@ -99,7 +96,7 @@ class Reader:
 
     paths: list[str]
     kind: str | Callable[[dict[str, Any]], str] | None
-    rejects: RejectSink | None = None
+    on_bad: OnBad | None = None
     limit: int | None = None
     shard: tuple[int, int] = (0, 1)
     verify: Callable[[Record], None] | None = None
@@ -194,7 +191,7 @@ class Reader:
         """The row's record, or None for a bad row that was set aside.
 
         Raises:
-            RecordError: A bad row, and no `rejects`.
+            RecordError: A bad row, and no `on_bad`.
         """
         try:
             record = decode(line, where, self.kind)
@@ -203,9 +200,9 @@ class Reader:
             return record
         except RecordError as error:
             self.bad += 1
-            if self.rejects is None:
+            if self.on_bad is None:
                 raise _placed(error, where) from None
-            self.rejects.reject(where, error.reason, line.decode("utf-8", "replace").rstrip("\n"))
+            self.on_bad(where, error.reason, line.decode("utf-8", "replace").rstrip("\n"))
             return None
 
 

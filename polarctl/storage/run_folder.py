@@ -311,7 +311,7 @@ def read_all(
     config: Common,
     kind: str | None,
     verify: Callable[[Record], None] | None,
-    sink: Rejects,
+    rejects: Rejects,
 ) -> Run:
     """The run with all good records of its input in memory; its identity knows every byte of it.
 
@@ -320,18 +320,18 @@ def read_all(
         config: The stage's options.
         kind: Kind of the records, or None when `verify` checks it.
         verify: Raises RecordError for a record that does not fit this run.
-        sink: Where bad rows go.
+        rejects: Where bad rows go.
 
     Raises:
         RecordError: A bad row and no `--rejects`; no good row.
     """
-    reader = windows.reader_of(config, run.paths, kind, sink=sink, verify=verify)
+    reader = windows.reader_of(config, run.paths, kind, on_bad=rejects.reject, verify=verify)
     records: list[Record] = []
     digest = ""
     for window in reader.windows(_WINDOW_ROWS):
         records += window.records
         digest = window.digest
-    sink.read()
+    rejects.read()
     if not records:
         raise RecordError("no good record", where=", ".join(run.paths))
     identity = {**run.identity, "input_digest": digest} if "-" in run.paths else run.identity

@@ -11,7 +11,7 @@ from polarctl.config import Common, resolved, shard_of, shown
 from polarctl.errors import RecordError, UsageError
 from polarctl.parallel.pool import in_order, in_threads
 from polarctl.records import Record
-from polarctl.storage.read import Reader, RejectSink, Window, expand, stdin_is_missing
+from polarctl.storage.read import OnBad, Reader, Window, expand, stdin_is_missing
 from polarctl.storage.write import Output
 
 
@@ -33,14 +33,14 @@ def reader_of(
     paths: list[str],
     kind: str | Callable[[dict[str, Any]], str] | None,
     *,
-    sink: RejectSink | None = None,
+    on_bad: OnBad | None = None,
     verify: Callable[[Record], None] | None = None,
 ) -> Reader:
-    """A reader with the common options; bad records go to `sink` if `--rejects` is given."""
+    """A reader with the common options; `on_bad` is called if `--rejects` is given."""
     return Reader(
         paths,
         kind,
-        rejects=sink if config.rejects else None,
+        on_bad=on_bad if config.rejects else None,
         limit=config.limit,
         shard=shard_of(config.shard) if config.shard else (0, 1),
         verify=verify,
@@ -75,14 +75,14 @@ def map_windows(
         return
     # A window is read before its turn, and its bad rows belong to its own commit.
     waiting: deque[tuple[Window, list[Any]]] = deque()
-    held = HeldRejects()
-    if reader.rejects is not None:
-        reader.rejects = held
+    held: list[tuple[str, str, Any]] = []
+    if reader.on_bad is not None:
+        reader.on_bad = lambda *row: held.append(row)
 
     def windows() -> Iterator[list[Record]]:
         for window in reader.windows(size, done=out.done, digest=out.digest):
-            waiting.append((window, held.rows))
-            held.rows = []
+            waiting.append((window, held.copy()))
+            held.clear()
             yield window.records
 
     if threads > 1:
@@ -125,7 +125,7 @@ def dry_run(
         RecordError: There are bad rows, and no `--rejects` that would set them aside.
     """
     reader = reader_of(config, paths, kind, verify=verify)
-    reader.rejects = _Say()
+    reader.on_bad = lambda where, reason, raw: console.warn(f"{where}: {reason}")
     good = sum(1 for _ in reader)
     if reader.bad and not config.rejects:
         raise RecordError(
@@ -145,26 +145,11 @@ def dry_run(
         console.note(f"  {key}: {value}")
 
 
-class _Say:
-    """A sink for dry runs: bad rows are said, not stored."""
+def set_aside(out: Output, rows: Iterable[tuple[str, str, Any]]) -> None:
+    """Reject the bad rows of an input that was read before its output was opened.
 
-    def reject(self, where: str, reason: str, raw: Any = None) -> None:
-        """Say the place and the reason."""
-        console.warn(f"{where}: {reason}")
-
-
-class HeldRejects:
-    """Keeps bad rows of an input that is read before its output is opened."""
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[str, str, Any]] = []
-
-    def reject(self, where: str, reason: str, raw: Any = None) -> None:
-        """Keep one bad row."""
-        self.rows.append((where, reason, raw))
-
-    def pass_on(self, out: Output) -> None:
-        """Set the rows aside with the first unit of work; an earlier run may have done so."""
-        if not out.done:
-            for row in self.rows:
-                out.reject(*row)
+    They go with the first unit of work, so an earlier run may have done it.
+    """
+    if not out.done:
+        for row in rows:
+            out.reject(*row)

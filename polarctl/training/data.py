@@ -19,14 +19,14 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from polarctl import console, seeding
 from polarctl.errors import PolarctlError, RecordError, UsageError
 from polarctl.model.template import Encoder, content_text
 from polarctl.parallel.pool import in_order
 from polarctl.records import Record
-from polarctl.storage.read import STDIN, Reader, RejectSink
+from polarctl.storage.read import STDIN, OnBad, Reader
 
 VAL_TRIPLES = 1024  # validation triples that are kept; all that are held out stay out of training
 SAMPLE = 512  # triples that stand for the whole, for estimates
@@ -43,7 +43,7 @@ class Source:
     Attributes:
         paths: Files; a pipe has to be on disk first (`on_disk`).
         verify: Raises RecordError for a record that does not fit.
-        rejects: Where bad rows go; None: the first bad row is an error.
+        on_bad: What happens to a bad row; None: the first one is an error.
         limit: Rows to read at most, or None.
         val_fraction: Share of the prompts that are held out.
         seed: Seed of the order.
@@ -52,15 +52,15 @@ class Source:
 
     paths: list[str]
     verify: Callable[[Record], None]
-    rejects: RejectSink | None = None
+    on_bad: OnBad | None = None
     limit: int | None = None
     val_fraction: float = 0.0
     seed: int = 0
     window: int = 10_000
 
-    def reader(self, paths: list[str], rejects: RejectSink | None) -> Reader:
+    def reader(self, paths: list[str], on_bad: OnBad | None) -> Reader:
         """A reader of some of the files."""
-        return Reader(paths, None, rejects=rejects, limit=self.limit, verify=self.verify)
+        return Reader(paths, None, on_bad=on_bad, limit=self.limit, verify=self.verify)
 
     def holds_out(self, record: Record) -> bool:
         """Whether a record is for validation: its prompt decides, not its place or the seed."""
@@ -103,11 +103,11 @@ def survey(source: Source, *, stop_after: int | None = None) -> Survey:
             held out it reads on until validation has enough, or has had 200,000 more to find them.
 
     Raises:
-        RecordError: A bad row and no `rejects`; no good row.
+        RecordError: A bad row and no `on_bad`; no good row.
     """
     found = Survey()
     rng = seeding.rng(source.seed, "sample")
-    reader = source.reader(source.paths, source.rejects)
+    reader = source.reader(source.paths, source.on_bad)
     with console.progress("read", None, "rows") as bar:
         for number, (where, line) in enumerate(reader.lines(), 1):
             if number % _SAY_EVERY == 0:
@@ -144,7 +144,7 @@ def stream(source: Source, *, world: int, rank: int, skip: int = 0) -> Iterator[
     """This process's training records, epoch after epoch without end.
 
     Where processes read their own files, one with fewer rows begins its next epoch earlier. Bad
-    rows are passed over where there are `rejects`: the survey has set them aside.
+    rows are passed over where there is an `on_bad`: the survey has set them aside.
 
     Args:
         source: The data.
@@ -153,17 +153,18 @@ def stream(source: Source, *, world: int, rank: int, skip: int = 0) -> Iterator[
         skip: Records to pass over: those that earlier steps have used.
 
     Raises:
-        RecordError: A bad row and no `rejects`; nothing to train on for this process.
+        RecordError: A bad row and no `on_bad`; nothing to train on for this process.
     """
     by_files = 1 < world <= len(source.paths) and source.limit is None
     if world > 1:
         how = "its own files" if by_files else "every row of all files, in turn"
         console.choice("data", how, f"{len(source.paths)} files for {world} processes")
     part, parts = (rank, world) if by_files else (0, 1)
-    sink = None if source.rejects is None else _Silent()
+    # The survey has said and kept them.
+    pass_over = None if source.on_bad is None else lambda *bad: None
     position = epoch = 0
     while True:
-        for item in _epoch(source, epoch, part, parts, sink):
+        for item in _epoch(source, epoch, part, parts, pass_over):
             if by_files or position % world == rank:
                 if skip:
                     skip -= 1
@@ -177,7 +178,6 @@ def stream(source: Source, *, world: int, rank: int, skip: int = 0) -> Iterator[
                 f"no training triple for process {rank} of {world}",
                 hint="fewer processes, or files of like size",
             )
-        sink = None if sink is None else _Silent()
         epoch += 1
 
 
@@ -185,7 +185,7 @@ _Item = Callable[[], "Record | None"]
 
 
 def _epoch(
-    source: Source, epoch: int, part: int, parts: int, rejects: RejectSink | None
+    source: Source, epoch: int, part: int, parts: int, on_bad: OnBad | None
 ) -> Iterator[_Item]:
     """One pass over a share of the files, shuffled; each item is called for its record."""
     paths = list(source.paths)
@@ -193,7 +193,7 @@ def _epoch(
         seeding.rng(source.seed, "files", epoch).shuffle(paths)
     rng = seeding.rng(source.seed, "rows", epoch, part)
     buffer: list[_Item] = []
-    for item in _items(source, paths[part::parts], rejects):
+    for item in _items(source, paths[part::parts], on_bad):
         if len(buffer) < source.window:
             buffer.append(item)
             continue
@@ -204,14 +204,14 @@ def _epoch(
     yield from buffer
 
 
-def _items(source: Source, paths: list[str], rejects: RejectSink | None) -> Iterator[_Item]:
+def _items(source: Source, paths: list[str], on_bad: OnBad | None) -> Iterator[_Item]:
     """The training rows of some files.
 
     Where no row can turn out to be bad or held out, rows are only parsed when their turn comes: a
     resume passes over the others at the speed of reading.
     """
-    reader = source.reader(paths, rejects)
-    lazy = not source.val_fraction and rejects is None
+    reader = source.reader(paths, on_bad)
+    lazy = not source.val_fraction and on_bad is None
     for where, line in reader.lines():
         if lazy:
             yield lambda where=where, line=line: reader.parse(where, line)  # type: ignore[misc]
@@ -219,13 +219,6 @@ def _items(source: Source, paths: list[str], rejects: RejectSink | None) -> Iter
             record = reader.parse(where, line)
             if record is not None and not source.holds_out(record):
                 yield lambda record=record: record  # type: ignore[misc]
-
-
-class _Silent:
-    """A sink for bad rows that have been said before."""
-
-    def reject(self, where: str, reason: str, raw: Any = None) -> None:
-        """Nothing."""
 
 
 def on_disk(paths: list[str], scratch: Path) -> list[str]:

@@ -56,7 +56,7 @@ def scorer_at(server, **options):
 
 def test_scores_find_their_candidates_through_the_masks(server):
     records = [group("hi", "hi!!!", "hi!", record_id=f"r{i}") for i in range(8)]
-    found = list(judge_records(records, scorer_at(server), Strict()))
+    found = list(judge_records(records, scorer_at(server), Strict().reject))
     for record, fields in zip(records, found, strict=True):
         assert fields["rewards"] == [1.0, 4.0, 2.0]  # 1 + the number of `!`
         assert fields["ranking"] == ["policy-1", "policy-2", "policy-0"]
@@ -80,13 +80,13 @@ def test_orders_are_averaged(server):
         return json.dumps({"scores": scores, "best-to-worst": names})
 
     server.reply = first_is_best
-    (one,) = judge_records([group("a", "b", "c")], scorer_at(server), Strict())
+    (one,) = judge_records([group("a", "b", "c")], scorer_at(server), Strict().reject)
     assert sorted(one["rewards"]) == [3.0, 4.0, 5.0]
     assert len(server.bodies) == 1
-    (three,) = judge_records([group("a", "b", "c")], scorer_at(server, orders=3), Strict())
+    (three,) = judge_records([group("a", "b", "c")], scorer_at(server, orders=3), Strict().reject)
     # Over three rotations each candidate has each place once: (5 + 4 + 3) / 3.
     assert three["rewards"] == [4.0, 4.0, 4.0]
-    (two,) = judge_records([group("a", "b", "c")], scorer_at(server, orders=2), Strict())
+    (two,) = judge_records([group("a", "b", "c")], scorer_at(server, orders=2), Strict().reject)
     # Places 1 and 3, 2 and 1, 3 and 2: 8 / 2, 9 / 2, 7 / 2, whoever stood there.
     assert sorted(two["rewards"]) == [3.5, 4.0, 4.5]
     best_first = sorted(range(3), key=lambda i: -two["rewards"][i])
@@ -100,7 +100,7 @@ def test_equal_scores_are_ranked_as_the_judge_ranks_them(server):
             "best-to-worst": sorted(asked["responses"], key=asked["responses"].get),
         }
     )
-    (fields,) = judge_records([group("c", "a", "b")], scorer_at(server), Strict())
+    (fields,) = judge_records([group("c", "a", "b")], scorer_at(server), Strict().reject)
     assert fields["rewards"] == [3.0, 3.0, 3.0]
     assert fields["ranking"] == ["policy-1", "policy-2", "policy-0"]
 
@@ -112,7 +112,7 @@ def test_a_ranking_against_the_scores_is_counted_and_the_scores_count(server, ca
 
     server.reply = backwards
     scorer = scorer_at(server)
-    (fields,) = judge_records([group("hi", "hi!")], scorer, Strict())
+    (fields,) = judge_records([group("hi", "hi!")], scorer, Strict().reject)
     assert fields["ranking"] == ["policy-1", "policy-0"] and scorer.contradictions == 1
     scorer.close()
     assert "1 replies" in capsys.readouterr().err
@@ -125,13 +125,13 @@ def test_a_reply_that_cannot_be_read_sets_its_record_aside(server):
     server.reply = sometimes
     records = [group("a", "b", record_id="0"), group("a!", "b", record_id="1"), group("c", "d")]
     sink = Sink()
-    found = list(judge_records(records, scorer_at(server, orders=2), sink))
+    found = list(judge_records(records, scorer_at(server, orders=2), sink.reject))
     assert [fields["candidates"][0]["output"] for fields in found] == ["a", "c"]
     ((where, reason, raw),) = sink.rows
     assert where == "in:1" and "order 1 of 2" in reason and "no JSON object" in reason
     assert raw == records[1] and "rewards" not in raw
     with pytest.raises(RecordError, match="in:1: the judge's reply cannot be used") as caught:
-        list(judge_records(records, scorer_at(server), Strict()))
+        list(judge_records(records, scorer_at(server), Strict().reject))
     assert caught.value.exit_status == 3
 
 
@@ -149,7 +149,7 @@ def test_triples_and_single_outputs_are_judged(server):
         Record({**base, "chosen": "hi!!", "rejected": "hi"}),
         Record({**base, "output": "hi!"}),
     ]
-    triple, single = judge_records(records, scorer_at(server), Strict())
+    triple, single = judge_records(records, scorer_at(server), Strict().reject)
     assert triple["rewards"] == [3.0, 1.0] and triple["ranking"] == ["chosen", "rejected"]
     assert single["reward"] == 2.0 and single["ranking"] == ["candidate-0"]
 
@@ -188,7 +188,7 @@ def test_the_nonsense_of_a_tiny_model_is_never_a_score(judge_lm):
     judge = LocalJudge(str(judge_lm), device="cpu", dtype="float32", max_new_tokens=12)
     sink = Sink()
     records = [group("hi", "hi!", record_id=str(i)) for i in range(3)]
-    assert list(judge_records(records, PrincipleScorer(judge, orders=2), sink)) == []
+    assert list(judge_records(records, PrincipleScorer(judge, orders=2), sink.reject)) == []
     assert [where for where, _, _ in sink.rows] == ["in:0", "in:1", "in:2"]
     assert all("cannot be used (order 1 of 2)" in reason for _, reason, _ in sink.rows)
 

@@ -116,7 +116,7 @@ def test_an_unsound_line_is_refused_with_its_place(tmp_path, line, named):
 def test_an_unsound_line_is_set_aside_when_asked_for(tmp_path, line, named):
     path = write(tmp_path / "a.jsonl", b'{"n": 0}\n' + line + b'\n{"n": 2}\n')
     kept = Kept()
-    reader = Reader([path], None, rejects=kept)
+    reader = Reader([path], None, on_bad=kept.reject)
     assert numbers(reader) == [0, 2]
     assert (reader.rows, reader.bad) == (3, 1)
     ((where, reason, raw),) = kept.rows
@@ -154,7 +154,7 @@ def test_random_json_is_a_prompt_or_a_record_error(fields):
 def test_an_input_without_a_row_is_refused(tmp_path, data):
     path = write(tmp_path / "a.jsonl", data)
     with pytest.raises(RecordError) as caught:
-        list(Reader([path], None, rejects=Kept()))
+        list(Reader([path], None, on_bad=Kept().reject))
     assert str(caught.value) == f"{path}: no records"
 
 
@@ -182,7 +182,9 @@ def test_verify_refuses_what_does_not_fit_the_run(tmp_path):
         list(Reader([path], None, verify=only_even))
     assert caught.value.hint == "filter it"
     kept = Kept()
-    assert numbers(Reader([path], None, rejects=kept, verify=only_even)) == list(range(0, 23, 2))
+    assert numbers(Reader([path], None, on_bad=kept.reject, verify=only_even)) == list(
+        range(0, 23, 2)
+    )
     assert [reason for _, reason, _ in kept.rows] == ["is odd"] * 11
 
 
@@ -216,7 +218,7 @@ def test_an_over_long_line_is_refused_in_bounded_memory(tmp_path, kind):
         class Sink:
             def reject(self, where, reason, raw=None):
                 print(where, reason, len(raw))
-        print([record["n"] for record in Reader(sys.argv[1:], None, rejects=Sink())])
+        print([record["n"] for record in Reader(sys.argv[1:], None, on_bad=Sink().reject)])
     """
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program), str(path)], capture_output=True, text=True
@@ -269,7 +271,7 @@ def test_a_torn_compressed_file_is_refused_at_every_byte(tmp_path, kind):
     for size in range(5, len(whole)):
         path.write_bytes(whole[:size])
         with pytest.raises(RecordError, match="torn: cannot read on: "):
-            list(Reader([str(path)], None, rejects=Kept()))
+            list(Reader([str(path)], None, on_bad=Kept().reject))
     path.write_bytes(whole)
     assert len(list(Reader([str(path)], None))) == 40
 
@@ -284,7 +286,7 @@ def test_a_damaged_compressed_file_never_gives_a_traceback(tmp_path, kind):
         broken[position] ^= 0xFF
         path.write_bytes(broken)
         try:
-            list(Reader([str(path)], None, rejects=Kept()))
+            list(Reader([str(path)], None, on_bad=Kept().reject))
         except RecordError as error:
             assert "cannot read on" in str(error)
 
@@ -366,7 +368,7 @@ def test_windows_have_a_fixed_number_of_rows_over_all_files(tmp_path):
 def test_bad_rows_count_so_windows_do_not_shift(tmp_path):
     lines = [b"{" if n in (1, 4, 5, 6, 7) else json.dumps({"n": n}).encode() for n in range(10)]
     path = write(tmp_path / "a.jsonl", b"\n".join(lines))
-    windows = list(Reader([path], None, rejects=Kept()).windows(4))
+    windows = list(Reader([path], None, on_bad=Kept().reject).windows(4))
     assert [numbers(window.records) for window in windows] == [[0, 2, 3], [], [8, 9]]
 
 
@@ -410,9 +412,9 @@ def test_a_resume_hands_out_the_rest_and_checks_what_it_passes_over(tmp_path, do
 def test_rows_that_are_passed_over_are_not_parsed_again(tmp_path):
     path = write(tmp_path / "a.jsonl", b'{"n":0}\n{bad\n{"n":2}\n{"n":3}\n')
     kept = Kept()
-    first, second = Reader([path], None, rejects=kept).windows(2)
+    first, second = Reader([path], None, on_bad=kept.reject).windows(2)
     assert len(kept.rows) == 1
-    again = Reader([path], None, rejects=kept)
+    again = Reader([path], None, on_bad=kept.reject)
     assert list(again.windows(2, done=1, digest=first.digest)) == [second]
     assert len(kept.rows) == 1
 

@@ -297,7 +297,7 @@ def test_data_with_nothing_to_train_on_is_refused(tmp_path):
     with pytest.raises(RecordError, match="a.jsonl: no good record"):
         survey(source(empty))
     with pytest.raises(RecordError, match="b.jsonl: no good record"):
-        survey(source(bad, rejects=Kept()))
+        survey(source(bad, on_bad=Kept().reject))
 
 
 # -- bad rows -------------------------------------------------------------------------------------
@@ -316,7 +316,7 @@ def test_a_bad_row_is_an_error_with_its_place(tmp_path):
 def test_bad_rows_are_set_aside_once_and_never_trained_on(tmp_path):
     path = write(tmp_path / "a.jsonl", [0, BAD, 2, b"[]", 4])
     kept = Kept()
-    used = source(path, rejects=kept)
+    used = source(path, on_bad=kept.reject)
     found = survey(used)
     assert (found.triples, found.bad) == (3, 2)
     assert [where for where, _, _ in kept.rows] == [f"{path}:2", f"{path}:4"]
