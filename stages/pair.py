@@ -76,8 +76,9 @@ def run(config: Config) -> None:
     from polarctl.config import shard_of
     from polarctl.policies.pairing import Groups, Pairing
     from polarctl.storage import read, windows
+    from polarctl.storage.paths import check_paths
     from polarctl.storage.read import Reader
-    from polarctl.storage.write import Output, check_paths
+    from polarctl.storage.write import Output
 
     paths = windows.inputs_of("pair", config)
     if config.dry_run:

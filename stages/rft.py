@@ -173,10 +173,10 @@ def row_of(record: Record, chat: bool) -> dict[str, Any]:
 
 
 def _train(config: Config, run: Run, writer: Writer, verify: Callable[[Record], None]) -> None:
-    from polarctl.storage import run_folder
+    from polarctl.storage.rejects import read_all, rejects_of
 
-    with run_folder.rejects_of(run, config) as rejects:
-        _improve(config, run_folder.read_all(run, config, "prompt", verify, rejects), writer)
+    with rejects_of(run, config) as rejects:
+        _improve(config, read_all(run, config, "prompt", verify, rejects), writer)
 
 
 def _improve(config: Config, run: Run, writer: Writer) -> None:

@@ -177,7 +177,8 @@ def run(config: Config) -> None:
     """Sample every prompt from every policy, one policy loaded at a time."""
     from polarctl.policies.prompts import Prompts, prompt_in
     from polarctl.storage import manifest, read, replace, windows
-    from polarctl.storage.write import Output, check_paths
+    from polarctl.storage.paths import check_paths
+    from polarctl.storage.write import Output
 
     paths = windows.inputs_of("sample", config)
     policies = policies_of(config)

@@ -12,9 +12,8 @@ from pathlib import Path
 
 from polarctl import cli, console
 from polarctl.errors import Interrupted, RecordError
-from polarctl.parallel import launcher
+from polarctl.parallel import launcher, stopping
 from polarctl.parallel import rank as adopted
-from polarctl.storage import run_folder
 
 PATIENCE_S = 1.0
 
@@ -23,7 +22,7 @@ def work(task, place):
     rank = int(os.environ["RANK"])
     name, _, value = task.partition(":")
     if name == "wait":  # as the training loop does
-        with run_folder.StopFlag() as stop:
+        with stopping.StopFlag() as stop:
             (place / f"pid.{rank}").write_text(str(os.getpid()))
             while not stop.asked:
                 time.sleep(0.01)

@@ -13,7 +13,8 @@ from typing import Any
 from polarctl.config import Common
 from polarctl.errors import UsageError, need
 from polarctl.storage import manifest, replace
-from polarctl.storage.write import Output, check_paths
+from polarctl.storage.paths import check_paths
+from polarctl.storage.write import Output
 
 
 def require_pyarrow() -> Any:

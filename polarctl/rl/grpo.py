@@ -20,6 +20,7 @@ import transformers
 from polarctl import console, seeding
 from polarctl.errors import PolarctlError, UsageError, need
 from polarctl.model import devices, reward_model
+from polarctl.parallel import stopping
 from polarctl.policies.writer import load_causal_lm
 from polarctl.rl import rollouts
 from polarctl.rl.recorder import Job, Recorder
@@ -80,7 +81,7 @@ def train(job: Job) -> dict[str, Any] | None:
     with recorder.open(done), _plain_errors(job), threads, safely:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if trainer.state.global_step < job.steps:
-        raise run_folder.stopped(recorder.stopped_by, trainer.state.global_step, job.steps)
+        raise stopping.stopped(recorder.stopped_by, trainer.state.global_step, job.steps)
     if reward.truncated:
         console.warn(
             f"{reward.truncated:,} of {reward.scored:,} rollouts were scored with an input longer "

@@ -15,6 +15,7 @@ import transformers
 from polarctl import console, seeding
 from polarctl.errors import PolarctlError, UsageError
 from polarctl.model.template import content_text
+from polarctl.parallel import stopping
 from polarctl.policies.pool import Policy
 from polarctl.rl.rollouts import Rollout, record_of, step_entry
 from polarctl.scoring.reward_function import normalise
@@ -91,7 +92,7 @@ class Recorder(transformers.TrainerCallback):
 
     def __init__(self, job: Job):
         self.job = job
-        self.stop = run_folder.StopFlag()
+        self.stop = stopping.StopFlag()
         self.stopped_by = 0
         self.warned = False
 

@@ -14,26 +14,22 @@ import contextlib
 import dataclasses
 import os
 import shutil
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
 
 from polarctl import console
 from polarctl.config import Common, resolved
-from polarctl.errors import Interrupted, RecordError, UsageError
+from polarctl.errors import UsageError
 from polarctl.records import Record
-from polarctl.storage import checkpoint, claim, manifest, replace, windows
-from polarctl.storage import read as reading
+from polarctl.storage import checkpoint, claim, manifest, read, replace
 from polarctl.storage.fingerprint import difference, header
-from polarctl.storage.write import check_paths, stdout
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from polarctl.storage.paths import check_paths
+from polarctl.storage.write import stdout
 
 METRICS = "metrics.jsonl"
 ROLLOUTS = "rollouts.jsonl"
@@ -41,7 +37,6 @@ BEST = "best"
 _CHECKPOINTS = "checkpoints"
 _PART, _NAMES = "final", "final.json"  # in it: the files of the result, and their names
 _TRACKED = {"tensorboard": "runs", "wandb": "wandb"}
-_WINDOW_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -166,7 +161,7 @@ def opened(
         elif is_first_process():  # which says, for all, whether what they find is right
             done = _is_complete(folder, config, identity)
         complete = place == folder and done
-        yield None if complete else Run(place, folder, paths, identity, reading.sizes(paths))
+        yield None if complete else Run(place, folder, paths, identity, read.sizes(paths))
     if is_first_process():
         stdout().write(f"{folder}\n".encode())
 
@@ -205,7 +200,7 @@ def _identity(
     sources = {
         name: manifest.folder_identity(path) for name in names if (path := getattr(config, name))
     }
-    plain = header(stage, config, reading.sizes(paths), sources)
+    plain = header(stage, config, read.sizes(paths), sources)
     dropped = free | set(names)
     kept = {key: value for key, value in plain.items() if key not in dropped or key in sources}
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -250,7 +245,7 @@ def _is_complete(folder: Path, config: Common, identity: dict[str, Any]) -> bool
 def _is_copy(path: Path) -> bool:
     """Whether this is a folder of checkpoints that holds at most copies of piped input."""
     return path.name == _CHECKPOINTS and all(
-        inside.is_file() and (inside.name == reading.STDIN or inside.name.startswith("pipe-"))
+        inside.is_file() and (inside.name == read.STDIN or inside.name.startswith("pipe-"))
         for inside in path.iterdir()
     )
 
@@ -306,101 +301,6 @@ def _prepare(place: Path, folder: Path, config: Common, identity: dict[str, Any]
     (place / replace.MANIFEST).unlink(missing_ok=True)
 
 
-def read_all(
-    run: Run,
-    config: Common,
-    kind: str | None,
-    verify: Callable[[Record], None] | None,
-    rejects: Rejects,
-) -> Run:
-    """The run with all good records of its input in memory; its identity knows every byte of it.
-
-    Args:
-        run: A run that has read nothing.
-        config: The stage's options.
-        kind: Kind of the records, or None when `verify` checks it.
-        verify: Raises RecordError for a record that does not fit this run.
-        rejects: Where bad rows go.
-
-    Raises:
-        RecordError: A bad row and no `--rejects`; no good row.
-    """
-    reader = windows.reader_of(config, run.paths, kind, on_bad=rejects.reject, verify=verify)
-    records: list[Record] = []
-    digest = ""
-    for window in reader.windows(_WINDOW_ROWS):
-        records += window.records
-        digest = window.digest
-    rejects.read()
-    if not records:
-        raise RecordError("no good record", where=", ".join(run.paths))
-    identity = {**run.identity, "input_digest": digest} if "-" in run.paths else run.identity
-    return dataclasses.replace(run, identity=identity, records=tuple(records), bad=reader.bad)
-
-
-def rejects_of(run: Run, config: Common) -> Rejects:
-    """Where a training stage's bad rows go; of several processes the first one keeps them.
-
-    Raises:
-        UsageError: There is a file already, and no run of this folder has written it.
-    """
-    if not config.rejects or not is_first_process():
-        return Rejects(None, run, force=False)
-    return Rejects(config.rejects, run, force=config.force)
-
-
-class Rejects:
-    """Bad records of a training stage, with reasons; written anew whenever the run goes on.
-
-    Args:
-        path: The file, or None to keep nothing.
-        run: Whose they are.
-        force: Replace rejected records of an earlier run.
-
-    Raises:
-        UsageError: The file is another's.
-    """
-
-    def __init__(self, path: str | None, run: Run, *, force: bool):
-        self.claim: claim.Claim | None = None
-        self.stream: IO[bytes] | None = None
-        if path is None:
-            return
-        self.path = Path(os.path.realpath(path))
-        self.claim = claim.Claim(path, str(run.target), begun=False, force=force, rewritten=True)
-        self.late = run.folder != run.target  # those of the old result keep their place, too
-        self.part = replace.next_to(path)
-        self.stream = open(self.part, "wb")
-
-    def reject(self, where: str, reason: str, raw: Any = None) -> None:
-        """Keep one bad record."""
-        if self.stream is not None:
-            line = orjson.dumps({"where": where, "reason": reason, "record": raw})
-            self.stream.write(line + b"\n")
-
-    def read(self) -> None:
-        """All rows are read: the file is whole."""
-        if self.stream is not None:
-            self.stream.close()
-            self.stream = None
-            if not self.late:
-                os.replace(self.part, self.path)
-
-    def __enter__(self) -> Rejects:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Give the file up; a run that goes on later takes it again."""
-        if self.claim is None:
-            return
-        if self.stream is not None:
-            self.stream.close()
-        if kind is None and self.late:
-            os.replace(self.part, self.path)
-        self.part.unlink(missing_ok=True)
-        self.claim.release(forget=kind is None)
-
-
 def keep_lines(path: Path, count: int) -> bytes:
     """Cut a file to its first lines, made if needed, and give the last that is kept.
 
@@ -428,58 +328,3 @@ def open_to_umask(folder: Path) -> None:
     for file in folder.iterdir():
         if file.is_file():
             file.chmod(0o666 & ~umask)
-
-
-class StopFlag:
-    """SIGTERM or Ctrl-C lets the step in hand finish, so that what is saved is whole.
-
-    A second Ctrl-C ends the process at once.
-
-    Attributes:
-        asked: Number of the signal that asks to stop; 0: none has.
-    """
-
-    asked = 0
-
-    def _ask(self, number: int, frame: Any) -> None:
-        if number == signal.SIGINT:
-            if self.asked == signal.SIGINT:
-                os._exit(130)
-            console.note_at_once("stopping after this step; Ctrl-C again ends it at once")
-        self.asked = number
-
-    def __enter__(self) -> StopFlag:
-        self.before = {
-            number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)
-        }
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def agreed(self, add: Callable[[Tensor], Tensor] | None, device: Any) -> int:
-        """The signal that any process of the run was sent: all stop after the same step.
-
-        Args:
-            add: Sums a tensor over all processes; None: there is one process.
-            device: Where that tensor has to be.
-        """
-        if add is None:
-            return self.asked
-        import torch
-
-        signals = (signal.SIGINT, signal.SIGTERM)
-        seen = torch.tensor([float(self.asked == number) for number in signals], device=device)
-        found = [number for number, count in zip(signals, add(seen).tolist(), strict=True) if count]
-        return found[0] if found else 0
-
-
-def stopped(number: int, step: int, steps: int) -> Interrupted:
-    """The error of a training run that a signal has stopped after a step; its state is saved."""
-    by_hand = number == signal.SIGINT
-    return Interrupted(
-        f"stopped by {'Ctrl-C' if by_hand else 'SIGTERM'} after step {step} of {steps}",
-        hint="the same command goes on from here",
-        exit_status=130 if by_hand else 75,
-    )

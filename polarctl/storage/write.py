@@ -21,15 +21,17 @@ from typing import IO, Any
 import orjson
 
 from polarctl import console
-from polarctl.config import Common, resolved
+from polarctl.config import Common
 from polarctl.errors import PolarctlError, RecordError, UsageError
 from polarctl.storage import compression, manifest, replace
+from polarctl.storage import journal as journals
 from polarctl.storage.claim import Claim, locked
 from polarctl.storage.fingerprint import changed_since, difference, header
 from polarctl.storage.growing_file import Track
+from polarctl.storage.paths import check_paths
 
 _BLOCK_BYTES = 1 << 20
-# The real stdout, kept apart by the command line so that no library can write into the records.
+# The real stdout, so that no library can write into the records.
 records_out: IO[bytes] | None = None
 
 
@@ -109,9 +111,7 @@ class Output:
             if not config.force:
                 raise UsageError(
                     f"{path}: exists and is not an interrupted output of this command",
-                    hint="name another output"
-                    if not self._mark.exists()
-                    else "pass --force to replace it",
+                    hint="name another output",
                 )
             replace.check_file(path, self._mark)
             self._replacing, journal = True, replacement
@@ -124,11 +124,7 @@ class Output:
             raise
 
     def _finish_swap(self, path: str, journal: Path) -> bool:
-        """Do what is left of a run with `--force` that was killed while its files changed places.
-
-        Returns:
-            Whether there was something left to do.
-        """
+        """Do what a killed run with `--force` has left to do; whether there was something."""
         if not journal.exists():
             return False
         try:
@@ -137,9 +133,11 @@ class Output:
             if self.config.force:
                 raise
             return False  # it is at work; what it is to replace is still in its place
-        entries = self._read_journal()
+        entries = journals.read(self._journal)
         if entries and "swap" in entries[-1]:
-            _swap(entries[-1]["swap"])
+            journals.swap(entries[-1]["swap"])
+            for _, old in entries[-1]["swap"]:
+                Path(f"{old}.journal").unlink(missing_ok=True)  # the claim on its rejects
             journal.unlink()
         self._journal.close()
         self._journal = None
@@ -154,24 +152,6 @@ class Output:
         self.counts = orjson.loads(self._mark.read_bytes())["counts"]
         self.complete = True
 
-    def _read_journal(self) -> list[dict[str, Any]]:
-        """The journal's sound lines: the header, then one entry per finished unit."""
-        assert self._journal is not None
-        self._journal.seek(0)
-        entries: list[dict[str, Any]] = []
-        for line in self._journal.read().splitlines(keepends=True):
-            try:
-                entry = orjson.loads(line)
-            except orjson.JSONDecodeError:
-                break
-            known = isinstance(entry, dict) and (
-                bool({"done", "swap"} & entry.keys()) if entries else "stage" in entry
-            )
-            if not known or not line.endswith(b"\n"):
-                break
-            entries.append(entry)
-        return entries
-
     def _restore(self, path: str) -> None:
         """Cut files and journal back to the last unit that all of them agree on.
 
@@ -181,10 +161,10 @@ class Output:
         """
         assert self._journal is not None
         config = self.config
-        entries = self._read_journal()
+        entries = journals.read(self._journal)
         changed = difference(entries[0], self._header) if entries else ""
         again = config.force and (changed or not self._replacing)
-        if changed and len(entries) > 1 and not again:
+        if changed and len(entries) > 1 and config.resume and not again:
             raise UsageError(f"cannot resume {path}: {changed}", hint="pass --force to start again")
         units = entries[1:]
         self._file = Track(path, replacing=self._replacing)
@@ -211,7 +191,7 @@ class Output:
             self._mark.unlink(missing_ok=True)  # the output is not complete any more
         if last is None:
             self._journal.truncate(0)
-            self._add_to_journal(self._header)
+            journals.add(self._journal, self._header)
         else:
             self._journal.seek(0)
             lines = self._journal.read().splitlines(keepends=True)[: good + 1]
@@ -228,12 +208,6 @@ class Output:
             f"{path}: going on after {self.counts['records']:,} records "
             f"({self.done:,} units of work)"
         )
-
-    def _add_to_journal(self, entry: dict[str, Any]) -> None:
-        assert self._journal is not None
-        self._journal.write(orjson.dumps(entry) + b"\n")
-        self._journal.flush()
-        os.fsync(self._journal.fileno())
 
     # -- writing ---------------------------------------------------------------------------------
 
@@ -282,8 +256,9 @@ class Output:
         tracks = [track for track in (self._file, self._rejects) if track is not None]
         for track in tracks:
             track.flush()
-        if self._file is not None:
-            self._add_to_journal(
+        if self._journal is not None and self._file is not None:
+            journals.add(
+                self._journal,
                 {
                     "done": self.units,
                     "digest": digest,
@@ -291,7 +266,7 @@ class Output:
                     "rejects": self._rejects
                     and (self._rejects.size, self._rejects.hash.hexdigest()),
                     "counts": self.counts,
-                }
+                },
             )
         for track in tracks:
             if track.size and not track.replacing:
@@ -359,22 +334,13 @@ class Output:
             manifest.write(mark, {**record, "fingerprint": self._header})
             if self._replacing:
                 swap.append((str(mark), os.path.realpath(self._mark)))
-        if self._journal is not None and swap:
-            # From here on another run can do what this one does not come to do.
-            self._add_to_journal({"swap": swap})
-        _swap(swap)
+        if self._journal is not None:  # another run can do what this one does not come to do
+            journals.add(self._journal, {"swap": swap})
+        journals.swap(swap)
         for track in tracks:
             track.path = track.final
         if self.counts["rejects"]:
             console.warn(f"{self.counts['rejects']:,} records set aside in {self.config.rejects}")
-
-
-def _swap(pairs: list[Any]) -> None:
-    """Give new files the places of old ones, each in one step; the manifest is the last."""
-    for new, old in pairs:
-        if os.path.exists(new):
-            os.replace(new, old)
-            manifest.sync_folder(Path(old).parent)
 
 
 def _dumps(record: Any) -> bytes:
@@ -382,34 +348,6 @@ def _dumps(record: Any) -> bytes:
         return orjson.dumps(record)
     except TypeError as error:
         raise PolarctlError(f"a record cannot be written as JSON: {error}") from None
-
-
-def check_paths(config: Common, inputs: list[str]) -> None:
-    """Refuse an output that is an input or another output, or that cannot be written.
-
-    Raises:
-        UsageError: Says which and why.
-    """
-    named = (config.output, config.rejects, config.manifest)
-    targets = [Path(path) for path in named if path and path != "-"]
-    for number, target in enumerate(targets):
-        try:
-            replace.next_to(f"{target}.manifest.json.tmp").exists()  # the longest name
-        except OSError as error:
-            raise UsageError(f"{target}: cannot be written: {error.strerror}") from None
-        folder = target.parent
-        if any(target.resolve() == other.resolve() for other in targets[:number]):
-            raise UsageError(f"{target}: is named for two outputs")
-        if target.exists() and not target.is_file():
-            raise UsageError(f"{target}: is not a regular file", hint="`-o -` writes to stdout")
-        if not folder.is_dir():
-            raise UsageError(f"{folder}: no such folder", hint=f"mkdir -p {folder}")
-        if not os.access(target if target.exists() else folder, os.W_OK):
-            raise UsageError(f"{target}: cannot be written")
-        for path in inputs:
-            if path != "-" and target.exists() and os.path.samefile(path, target):
-                raise UsageError(f"{target}: is both input and output")
-        replace.check_unused(target, resolved(config))
 
 
 def write_whole(path: Path, records: Iterable[Mapping[str, Any]], *, overwrite: bool) -> int:

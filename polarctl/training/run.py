@@ -20,9 +20,10 @@ import orjson
 from polarctl import console
 from polarctl.config import resolved
 from polarctl.errors import RecordError, UsageError
-from polarctl.parallel import launcher
+from polarctl.parallel import launcher, stopping
 from polarctl.records import Record, Triple, check
 from polarctl.storage import checkpoint, run_folder, windows
+from polarctl.storage import rejects as reject_file
 from polarctl.training import data
 from polarctl.training.options import TrainConfig
 
@@ -71,7 +72,7 @@ def run(stage: str, config: TrainConfig, *, reference_field: str, max_response_l
         paths = data.on_disk(paths, folder.checkpoints)
         identity = {**folder.identity, "input_digest": run_folder.input_digest(paths)}
         folder = dataclasses.replace(folder, identity=identity)
-        with run_folder.rejects_of(folder, config) as rejects:
+        with reject_file.rejects_of(folder, config) as rejects:
             train(prepare(job, paths, rejects), folder)
 
 
@@ -132,7 +133,7 @@ class Known:
         return self.survey.triples if self.survey.complete else None
 
 
-def prepare(job: Job, paths: list[str], rejects: run_folder.Rejects | None = None) -> Known:
+def prepare(job: Job, paths: list[str], rejects: reject_file.Rejects | None = None) -> Known:
     """Check the options, look at the data, load the model, choose what was not given.
 
     Args:
@@ -331,7 +332,7 @@ def _steps(
     several = accelerator.reduce if accelerator.num_processes > 1 else None
     with (
         open(metrics if first else os.devnull, "ab") as log,
-        run_folder.StopFlag() as stop,
+        stopping.StopFlag() as stop,
         console.progress(known.job.stage, total, "steps") as bar,
     ):
         try:
@@ -358,7 +359,7 @@ def _steps(
                         os.fsync(log.fileno())
                     _save(folder, trainer, best)
                 if asked:
-                    raise run_folder.stopped(asked, entry.step, total)
+                    raise stopping.stopped(asked, entry.step, total)
         except NotFinite as error:
             log.write(orjson.dumps(error.figures) + b"\n")
             raise

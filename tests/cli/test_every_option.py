@@ -471,14 +471,14 @@ def world(tmp_path_factory, tiny_rm):
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from polarctl import model
+    from polarctl.model import reward_model
 
     folder = tmp_path_factory.mktemp("world")
     build_lm(folder / "lm", seed=1)
     build_lm(folder / "chat", chat=True, seed=2)
     (folder / "rm").symlink_to(tiny_rm)
     torch.manual_seed(9)
-    made = model.create(base=str(folder / "chat"))
+    made = reward_model.create(base=str(folder / "chat"))
     torch.nn.init.normal_(made.model.score.weight)
     made.save(folder / "other-rm")
     chat = AutoModelForSequenceClassification.from_pretrained(folder / "chat", num_labels=1)

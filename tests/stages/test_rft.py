@@ -162,7 +162,7 @@ class Killed(BaseException):
     """Ends a run as a crash does: nothing more is written."""
 
 
-@pytest.mark.parametrize("how", ["sigterm", "crash"])
+@pytest.mark.parametrize("how", ["sigterm", "ctrl-c", "crash"])
 def test_a_stopped_run_goes_on_to_the_same_bytes(
     how, finished, tiny_lm, reward_model, prompts, tmp_path, monkeypatch
 ):
@@ -170,18 +170,19 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
 
     folder, options = tmp_path / "stopped", ("--kl-coef", "0.05")
     on_log = Recorder.on_log
+    signals = {"sigterm": (signal.SIGTERM, 75), "ctrl-c": (signal.SIGINT, 130)}
 
     def stop(self, args, state, control, logs=None, **more):
         on_log(self, args, state, control, logs=logs, **more)
         if how == "crash" and state.global_step == 2:
             raise Killed  # the second step is written but has no checkpoint
-        if how == "sigterm" and state.global_step == 1 and "loss" in logs:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if how in signals and state.global_step == 1 and "loss" in logs:
+            os.kill(os.getpid(), signals[how][0])
 
     with monkeypatch.context() as patch:
         patch.setattr(Recorder, "on_log", stop)
-        if how == "sigterm":
-            assert run(prompts, tiny_lm, reward_model, folder, *options) == 75
+        if how in signals:
+            assert run(prompts, tiny_lm, reward_model, folder, *options) == signals[how][1]
         else:
             with pytest.raises(Killed):
                 run(prompts, tiny_lm, reward_model, folder, *options)
