@@ -120,8 +120,10 @@ def shared_prefix_attention(
     Raises:
         NotImplementedError: The model asks for something that is not done here.
     """
-    if polar_layout is None or attention_mask is not None:
-        raise NotImplementedError("this attention is for rows with a layout and without a mask")
+    if polar_layout is None:
+        raise NotImplementedError("the model does not hand the row's layout to its attention")
+    if attention_mask is not None:
+        raise NotImplementedError("the model gives its attention a mask")
     for name in ("softcap", "s_aux", "attention_sinks"):
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"the model's attention needs `{name}`")

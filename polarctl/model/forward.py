@@ -8,7 +8,7 @@ Shapes: T tokens of a row, R candidates, E width of the model.
 
 from __future__ import annotations
 
-import sys
+import random
 from collections.abc import Hashable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,16 +19,17 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from polarctl.errors import UsageError
-from polarctl.model import attention
+from polarctl import console
+from polarctl.errors import PolarctlError
+from polarctl.model import attention, miniature
 from polarctl.model.attention import Layout
 from polarctl.model.head import head
+from polarctl.model.last_layer import TYPES, at_rewards
 from polarctl.model.packing import Row, alone, pack
 from polarctl.model.positions import Kind, kind_of_length, of_own_length
-from polarctl.model.reward_model import rewards
+from polarctl.model.reward_model import first_line, rewards
 
-_LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
-_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,45 +56,44 @@ class RowInput:
         )
 
 
+class CannotShare(PolarctlError):
+    """A model's rewards change when prefixes are shared."""
+
+
 class Packed(nn.Module):
     """Rewards of a row's candidates. The classifier's attention is exchanged for as long as it is.
 
     Args:
         classifier: A `...ForSequenceClassification` with one label.
-        reward_only: Compute the last layer at reward tokens alone, where it is built for that.
+        reward_only: Compute the last layer at reward tokens alone, where its type is known.
+        checked: First compare with the plain formulation, on a miniature of the model.
 
     Raises:
-        UsageError: Its attention cannot be exchanged, or gives something else then.
+        CannotShare: Its attention cannot be exchanged, or gives something else then.
     """
 
-    def __init__(self, classifier: Any, *, reward_only: bool = True):
+    def __init__(self, classifier: Any, *, reward_only: bool = True, checked: bool = True):
         super().__init__()
         transformers.AttentionInterface.register(attention.NAME, attention.shared_prefix_attention)
         self.classifier = classifier
         if classifier.config._attn_implementation == attention.NAME:  # exchanged before
             classifier.set_attn_implementation("sdpa")
-            for layer in _last_layer(classifier):
+            for layer in getattr(classifier.base_model, "layers", ()):
                 layer.__dict__.pop("forward", None)
         self._before = classifier.config._attn_implementation
         # In a tuple, or it would count as a part of this module once more.
-        self._last = _last_layer(classifier) if reward_only else ()
-        training = classifier.training
-        classifier.eval()
+        self._last: tuple[Any, ...] = ()
+        if reward_only and classifier.config.model_type in TYPES:
+            self._last = (classifier.base_model.layers[-1],)
+        if checked and (why := _difference(classifier, reward_only)):
+            kind = classifier.config.model_type
+            raise CannotShare(f"a `{kind}` model cannot share prefixes: {why}")
         try:
-            wanted = _plain_states(classifier)
-            self._exchange()
-            why = "" if _close(_packed_states(classifier), wanted) else "its values change with it"
-        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-            why = str(error)  # NotImplementedError, of our own attention, is a RuntimeError
-        classifier.train(training)
-        if why:
-            self.restore()
-            raise _unsupported(classifier, why)
-
-    def _exchange(self) -> None:
-        self.classifier.set_attn_implementation(attention.NAME)
+            classifier.set_attn_implementation(attention.NAME)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise CannotShare(str(error)) from error
         for layer in self._last:
-            layer.forward = partial(_at_rewards, layer)
+            layer.forward = partial(at_rewards, layer)
 
     def restore(self) -> None:
         """Give the classifier its own attention and last layer back."""
@@ -155,108 +155,170 @@ def _kinds(layout: Layout, kind: Kind) -> tuple[list[Hashable], Tensor]:
     return found, torch.arange(len(sizes)).repeat_interleave(sizes)[None]
 
 
-# -- the last layer -------------------------------------------------------------------------------
-
-
-def _last_layer(classifier: Any) -> tuple[Any, ...]:
-    """The last layer, if it is built as `_at_rewards` computes it; else nothing."""
-    layers = getattr(classifier.base_model, "layers", None)
-    if not layers:
-        return ()
-    last = layers[-1]
-    parts = {name for name, _ in last.named_children()}
-    if parts != _LAYER or not {n for n, _ in last.self_attn.named_children()} <= _ATTENTION:
-        return ()
-    own, config = last.self_attn, classifier.config
-    # Which layers have a window is only known where the layer says it, or all have one.
-    told = hasattr(own, "sliding_window") or config.model_type == "mistral"
-    return (last,) if told or getattr(config, "sliding_window", None) is None else ()
-
-
-def _at_rewards(
-    layer: Any,
-    hidden: Tensor,
-    *,
-    position_embeddings: tuple[Tensor, Tensor],
-    polar_layout: Layout,
-    **_: Any,
-) -> Tensor:
-    """The last layer at reward tokens alone: keys and values of all, everything else of those.
+def module_of(classifier: Any, *, shared: bool = True) -> Packed | Padded:
+    """The fastest way that gives a model's own rewards; what had to be left out is said.
 
     Args:
-        layer: A decoder layer of the Llama kind (pre-norm, gated MLP or any other).
-        hidden: Shape: (1, T, E).
-        position_embeddings: Cosines and sines of the rotary embedding.
-        polar_layout: The row's layout.
-
-    Returns:
-        Shape: (1, R, E).
+        classifier: A `...ForSequenceClassification` with one label.
+        shared: Share prefixes, if its rewards stay what they are.
     """
-    own, ends = layer.self_attn, polar_layout.ends
-    normed = layer.input_layernorm(hidden)
+    if not shared:
+        return _padded(classifier)
+    kind = classifier.config.model_type
+    try:
+        packed = Packed(classifier)
+        if not packed.reward_only:
+            reason = f"`{kind}` is not among the types that are tested without the other tokens"
+            console.choice("last layer", "whole", reason)
+        return packed
+    except CannotShare as error:
+        if kind in TYPES:
+            try:
+                packed = Packed(classifier, reward_only=False)
+                console.choice("last layer", "whole", str(error))
+                return packed
+            except CannotShare as other:
+                error = other
+        console.choice("attention", "whole sequences, padded", str(error))
+        return _padded(classifier)
 
-    def heads(states: Tensor, norm: str) -> Tensor:
-        states = states.view(*states.shape[:2], -1, own.head_dim)
-        return (getattr(own, norm)(states) if hasattr(own, norm) else states).transpose(1, 2)
 
-    query = heads(own.q_proj(normed[:, ends]), "q_norm")
-    key = heads(own.k_proj(normed), "k_norm")
-    value = heads(own.v_proj(normed), "")
-    rotate = sys.modules[type(own).__module__].apply_rotary_pos_emb
-    cos, sin = position_embeddings
-    query = rotate(query, query, cos[:, ends], sin[:, ends])[0]
-    key = rotate(key, key, cos, sin)[1]
-    found = attention.attend(
-        query,
-        key,
-        value,
-        polar_layout,
-        scaling=own.scaling,
-        dropout=own.attention_dropout if layer.training else 0.0,
-        window=getattr(own, "sliding_window", getattr(own.config, "sliding_window", None)),
-        at_rewards=True,
-    )
-    picked = hidden[:, ends] + own.o_proj(found.transpose(1, 2).flatten(2))
-    out: Tensor = picked + layer.mlp(layer.post_attention_layernorm(picked))
-    return out
+def _padded(classifier: Any) -> Padded:
+    """Whole sequences, by a kernel that does what the model's own code does.
+
+    transformers lets some models run with a kernel that leaves out what it cannot do, such as the
+    soft caps of Gemma 2.
+    """
+    before = classifier.config._attn_implementation
+    if before == "sdpa" and (why := _difference_of_kernel(classifier, before)):
+        classifier.set_attn_implementation("eager")
+        console.choice("attention kernel", "eager", f"by `{before}` {why}")
+    return Padded(classifier)
 
 
 # -- the probe ------------------------------------------------------------------------------------
-# Two groups, so that every kind of seam is there: prefix to candidate, candidate to candidate,
-# group to group. Whatever a model does with positions, masks or scales, it shows here.
+# Whatever a model does with positions, masks, windows or scales must show here: groups with and
+# without a prefix, shorter and longer than a miniature's windows and context, and across the limit;
+# every kind of seam.
 
-_PROBE = [[[3, 1, 4, 1, 5, 9], [3, 1, 4, 2, 6]], [[2, 7, 1, 8, 2], [2, 7, 1, 8, 1, 8, 2]]]
+_EXACT = 1e-9  # relative, in float64
+_ON_WEIGHTS = {torch.float64: 1e-9, torch.float32: 1e-5}  # relative; else 2e-2
+_LONGEST = 2048  # tokens of a text for a model's own weights
+
+
+def _groups(beyond: int) -> list[list[list[int]]]:
+    """Random groups, the longest of which pass a number of tokens by far."""
+    draw = random.Random(0)
+
+    def ids(count: int) -> list[int]:
+        return [draw.randrange(3, miniature.VOCABULARY) for _ in range(count)]
+
+    shapes = ((beyond + 9, (12, 9)), (5, (1, 3)), (0, (beyond // 2,)), (beyond - 3, (1, 2, 14)))
+    return [[p + ids(n) for n in own] for shared, own in shapes for p in [ids(shared)]]
+
+
+def _difference(classifier: Any, reward_only: bool) -> str:
+    """Why a model's states change when prefixes are shared; empty if they do not."""
+    others = set(getattr(classifier.config, "layer_types", None) or ()) - _ATTENTION
+    if others:
+        return f"it has layers of `{min(others)}`"
+    groups = _groups(miniature.CONTEXT)
+    with miniature.Exact():
+        try:
+            small = miniature.of(classifier)
+            wanted = _plain_states(small, groups)
+        except Exception as error:  # what it cannot compute by itself says nothing about sharing
+            why = first_line(error)
+        else:
+            return _compared(small, groups, wanted, _EXACT, reward_only)
+    return _difference_on_weights(classifier, reward_only, why)
+
+
+def _difference_of_kernel(classifier: Any, name: str) -> str:
+    """What is wrong with a kernel of the library, in words; empty if nothing is, or none knows."""
+    groups = _groups(miniature.CONTEXT)
+    with miniature.Exact():
+        try:
+            small = miniature.of(classifier)
+            wanted = _plain_states(small, groups)
+            small.set_attn_implementation(name)
+            return _too_far(_plain_states(small, groups), wanted, _EXACT)
+        except Exception:  # no miniature: the model stays as the library has made it
+            return ""
+
+
+def _difference_on_weights(classifier: Any, reward_only: bool, why: str) -> str:
+    """The same with the model's own weights, for models that have no miniature."""
+    text = classifier.config.get_text_config()
+    beyond = miniature.CONTEXT
+    for name in ("sliding_window", "attention_chunk_size"):
+        beyond = max(beyond, getattr(text, name, None) or 0)
+    if kind_of_length(text) is not None:
+        beyond = max(beyond, text.max_position_embeddings)
+    if beyond > _LONGEST:
+        return f"no miniature ({why}), and texts longer than {beyond:,} tokens are too long to try"
+    tolerance = _ON_WEIGHTS.get(classifier.dtype, 2e-2)
+    console.choice(
+        "check of sharing", f"own weights, to {tolerance:g}", f"the model has no miniature: {why}"
+    )
+    training, before = classifier.training, classifier.config._attn_implementation
+    groups = _groups(beyond)
+    try:
+        classifier.eval()
+        return _compared(
+            classifier, groups, _plain_states(classifier, groups), tolerance, reward_only
+        )
+    except Exception as error:
+        return first_line(error)
+    finally:
+        classifier.set_attn_implementation(before)
+        classifier.train(training)
+
+
+def _compared(
+    classifier: Any, groups: Any, wanted: Tensor, tolerance: float, reward_only: bool
+) -> str:
+    """What is wrong with the states of a packed row, in words; empty if nothing is."""
+    try:
+        packed = Packed(classifier, reward_only=reward_only, checked=False)
+        try:
+            found = _packed_states(packed, groups)
+        finally:
+            packed.restore()
+    except Exception as error:  # a model's own code, fed with what it does not expect
+        return first_line(error)
+    return _too_far(found, wanted, tolerance)
+
+
+def _too_far(found: Tensor, wanted: Tensor, tolerance: float) -> str:
+    """How far states are from those that are wanted, in words; empty within a tolerance."""
+    difference = float((found - wanted).double().norm() / wanted.double().norm())
+    if difference < tolerance:
+        return ""
+    return f"its values change by {difference:.1e} (relative; at most {tolerance:g})"
 
 
 @torch.no_grad()
-def _plain_states(classifier: Any) -> Tensor:
+def _plain_states(classifier: Any, groups: Any) -> Tensor:
+    """States at reward tokens, each sequence alone. Shape: (R, E)."""
     found = []
-    for (ids,) in alone(_PROBE):
-        states = classifier.base_model(
-            input_ids=torch.tensor([ids], device=classifier.device), use_cache=False
-        )[0]
+    for (ids,) in alone(groups):
+        given = torch.tensor([ids], device=classifier.device)
+        kind = kind_of_length(classifier.config)
+        # In a batch of one this only forgets the sequences before it.
+        own = nullcontext() if kind is None else of_own_length(classifier, [0], 0 * given)
+        with own:
+            states = classifier.base_model(input_ids=given, use_cache=False)[0]
         found.append(states[0, -1])
     return torch.stack(found)
 
 
 @torch.no_grad()
-def _packed_states(classifier: Any) -> Tensor:
-    given = RowInput.of(pack(_PROBE, 64)[0], classifier.device)
+def _packed_states(packed: Packed, groups: Any) -> Tensor:
+    """The same from one row. Shape: (R, E)."""
+    classifier = packed.classifier
+    (row,) = pack(groups, sum(len(ids) for group in groups for ids in group), packed.kind)
+    given = RowInput.of(row, classifier.device)
     found = _states(classifier, given.ids, given.positions, given.layout)
-    # First-fit-decreasing may have put the second group first.
-    order = [row for index in pack(_PROBE, 64)[0].members for row in (2 * index, 2 * index + 1)]
-    return found[torch.tensor(order, device=found.device).argsort()]
-
-
-def _close(found: Tensor, wanted: Tensor) -> bool:
-    exact = found.dtype in (torch.float32, torch.float64)
-    difference = (found - wanted).double().norm() / wanted.double().norm()
-    return bool(difference < (1e-3 if exact else 5e-2))
-
-
-def _unsupported(classifier: Any, why: str) -> UsageError:
-    kind = getattr(classifier.config, "model_type", type(classifier).__name__)
-    return UsageError(
-        f"a `{kind}` model cannot share prefixes: {why}",
-        hint="--no-shared-prefix trains it on whole sequences",
-    )
+    parts = found.split([len(groups[index]) for index in row.members])
+    return torch.cat([parts[row.members.index(index)] for index in range(len(groups))])

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from polarctl import console
-from polarctl.errors import PolarctlError, RecordError, UsageError
+from polarctl.errors import PolarctlError, RecordError
 from polarctl.model.template import PIECES
 from polarctl.records import Record, outputs_of, references_of
 from polarctl.scoring.answers import AS_THEY_ARE, FAULTS, Answers
@@ -67,16 +67,11 @@ class ModelScorer:
     """
 
     def __init__(self, model: Any, batch_tokens: int = 8192):
-        from polarctl.model.forward import Packed, Padded
+        from polarctl.model.forward import Packed, Padded, module_of
 
         self.model, self.batch_tokens = model, batch_tokens
         self._computing = threading.Lock()
-        self.module: Any
-        try:
-            self.module = Packed(model.model)
-        except UsageError as error:
-            console.choice("attention", "whole sequences, padded", str(error))
-            self.module = Padded(model.model)
+        self.module: Packed | Padded = module_of(model.model)
 
     def score(self, items: Sequence[Item]) -> list[Scored]:
         """Rewards in the order of the items.

@@ -15,7 +15,7 @@ from polarctl import console
 from polarctl.errors import UsageError
 from polarctl.model import devices
 from polarctl.model import reward_model as models
-from polarctl.model.forward import Packed, Padded
+from polarctl.model.forward import Packed, Padded, module_of
 from polarctl.model.reward_model import PolarModel
 from polarctl.training import lora, zero, zero_config
 from polarctl.training.engine import Engine, PlainEngine
@@ -130,7 +130,7 @@ def trained(
     """The model with its adapters, its attention and its optimiser.
 
     Raises:
-        UsageError: The model cannot share prefixes, or DeepSpeed refuses its config.
+        UsageError: DeepSpeed refuses its config.
         MissingError: A package is not installed.
     """
     classifier = reward_model.model.to(place.accelerator.device)
@@ -146,10 +146,7 @@ def trained(
         classifier.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False}
         )
-    module = Packed(classifier) if plan.shared else Padded(classifier)
-    if isinstance(module, Packed) and not module.reward_only:
-        kind = classifier.config.model_type
-        console.choice("last layer", "whole", f"a `{kind}` layer is not cut to reward tokens")
+    module = module_of(classifier, shared=plan.shared)
     optimizer = torch.optim.AdamW(
         [p for p in module.parameters() if p.requires_grad],
         lr=plan.lr,
