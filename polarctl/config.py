@@ -195,7 +195,7 @@ def shown(config: Common) -> dict[str, Any]:
     return {
         key: value
         for key, value in resolved(config).items()
-        if not (value is None or value is False or value == []) or value is not defaults[key]
+        if not (value is None or value == [] or (value is False and defaults[key] is False))
     }
 
 
@@ -216,7 +216,8 @@ def flag_of(config_type: type[Options], name: str) -> str:
     info = get_type_hints(config_type, include_extras=True)[name].__metadata__[0]
     if isinstance(info, typer.models.ArgumentInfo):
         return str(info.metavar or name.upper())
-    long = [text for text in info.param_decls or () if text.startswith("--")]
+    # The first one that is written in an `Annotated` is called `default` until Typer has read it.
+    long = [str(x) for x in (info.default, *(info.param_decls or ())) if str(x).startswith("--")]
     return long[0] if long else "--" + name.replace("_", "-")
 
 

@@ -9,7 +9,7 @@ import pytest
 import typer
 
 from polarctl import cli
-from polarctl.config import Common, resolved, semantic, shard_of
+from polarctl.config import Common, resolved, semantic, shard_of, shown
 from polarctl.errors import UsageError
 
 
@@ -98,6 +98,11 @@ def test_yaml_values_arrive_as_their_types(parse, yaml, key, value):
         ("[a, b]", "run.yaml: must be a mapping of options to values"),
         ("a: [", "run.yaml: no YAML"),
         ("config: other.yaml", "run.yaml: unknown key `config`"),
+        ("seed: 1\nrate: 2\nseed: 3", "run.yaml:3: `seed` is given twice"),
+        ("no-color: true\nno_color: true", "run.yaml: `no_color` is given twice"),
+        ('model: ""', "`--model` is empty"),
+        ("names: [a, '']", "`--name` is empty"),
+        ("force: true", "`--force` has no effect here: it is for `-o FILE` or"),
     ],
 )
 def test_a_wrong_yaml_value_is_a_usage_error(parse, capsys, yaml, said):
@@ -176,3 +181,56 @@ def test_what_is_computed_is_told_from_how_it_is_run():
         "rate": 0.5,
         "names": [],
     }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flag"),
+    [
+        (["--model", "a", "-m", "b"], "--model"),
+        (["--seed", "1", "--seed", "1"], "--seed"),
+        (["-q", "--quiet"], "--quiet"),
+        (["-o", "x", "--resume", "--no-resume"], "--resume"),
+    ],
+)
+def test_an_option_that_takes_one_value_is_given_once(parse, capsys, arguments, flag):
+    assert parse(*arguments) == 2
+    assert capsys.readouterr().err.splitlines()[0] == f"polarctl: `{flag}` is given twice"
+
+
+def test_an_option_that_takes_several_is_given_again(parse):
+    assert parse("--name", "a", "--name", "a", "x", "y").names == ("a", "a")
+
+
+def test_what_the_user_has_set_is_known_and_is_no_part_of_the_options(parse, monkeypatch):
+    monkeypatch.setenv("POLARCTL_DEMO_RATE", "0.5")
+    found = parse("--seed", "0", yaml="model: none\nlimit: null\nforce: false")
+    assert found.given == {
+        "config": "command line",
+        "seed": "command line",
+        "rate": "environment",
+        "model": "config",
+    }
+    assert found == Config(config="run.yaml")
+    assert "given" not in resolved(found)
+
+
+@pytest.mark.parametrize(
+    ("set_in", "hint"),
+    [
+        ("flag", "leave it out"),
+        ("environment", "unset POLARCTL_DEMO_RESUME"),
+        ("yaml", "take `resume` out of run.yaml"),
+    ],
+)
+def test_the_hint_says_where_an_idle_option_comes_from(parse, capsys, monkeypatch, set_in, hint):
+    if set_in == "environment":
+        monkeypatch.setenv("POLARCTL_DEMO_RESUME", "0")
+    arguments = ["--no-resume"] if set_in == "flag" else []
+    assert parse(*arguments, yaml="resume: false" if set_in == "yaml" else None) == 2
+    assert capsys.readouterr().err.splitlines()[1] == f"hint: {hint}"
+
+
+def test_a_plan_shows_options_that_are_zero_or_switched_off():
+    found = shown(Config(rate=0, seed=0, resume=False, output="x"))
+    assert found["rate"] == 0 and found["seed"] == 0 and found["resume"] is False
+    assert not {"force", "quiet", "limit", "names", "config"} & set(found)

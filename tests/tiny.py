@@ -12,6 +12,18 @@ CHAT_TEMPLATE = (
 )
 
 
+def with_options(base: list[str], more: list[str] | tuple[str, ...]) -> list[str]:
+    """A command with other options, which replace those that it has: none may be given twice."""
+    kept: list[str] = []
+    words = iter(base)
+    for word in words:
+        if not (word.startswith("-") and word in more):
+            kept.append(word)
+        elif word != "-q":
+            next(words)  # its value
+    return [*kept, *more]
+
+
 def build_tokenizer(*, chat: bool = False, vocab_size: int = 320):
     """A byte-level BPE tokenizer: any text goes there and back."""
     from tokenizers import ByteLevelBPETokenizer

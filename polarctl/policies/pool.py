@@ -90,7 +90,10 @@ def read_pool(path: str, default: Policy, given: Collection[str] = ()) -> list[P
     for name in (*_SAMPLING, "samples"):
         if name in given and all(name in record for record in records):
             flag = "--" + name.replace("_", "-")
-            raise UsageError(f"`{flag}` has no effect here: every line of {path} has its own")
+            raise UsageError(
+                f"`{flag}` has no effect here: every line of {path} has its own",
+                hint="leave it out",
+            )
     policies: dict[str, Policy] = {}
     for record in records:
         policy = _policy(record, default, Path(path).parent)

@@ -8,10 +8,16 @@ import importlib
 import json
 import re
 import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from backends.faulty_server import serving
 from tiny import build_lm, build_tokenizer
 
 from polarctl import cli
@@ -62,20 +68,21 @@ def voice(command: str, noted: str = "") -> dict[str, Case | Seen]:
     """How a command speaks. `noted` is one that says a note when all goes well."""
     table: dict[str, Case | Seen] = {
         "config": add(command, "--config wrong.yaml", "unknown key"),
-        "verbose": add(command, "--verbose", "option --verbose"),
+        "verbose": add(command, *("--verbose", "option --verbose")),
         "no_color": Seen("cli/test_contract.py", '"--no-color"'),
         "json": add(command + " --config wrong.yaml", "--json", '"level"'),
     }
     return table | ({"quiet": add(noted, "--quiet", ".")} if noted else {})
 
 
-def records(base: str, noted: str, bad: str) -> dict[str, Case | Seen]:
+def records(base: str, noted: str, bad: str, changed: str = "--limit 1") -> dict[str, Case | Seen]:
     """The common options of a stage that writes records.
 
     Args:
         base: Writes `out.jsonl` from a file that has more than one record.
         noted: Says a note.
         bad: The same as `base` with a bad row in its input.
+        changed: An option that makes it another run.
     """
     return {
         **voice(base, noted),
@@ -84,7 +91,7 @@ def records(base: str, noted: str, bad: str) -> dict[str, Case | Seen]:
         "limit": add(base, "--limit 1"),
         "shard": add(base, "--shard 1/2"),
         "resume": Seen("test_output.py", "resume=False"),
-        "force": add(base + " --limit 1", "--force", "status", before=base),
+        "force": add(f"{base} {changed}", "--force", "status", before=base),
         "dry_run": add(base, "--dry-run"),
         "manifest": add(base, "--manifest elsewhere.json"),
         "rejects": add(bad, "--rejects rejects.jsonl", "status"),
@@ -105,7 +112,7 @@ PRETRAIN: dict[str, Case | Seen] = {
     "output": swap(TRAIN, "-o made", "-o other"),
     "seed": add(TRAIN, "--seed 1"),
     "limit": add(TRAIN, "--limit 3"),
-    "resume": Seen("stages/test_pretrain.py", "going on after step"),
+    "resume": Seen("cli/test_every_option.py", '--no-resume", *short'),
     "force": add(TRAIN + " --warmup 1", "--force", "status", before=TRAIN),
     "dry_run": add(TRAIN, "--dry-run"),
     "rejects": add(TRAIN.replace("triples", "bad-triples"), "--rejects r.jsonl", "status"),
@@ -161,8 +168,8 @@ RFT: dict[str, Case | Seen] = {
     "output": swap(RFT_BASE, "-o made", "-o other"),
     "seed": add(RFT_BASE, "--seed 1"),
     "limit": add(RFT_BASE, "--limit 1"),
-    "shard": add(RFT_BASE + " --dry-run", "--shard 1/2", "good: .*"),
-    "resume": Seen("stages/test_rft.py", "going on after step"),
+    "shard": add(RFT_BASE.replace(" -q", " --dry-run"), "--shard 1/2", "good: .*"),
+    "resume": Seen("cli/test_every_option.py", '--no-resume", *short'),
     "force": add(RFT_BASE + " --seed 1", "--force", "status", before=RFT_BASE),
     "dry_run": add(RFT_BASE, "--dry-run"),
     "rejects": add(RFT_BASE.replace("prompts", "bad-prompts"), "--rejects r.jsonl", "status"),
@@ -216,7 +223,9 @@ SAMPLE: dict[str, Case | Seen] = {
 
 PAIR_BASE = "pair trajectories.jsonl -o out.jsonl -q"
 PAIR: dict[str, Case | Seen] = {
-    **records(PAIR_BASE, PAIR_BASE.replace(" -q", ""), PAIR_BASE.replace("traj", "bad-traj")),
+    **records(
+        PAIR_BASE, PAIR_BASE.replace(" -q", ""), PAIR_BASE.replace("traj", "bad-traj"), "--seed 1"
+    ),
     "seed": add(PAIR_BASE, "--seed 1"),
     "triples_per_prompt": add(PAIR_BASE, "--triples-per-prompt 2"),
     "negatives": add(PAIR_BASE, "--negatives 2"),
@@ -239,12 +248,12 @@ SCORE: dict[str, Case | Seen] = {
     "backend": add(SCORE_BASE, "--backend nothing", "status"),
     "gpus": add(SCORE_BASE.replace("--device cpu", ""), "--gpus 99", "status"),
     "engine_option": Seen("engines/test_vllm.py", '"--engine-option"'),
-    "server": add("score candidates.jsonl -m rm -q", f"{NO_SERVER[41:63]}", "status"),
-    "server_type": add(NO_SERVER, "--server-type nothing", "status"),
-    "server_model": Seen("backends/test_server.py", "name="),
-    "server_batch": Seen("backends/test_server.py", "batch="),
-    "concurrency": Seen("backends/test_server.py", "concurrency="),
-    "server_deadline": add(NO_SERVER + " --server-deadline 0", "", "."),
+    "server": Case(SCORE_BASE, NO_SERVER + " --server-deadline 0.1", "status"),
+    "server_type": add(NO_SERVER + " --server-deadline 0.1", "--server-type nothing", "status"),
+    "server_model": Seen("cli/test_every_option.py", '"--server-model", "rm"'),
+    "server_batch": Seen("cli/test_every_option.py", '"--server-batch", "1"'),
+    "concurrency": Seen("backends/test_server.py", '"--concurrency"'),
+    "server_deadline": Seen("backends/test_server.py", '"--server-deadline"'),
     "prompt_style": add(SCORE_BASE, "--prompt-style chat", "status"),
     "reference_in_prompt": add(SCORE_BASE, "--reference-in-prompt", "status"),
     "orders": Seen("backends/test_principle.py", "orders="),
@@ -257,8 +266,6 @@ SCORE: dict[str, Case | Seen] = {
     "details": add(SCORE_BASE, "--details"),
     "best_of_n": add(SCORE_BASE, "--best-of-n"),
 }
-SCORE["server_deadline"] = Seen("backends/test_server.py", '"--server-deadline"')
-SCORE["server"] = Case(SCORE_BASE, NO_SERVER + " --server-deadline 0.1", "status")
 
 EVAL_BASE = "eval scored.jsonl -o out.jsonl --report report -q"
 WITH_MODEL = "eval triples.jsonl -m rm -o out.jsonl --device cpu -q"
@@ -324,7 +331,8 @@ PUSH: dict[str, Case | Seen] = {
 }
 
 QUICKSTART: dict[str, Case | Seen] = {
-    **voice("quickstart -o triples.jsonl"),
+    **voice("quickstart --seed x"),
+    "verbose": Seen("cli/test_every_option.py", '"--verbose", "option --verbose"'),
     "quiet": Seen("stages/test_quickstart.py", "quickstart"),
     "output": Seen("stages/test_quickstart.py", '"-o"'),
     "force": Seen("stages/test_quickstart.py", "quickstart"),
@@ -522,7 +530,7 @@ def world(tmp_path_factory, tiny_rm):
             {
                 "prompt": f"p{i}",
                 "kind": "x",
-                "candidates": [{"output": w, "label": 3 - n} for n, w in enumerate("abc")],
+                "candidates": [{"output": w, "label": 4 - n} for n, w in enumerate("abcd")],
             }
             for i in range(12)
         ],
@@ -538,8 +546,9 @@ def world(tmp_path_factory, tiny_rm):
     for name, rows in files.items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(text)
-        more = json.dumps({**rows[0], "prompt": "another prompt"}) if "prompt" in rows[0] else ""
-        (folder / f"more-{name}.jsonl").write_text(f"{text}{more}\n")
+        again = [{**row, "prompt": "another"} for row in rows[:6] if "prompt" in row]
+        more = "".join(json.dumps(row) + "\n" for row in again)
+        (folder / f"more-{name}.jsonl").write_text(text + more)
         (folder / f"bad-{name}.jsonl").write_text(f'{text}{{"prompt": 3}}\n')
     pool = {"policy": "p", "model": "chat"}
     (folder / "pool.jsonl").write_text(json.dumps(pool) + "\n")
@@ -554,7 +563,10 @@ def outcome(command, before, world, folder, monkeypatch, capfd):
     """What a command does in a folder of its own: status, stdout, stderr, files."""
     folder.mkdir(parents=True)
     for path in world.iterdir():
-        (folder / path.name).symlink_to(path)
+        if path.is_dir():
+            (folder / path.name).symlink_to(path)
+        else:
+            shutil.copy(path, folder)
     given = {path.name for path in folder.iterdir()}
     monkeypatch.chdir(folder)
     if before:
@@ -649,3 +661,36 @@ def test_an_option_without_effect_is_refused(command, flag, world, monkeypatch, 
     assert re.match(rf"polarctl: `{flag or '--[a-z-]+'}` has no effect here: ", first), err
     assert hint.startswith("hint: ")
     assert set(files) <= {"data.jsonl"}
+
+
+def test_no_resume_starts_a_training_run_again(world, tmp_path, monkeypatch, capfd):
+    command = shlex.split(TRAIN.replace("--max-steps 2 -q", "--save-steps 1 -q --max-steps"))
+    child = subprocess.Popen([sys.executable, "-m", "polarctl", *command, "500"], cwd=world)
+    marks = world / "made/checkpoints"
+    while child.poll() is None and not list(marks.glob("*/*")):
+        time.sleep(0.01)
+    child.kill()
+    assert child.wait() == -signal.SIGKILL
+    shutil.move(world / "made", tmp_path / "made")
+    short = [*command, "2"]
+    monkeypatch.chdir(tmp_path)
+    for path in world.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    assert cli.run(short) == 2
+    assert "cannot resume made: `max_steps` was 500 and is now 2" in capfd.readouterr().err
+    assert cli.run(["pretrain", "--no-resume", *short[1:]]) == 0
+    assert len((tmp_path / "made/metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_options_of_a_server_reach_it(world, tmp_path):
+    """A server that is told its name is not asked for it; one input a request makes as many."""
+    data = str(world / "candidates.jsonl")  # 2 records x 2 references x 2 candidates
+    base = ["score", data, "-m", str(world / "rm"), "-q"]
+    with serving() as server:
+        there = ["--server", server.url, "--server-type", "vllm"]
+        assert cli.run([*base, *there, "--server-model", "rm", "-o", str(tmp_path / "a")]) == 0
+        few = server.seen["requests"]
+        assert cli.run([*base, *there, "--server-batch", "1", "-o", str(tmp_path / "b")]) == 0
+        many = server.seen["requests"] - few
+    assert many - few >= 7, (few, many)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()

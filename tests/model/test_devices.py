@@ -1,5 +1,9 @@
 """Threads: one for small models while they compute, and the old number afterwards."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -58,3 +62,54 @@ def test_omp_num_threads_wins(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     with devices.threads_for(model_of(100)):
         assert torch.get_num_threads() == 2
+
+
+def test_a_gpu_that_only_emulates_bfloat16_computes_in_float32(monkeypatch):
+    """What torch says on a V100 or T4: yes with emulation, no without."""
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
+    assert devices.dtype_of("auto", "cuda") == torch.float32
+    assert devices.dtype_of("bfloat16", "cuda") == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "shown"),
+    [
+        ("cuda:1", None, "1"),
+        ("cuda:1", "4,6", "6"),
+        ("cuda", "4,6", "4"),
+        ("auto", None, "0"),
+        ("auto", "", ""),
+        ("cpu", "4,6", "4,6"),
+        ("cuda:2", "4,6", None),
+    ],
+)
+def test_rft_chooses_its_gpu_before_torch_is_there(device, visible, shown, tmp_path):
+    """CUDA reads the variable when it is first asked, which needs torch."""
+    program = (
+        "import os, sys\n"
+        "def hook(event, given):\n"
+        "    if event == 'import' and given[0] == 'torch':\n"
+        "        print('VISIBLE', repr(os.environ.get('CUDA_VISIBLE_DEVICES')), flush=True)\n"
+        "        os._exit(9)\n"
+        "sys.addaudithook(hook)\n"
+        "from polarctl import cli\n"
+        "os._exit(cli.run(sys.argv[1:]))\n"
+    )
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "reference": "b"}\n')
+    command = ["rft", "p.jsonl", "-m", "m", "--reward-model", "r", "-o", "out", "--device", device]
+    environment = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
+    if visible is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = visible
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+    )
+    if shown is None:
+        assert done.returncode == 4 and "CUDA_VISIBLE_DEVICES names 2 GPUs" in done.stderr
+    else:
+        assert (done.returncode, done.stdout + done.stderr) == (9, f"VISIBLE {shown!r}\n")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from polarctl import console
 from polarctl.errors import MissingError, UsageError
 from polarctl.model import reward_model
 from polarctl.scoring.scorer import Item, ModelScorer
@@ -76,9 +77,41 @@ def test_padding_does_not_change_a_reward(tiny_rm):
 
 
 def test_a_reward_model_goes_on_as_it_is(tiny_rm):
-    again = reward_model.create(base=str(tiny_rm), max_length=99999)
+    again = reward_model.create(base=str(tiny_rm), default_response_length=7)
     assert again.model.score.weight.abs().sum().item() > 0
-    assert again.encoder.max_length == reward_model.load(str(tiny_rm)).encoder.max_length
+    before = reward_model.load(str(tiny_rm)).encoder
+    assert again.encoder.max_length == before.max_length == 128
+    assert again.encoder.max_response_length == before.max_response_length == 32
+
+
+def test_a_reward_models_template_can_be_changed_and_is_saved_with_it(tiny_rm, tmp_path, capfd):
+    console.configure(quiet=False, verbose=False, color=False, json_lines=False)
+    changed = {"max_length": 100, "max_response_length": 3, "cut_side": "left"}
+    again = reward_model.create(base=str(tiny_rm), **changed)
+    said = capfd.readouterr().err
+    assert "template: max_length 100, max_response_length 3, cut_side left (asked for; " in said
+    again.save(tmp_path / "rm")
+    told = json.loads((tmp_path / "rm/config.json").read_text())["polar"]
+    assert {name: told[name] for name in changed} == changed
+    assert told["separator"] == "<|reward|>"
+    # Both responses lose their first tokens, so what differs there alone makes no difference.
+    loaded = reward_model.load(str(tmp_path / "rm"))
+    one, other = (loaded.encoder.encode("q", "yes", text) for text in ("a b c d e", "f g c d e"))
+    assert one == other
+    assert again.encoder.encode("q", "yes", "a b c d e") == one
+    assert torch.equal(
+        loaded.model.score.weight, reward_model.load(str(tiny_rm)).model.score.weight
+    )
+
+
+def test_a_template_that_cannot_be_is_refused(tiny_rm, tiny_lm):
+    with pytest.raises(UsageError, match="128 tokens at most"):
+        reward_model.create(base=str(tiny_rm), max_length=129)
+    with pytest.raises(UsageError, match="leaves no room"):  # 2 * 32 + 4 + 2 = 70 at least
+        reward_model.create(base=str(tiny_rm), max_length=69)
+    assert reward_model.create(base=str(tiny_rm), max_length=70).encoder.max_length == 70
+    with pytest.raises(UsageError, match="`--tokenizer`: .* keeps its own"):
+        reward_model.create(base=str(tiny_rm), tokenizer_path=str(tiny_lm))
 
 
 def test_a_config_alone_gives_random_weights_that_the_seed_decides(tiny_lm):
@@ -116,7 +149,7 @@ def test_missing_parts_are_named(tiny_rm, tmp_path):
         reward_model.load(without(tiny_rm, tmp_path / "b", "*.safetensors"))
     with pytest.raises(MissingError, match="no model"):
         reward_model.load(without(tiny_rm, tmp_path / "c", "config.json"))
-    with pytest.raises(MissingError, match="no model"):
+    with pytest.raises(MissingError, match="no such folder"):
         reward_model.load(str(tmp_path / "nowhere"))
 
 

@@ -155,3 +155,20 @@ def test_graded_groups_give_rank_agreement(tmp_path, capfd):
     negative = [group(0, [3, 2, 1], [3, 2, -1])]
     assert run(["eval", write(tmp_path / "n.jsonl", negative), "-o", str(tmp_path / "n")]) == 0
     assert "NDCG" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_a_field_that_no_record_has_groups_nothing(more, tmp_path, capfd):
+    source = tmp_path / "scored.jsonl"
+    row = {"prompt": "q", "reference": "a", "chosen": "a", "rejected": "b", "rewards": [1, 0]}
+    source.write_text(json.dumps({**row, "domain": "x"}) + "\n" + json.dumps(row) + "\n")
+    out = tmp_path / "out.jsonl"
+    command = ["eval", str(source), "-o", str(out), *more]
+    assert run([*command, "--by", "domian"]) == 2
+    assert capfd.readouterr().err.splitlines()[-2:] == [
+        "polarctl: `--by domian`: no record has that field",
+        "hint: there is `domain`",
+    ]
+    assert not out.exists()
+    assert run([*command, "--by", "category"]) == 2  # asked for, and not there
+    assert run([*command, "--by", "domain"]) == 0

@@ -14,6 +14,7 @@ import time
 import psutil
 import pytest
 import torch
+from tiny import with_options
 
 from polarctl.cli import run
 
@@ -44,10 +45,9 @@ def triples(tmp_path_factory):
 def command(triples, tiny_lm, out, way):
     """Arguments of a run, every step of which is saved."""
     own, _ = (WAYS | ALONE)[way]
-    return [
-        *["pretrain", str(triples), "-m", str(tiny_lm), "-o", str(out), "--device", "cpu", "-q"],
-        *["--lr", "1e-3", "--batch-size", "12", "--epochs", "4.8", "--save-steps", "1", *own],
-    ]
+    base = ["pretrain", str(triples), "-m", str(tiny_lm), "-o", str(out), "--device", "cpu", "-q"]
+    base += ["--lr", "1e-3", "--batch-size", "12", "--epochs", "4.8", "--save-steps", "1"]
+    return with_options(base, own)
 
 
 def start(arguments, processes):

@@ -7,6 +7,7 @@ import statistics
 
 import orjson
 import pytest
+from tiny import with_options
 
 from polarctl import cli
 from polarctl.records import Record, find_kind
@@ -47,7 +48,7 @@ def run(prompts, policy, reward_model, folder, *more):
     options = f"--max-steps {STEPS} --batch-size {ROLLOUTS} --num-generations {GROUP} --lr 1e-3"
     options += " --max-new-tokens 6 --save-steps 1 --device cpu -q"
     models = ["-m", str(policy), "--reward-model", str(reward_model), "-o", str(folder)]
-    return cli.run(["rft", str(prompts), *models, *options.split(), *more])
+    return cli.run(with_options(["rft", str(prompts), *models, *options.split()], more))
 
 
 @pytest.fixture(scope="module")

@@ -233,7 +233,7 @@ def test_details_say_what_was_read_and_cut(tiny_rm, tmp_path):
     ("options", "said"),
     [
         (["--backend", "sglang"], "no backend `sglang`"),
-        (["--engine-option", "a=1"], "`--engine-option` is for --backend vllm"),
+        (["--engine-option", "a=1"], "it is for --backend vllm"),
         (["--backend", "vllm", "--engine-option", "nonsense"], "not of the form KEY=VALUE"),
     ],
 )

@@ -279,7 +279,7 @@ def test_a_local_judge_that_writes_nonsense_scores_nothing(tiny_chat_lm, tmp_pat
         (["--details"], "a judge's scores"),
         (["--normalize", "polar-7b"], "a judge's scores"),
         (["--strip-thinking"], "are for reward models"),
-        (["--prompt-style", "chat"], "`--prompt-style chat` is for --backend hf"),
+        (["--prompt-style", "chat"], "it is for --backend hf"),
     ],
 )
 def test_what_a_judge_cannot_do_is_refused(options, said, tiny_chat_lm, tmp_path, capfd):

@@ -4,7 +4,9 @@ import json
 import math
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from tiny import with_options
 
 from polarctl.cli import run
 
@@ -29,12 +31,8 @@ def triples(tmp_path_factory):
 
 
 def train(triples, tiny_lm, out, *options, stage="pretrain"):
-    return run(
-        [
-            *[stage, str(triples), "-m", str(tiny_lm), "-o", str(out), "--device", "cpu"],
-            *["--lr", "1e-3", "--batch-size", "8", *options],
-        ]
-    )
+    base = [stage, str(triples), "-m", str(tiny_lm), "-o", str(out), "--device", "cpu"]
+    return run(with_options([*base, "--lr", "1e-3", "--batch-size", "8"], options))
 
 
 def metrics(out):
@@ -156,7 +154,10 @@ def test_what_is_given_beside_a_preset_wins(triples, tiny_lm, tmp_path):
         (["--loss", "hinge"], "hinge"),
         (["--penalty", "l3"], "l3"),
         (["--dtype", "float16"], "training in float16 needs a scaled loss"),
-        (["--shard", "0/2"], "a training stage reads all of its input"),
+        (["--shard", "0/2"], "no such option: --shard"),
+        (["--manifest", "m.json"], "no such option: --manifest"),
+        (["--max-length", "129"], "takes 128 tokens at most"),
+        (["--epochs", "0"], "invalid value for `--epochs`"),
         (["--deepspeed", "zero4"], "zero4"),
         (["--val-fraction", "0.000001"], "holds out 0 triples"),
     ],
@@ -268,3 +269,54 @@ def test_two_processes_take_the_steps_of_one(triples, tiny_lm, tmp_path):
     first, second = (load_file(path / "model.safetensors") for path in (one, two))
     for name, value in first.items():
         assert (value - second[name]).abs().max() < 1e-4, name
+
+
+def test_a_learning_rate_of_zero_trains_nothing(triples, tiny_rm, tmp_path):
+    options = ["--lr", "0", "--max-steps", "2", "-q"]
+    assert train(triples, tiny_rm, tmp_path / "rm", *options, stage="finetune") == 0
+    assert [entry["lr"] for entry in metrics(tmp_path / "rm")] == [0.0, 0.0]
+    before, after = (load_file(p / "model.safetensors") for p in (tiny_rm, tmp_path / "rm"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_a_learning_rate_of_zero_without_a_batch_size_stays_zero(
+    stage, triples, tiny_lm, tmp_path, capfd
+):
+    base = [stage, str(triples), "-m", str(tiny_lm), "-o", str(tmp_path / "rm"), "--device", "cpu"]
+    assert run([*base, "--lr", "0", "--dry-run"]) == 0
+    assert "peak learning rate 0\n" in capfd.readouterr().err
+
+
+def test_the_plan_of_adapters_counts_the_weights_that_they_train(triples, tiny_lm, tmp_path, capfd):
+    """Per layer, rank 1: q 32+32, k and v 32+16, o 32+32, gate, up, down 32+64: 512.
+
+    Two layers, a head of 32 and two new tokens of 32: 2 * 512 + 32 + 64 = 1,120 weights. Each has a
+    gradient (4 bytes) and two moments (8): 4.4 KiB and 8.75 KiB, 0.0043 and 0.0085 MiB.
+    """
+    found = {}
+    for name, options in (("all", []), ("lora", ["--lora-rank", "1"])):
+        assert train(triples, tiny_lm, tmp_path / "rm", *options, "--dry-run", "--json") == 0
+        said = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+        found[name] = next(line["memory_bytes"] for line in said if "memory_bytes" in line)
+    config = json.loads((tiny_lm / "config.json").read_text())
+    vocabulary, width = config["vocab_size"] + 2, 32
+    per_layer = 2 * width * width + 2 * 16 * width + 3 * 64 * width + 2 * width
+    everything = vocabulary * width + 2 * per_layer + width + width
+    adapters = 2 * 512
+    delta = adapters + 64  # copies of the new tokens' embeddings are weights, too
+    assert found["all"] - found["lora"] == pytest.approx(
+        12 * everything - 12 * (adapters + 32 + 64) - 4 * delta, abs=4 * 32 * 2
+    )
+
+
+def test_a_reward_model_is_tuned_with_the_lengths_that_are_asked_for(
+    triples, tiny_rm, tmp_path, capfd
+):
+    options = ["--max-steps", "1", "--max-length", "100", "--max-response-length", "2"]
+    assert train(triples, tiny_rm, tmp_path / "a", *options, stage="finetune") == 0
+    assert "template: max_length 100, max_response_length 2 (asked for; " in capfd.readouterr().err
+    told = json.loads((tmp_path / "a/config.json").read_text())["polar"]
+    assert (told["max_length"], told["max_response_length"]) == (100, 2)
+    assert train(triples, tiny_rm, tmp_path / "b", "--tokenizer", "x", stage="finetune") == 2
+    assert "is a reward model and keeps its own" in capfd.readouterr().err
