@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from polarctl.errors import UsageError
 from polarctl.records import Record
@@ -37,7 +37,7 @@ class RewardModel:
         path: PathLike,
         *,
         device: str = "auto",
-        dtype: str = "auto",
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         batch_tokens: int = 8192,
         wrapper: str = "sft",
     ) -> RewardModel:

@@ -40,7 +40,10 @@ _NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
 _TYPER: dict[str, Any] = {
     "rich_markup_mode": None,
     "pretty_exceptions_enable": False,
-    "context_settings": {"help_option_names": ["-h", "--help"]},
+    "context_settings": {
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 120,  # or the terminal's, where that is less
+    },
 }
 
 
@@ -113,11 +116,12 @@ def _parameters(stage: str, config_type: type[config.Common]) -> list[inspect.Pa
     hints = get_type_hints(config_type, include_extras=True)
     parameters = []
     offered = config.keys(config_type)
-    for field in dataclasses.fields(config_type):
+    for field in _in_order(config_type, hints):
         if field.name not in offered:
             continue
         kind, info = get_args(hints[field.name])
         info = copy.copy(info)
+        info.metavar = info.metavar or _metavar(field.name, kind)
         if get_origin(kind) is tuple:
             kind = list[get_args(kind)[0]]  # type: ignore[misc]
         default = field.default
@@ -138,8 +142,50 @@ def _parameters(stage: str, config_type: type[config.Common]) -> list[inspect.Pa
     return parameters
 
 
+def _in_order(
+    config_type: type[config.Common], hints: dict[str, Any]
+) -> list[dataclasses.Field[Any]]:
+    """The fields as help shows them: required ones first, those of every stage last."""
+
+    def place(field: dataclasses.Field[Any]) -> tuple[bool, bool]:
+        common = get_args(hints[field.name])[1].rich_help_panel == config.COMMON
+        return common, field.default is not dataclasses.MISSING
+
+    return sorted(dataclasses.fields(config_type), key=place)
+
+
+def _metavar(name: str, kind: Any) -> str | None:
+    """What stands for a value in help; None: the choices, or nothing."""
+    kinds = set(get_args(kind)) | {kind}
+    if int in kinds:
+        return "N"
+    if float in kinds:
+        return "X"
+    return name.rpartition("_")[2].upper() if str in kinds else None
+
+
 class _Stage(typer.core.TyperCommand):
-    """A command that takes no option twice, unless its values add up; click keeps the last."""
+    """A command with its options in panels, which takes none twice unless its values add up."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        panels: dict[str, list[Any]] = {}
+        for parameter in self.get_params(ctx):
+            shown = parameter.get_help_record(ctx)
+            if shown is None:
+                continue
+            argument = parameter.param_type_name == "argument"
+            panel = getattr(parameter, "rich_help_panel", None) or "Options"
+            if parameter.name == "help":
+                panel = config.COMMON
+            if argument:
+                shown = (parameter.metavar or shown[0], shown[1])
+            panels.setdefault("Arguments" if argument else panel, []).append(shown)
+        panels = {"Arguments": panels.pop("Arguments", []), **panels}
+        for panel, rows in panels.items():
+            if not rows:
+                continue
+            with formatter.section(_title(panel)):
+                formatter.write_dl(rows)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if not ctx.resilient_parsing:
@@ -168,6 +214,12 @@ def _given(context: typer.Context, settings: Any) -> dict[str, str]:
         if source is not None and source.name in _SOURCES and not nothing:
             found[field.name] = _SOURCES[source.name]
     return found
+
+
+def _title(text: str) -> str:
+    """A heading, bold where the terminal has colour (without rich: help has to come at once)."""
+    plain = "NO_COLOR" in os.environ or not sys.stdout.isatty() or os.environ.get("TERM") == "dumb"
+    return text if plain else f"\x1b[1m{text}\x1b[0m"
 
 
 def stage_command(stage: str) -> Any:
@@ -335,7 +387,8 @@ def _usage(error: TyperException, arguments: list[str]) -> int:
     message = error.format_message()
     if arguments:  # without any argument the message is the help text itself
         stage = next((word for word in arguments if word in STAGES), None)
-        message = re.sub(r"'([^'\s]+)'", r"`\1`", " ".join(message.split()))
+        message = " ".join(message.replace("Value error, ", "").split())
+        message = re.sub(r"'([^'\s]+)'", r"`\1`", message)
         message = message[:1].lower() + message[1:].rstrip(".")
         return _fail(2, message, f"polarctl {stage} --help" if stage else "polarctl --help")
     sys.stderr.write(message + "\n")

@@ -15,11 +15,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from polarctl.config import Common, Needs
+from polarctl.config import Common, Device, Dtype, Needs
 
 if TYPE_CHECKING:
     from polarctl.policies.writer import Writer
@@ -66,10 +66,11 @@ class Config(Common):
         float, typer.Option(min=0, help="Weight of the KL to the policy at the start.")
     ] = 0.0
     loss_type: Annotated[
-        str, typer.Option(help="How tokens are weighted: dapo, grpo, dr_grpo or bnpo.")
+        Literal["dapo", "grpo", "dr_grpo", "bnpo"],
+        typer.Option(help="How tokens are weighted."),
     ] = "dapo"
     normalize: Annotated[
-        str, typer.Option(help="Scale of the reward: none, polar-1.8b or polar-7b.")
+        Literal["none", "polar-1.8b", "polar-7b"], typer.Option(help="Scale of the reward.")
     ] = "none"
     strip_thinking: Annotated[
         bool, typer.Option("--strip-thinking", help="Score rollouts without <think>...</think>.")
@@ -86,10 +87,8 @@ class Config(Common):
         int, typer.Option(min=1, help="Tokens of one pass of the reward model, with padding.")
     ] = 8192
     save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:I.")] = "auto"
-    dtype: Annotated[
-        str, typer.Option(help="Precision of computing: auto, float32, bfloat16 or float16.")
-    ] = "auto"
+    device: Device = "auto"
+    dtype: Dtype = "auto"
 
 
 def run(config: Config) -> None:

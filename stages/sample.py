@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
-from polarctl.config import Common, Needs
+from polarctl.config import Common, Device, Dtype, Needs
 
 if TYPE_CHECKING:
     from polarctl.policies.pool import Policy
@@ -80,8 +80,8 @@ class Config(Common):
     batch_size: Annotated[
         int, typer.Option(min=1, help="Sequences computed together; 256 prompts' at most.")
     ] = 64
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:I.")] = "auto"
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
+    device: Device = "auto"
+    dtype: Dtype = "auto"
 
 
 class PolicyWriter(Protocol):

@@ -13,7 +13,7 @@ polarctl score candidates.jsonl -m runs/rm --server http://gpu-1:8000 -o scores.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -38,7 +38,8 @@ class Config(EngineConfig):
         ),
     ] = None
     reference_pooling: Annotated[
-        str, typer.Option(help="Reward among several `references`: their mean or max.")
+        Literal["mean", "max"],
+        typer.Option(help="A candidate's reward among several `references`."),
     ] = "mean"
     strip_thinking: Annotated[
         bool, typer.Option("--strip-thinking", help="Score without <think>...</think>.")
@@ -53,10 +54,10 @@ class Config(EngineConfig):
         ),
     ] = "auto"
     normalize: Annotated[
-        str,
+        Literal["none", "polar-1.8b", "polar-7b", "zscore", "rank"],
         typer.Option(
-            help="Add `normalized`, rewards on another scale: polar-1.8b, polar-7b (as the paper "
-            "trains), zscore or rank (within a record)."
+            help="Add `normalized`, rewards on another scale: as the paper trains its two models, "
+            "or within a record."
         ),
     ] = "none"
     details: Annotated[

@@ -20,7 +20,8 @@ from typing import Annotated
 
 import typer
 
-from polarctl.config import Bare
+from polarctl.config import Bare, Device, Dtype
+from polarctl.scoring.options import PromptStyle
 
 KEY_VARIABLE = "POLARCTL_SERVER_KEY"
 
@@ -60,13 +61,7 @@ class Config(Bare):
     key_file: Annotated[
         str | None, typer.Option(metavar="PATH", help="File whose first line is the key.")
     ] = None
-    prompt_style: Annotated[
-        str,
-        typer.Option(
-            help="How the input is written: polar, chat (the tokenizer's chat template: other "
-            "reward models), or auto."
-        ),
-    ] = "auto"
+    prompt_style: PromptStyle = "auto"
     max_body_mib: Annotated[int, typer.Option(min=1, help="Size of a request at most.")] = 32
     max_inputs: Annotated[
         int,
@@ -89,8 +84,8 @@ class Config(Bare):
         ),
     ] = 33_554_432
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one forward pass.")] = 8192
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:I.")] = "auto"
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
+    device: Device = "auto"
+    dtype: Dtype = "auto"
 
 
 def run(config: Config) -> None:
@@ -107,7 +102,6 @@ def run(config: Config) -> None:
 
     from polarctl.scoring import engines
 
-    engines.check_style(config.prompt_style)
     try:
         from polarctl.serving import app, listening
         from polarctl.serving.limits import Limits

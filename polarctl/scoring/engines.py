@@ -17,15 +17,9 @@ from polarctl.storage import manifest
 if TYPE_CHECKING:
     from polarctl.scoring.chat_classifier import ClassifierScorer
 
-BACKENDS = ("hf", "vllm", "principle")
-STYLES = ("auto", "polar", "chat")
-
 
 def check(config: EngineConfig) -> None:
     """Raise UsageError for options that do not go together; `EngineConfig.NEEDS` has others."""
-    if config.backend not in BACKENDS:
-        raise UsageError(f"no backend `{config.backend}`", hint=f"one of {', '.join(BACKENDS)}")
-    check_style(config.prompt_style)
     if config.backend == "vllm" and config.server:
         raise UsageError("--backend vllm is an engine of this process: leave --server out")
     if config.server is not None:
@@ -34,12 +28,6 @@ def check(config: EngineConfig) -> None:
         chat = config.backend == "principle"
         check_url(config.server, "POLARCTL_JUDGE_KEY" if chat else "POLARCTL_SERVER_KEY")
     options_of(config)
-
-
-def check_style(style: str) -> None:
-    """Raise UsageError for a `--prompt-style` that there is not."""
-    if style not in STYLES:
-        raise UsageError(f"no prompt style `{style}`", hint=f"one of {', '.join(STYLES)}")
 
 
 def options_of(config: EngineConfig) -> dict[str, Any]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import typer
 
-from polarctl.config import Common, Needs
+from polarctl.config import Common, Device, Dtype, Needs
 
 
 def _here(config: Any) -> bool:
@@ -19,6 +19,13 @@ def _judged(config: Any) -> bool:
     return bool(config.backend == "principle")
 
 
+PromptStyle = Annotated[
+    Literal["auto", "polar", "chat"],
+    typer.Option(
+        help="How the input is written: POLAR's template, or the tokenizer's chat template (other "
+        "reward models)."
+    ),
+]
 MODEL = typer.Option("--model", "-m", help="Reward model: a folder or a Hub id.")
 
 
@@ -33,8 +40,8 @@ class ScoreConfig(Common):
     batch_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens of one forward pass, padding included.")
     ] = 8192
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:I.")] = "auto"
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
+    device: Device = "auto"
+    dtype: Dtype = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +85,10 @@ class EngineConfig(ScoreConfig):
 
     model: Annotated[str, MODEL] = field()  # required here
     backend: Annotated[
-        str,
+        Literal["hf", "vllm", "principle"],
         typer.Option(
-            help="Engine: hf (transformers), vllm, or principle (a generative judge that scores "
-            "by each record's `principle`)."
+            help="Engine: transformers, vLLM, or a generative judge that scores by each record's "
+            "`principle`."
         ),
     ] = "hf"
     gpus: Annotated[
@@ -102,7 +109,8 @@ class EngineConfig(ScoreConfig):
         ),
     ] = None
     server_type: Annotated[
-        str, typer.Option(help="What it is: auto, vllm, sglang, lmdeploy or polarctl.")
+        Literal["auto", "vllm", "sglang", "lmdeploy", "polarctl"],
+        typer.Option(help="What it is."),
     ] = "auto"
     server_model: Annotated[
         str | None, typer.Option(help="Name of the model there; default: the first it lists.")
@@ -114,13 +122,7 @@ class EngineConfig(ScoreConfig):
     server_deadline: Annotated[
         float, typer.Option(min=0, help="Seconds without a good reply before giving up.")
     ] = 300.0
-    prompt_style: Annotated[
-        str,
-        typer.Option(
-            help="How the input is written: polar, chat (the tokenizer's chat template: other "
-            "reward models), or auto."
-        ),
-    ] = "auto"
+    prompt_style: PromptStyle = "auto"
     reference_in_prompt: Annotated[
         bool,
         typer.Option(

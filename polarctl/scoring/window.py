@@ -20,8 +20,6 @@ from polarctl.scoring.scorer import (
     score_records,
 )
 
-POOLINGS = ("mean", "max")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Wishes:
@@ -98,8 +96,6 @@ class ScoreWork:
         wishes = self.wishes
         if wishes.normalize not in WITHIN_GROUP:
             normalise([], wishes.normalize)
-        if wishes.pooling not in POOLINGS:
-            raise UsageError(f"no pooling `{wishes.pooling}`", hint=f"one of {', '.join(POOLINGS)}")
         if (wishes.condition_field is None) != (wishes.conditions is None):
             raise UsageError("`--condition-field` and `--conditions` go together")
         if wishes.condition_field is not None and wishes.conditions is not None:

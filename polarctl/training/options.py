@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from polarctl.config import Common, Needs
+from polarctl.config import Common, Device, Needs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,20 +51,20 @@ class TrainConfig(Common):
     ] = None
     warmup: Annotated[float, typer.Option(min=0, max=1, help="Share of warm-up steps.")] = 0.03
     preset: Annotated[
-        str,
-        typer.Option(help="Loss by name: polar, internlm2 or xtuner."),
+        Literal["polar", "internlm2", "xtuner"],
+        typer.Option(help="Loss by name."),
     ] = "polar"
     loss: Annotated[
-        str | None,
-        typer.Option(help="Ranking loss: bradley-terry or focal; default: the preset's."),
+        Literal["bradley-terry", "focal"] | None,
+        typer.Option(help="Ranking loss; default: the preset's."),
     ] = None
     margin: Annotated[
         float,
         typer.Option(help="Rewards should differ by this; a record's own `margin` is added."),
     ] = 0.0
     penalty: Annotated[
-        str | None,
-        typer.Option(help="On every reward: none, barrier or l2; default: the preset's."),
+        Literal["none", "barrier", "l2"] | None,
+        typer.Option(help="On every reward; default: the preset's."),
     ] = None
     penalty_weight: Annotated[
         float | None,
@@ -114,7 +114,7 @@ class TrainConfig(Common):
         ),
     ] = None
     cut_side: Annotated[
-        str | None,
+        Literal["right", "left"] | None,
         typer.Option(
             help="Where a long response is cut: right keeps its start, left its end; default: "
             "right, or the reward model's own."
@@ -159,13 +159,13 @@ class TrainConfig(Common):
         int,
         typer.Option(min=1, help="Machines; MASTER_ADDR, MASTER_PORT and NODE_RANK say the rest."),
     ] = 1
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:I.")] = "auto"
+    device: Device = "auto"
     dtype: Annotated[
-        str,
-        typer.Option(help="auto, float32 or bfloat16 (weights and optimiser stay in float32)."),
+        Literal["auto", "float32", "bfloat16"],
+        typer.Option(help="Precision of computing; weights and optimiser stay in float32."),
     ] = "auto"
     save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 500
     report_to: Annotated[
         tuple[str, ...],
-        typer.Option(help="tensorboard, wandb or trackio; may be repeated."),
+        typer.Option(metavar="TRACKER", help="tensorboard, wandb or trackio; may be repeated."),
     ] = ()

@@ -42,10 +42,6 @@ def loss_of(config: TrainConfig) -> Loss:
     Raises:
         UsageError: No such preset, loss or penalty.
     """
-    if config.preset not in PRESETS:
-        raise UsageError(
-            f"`--preset {config.preset}`: unknown", hint=f"one of {', '.join(PRESETS)}"
-        )
     chosen = PRESETS[config.preset]
     given: dict[str, Any] = {"margin": config.margin}
     if config.loss is not None:

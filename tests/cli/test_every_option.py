@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from backends.faulty_server import serving
+from scoring.faulty_server import serving
 from tiny import build_lm, build_tokenizer
 
 from polarctl import cli

@@ -261,7 +261,7 @@ def test_a_chat_reward_model_is_read_as_score_reads_it(tmp_path, capfd):
     assert run(["serve", "-m", str(folder), "--port", "0", "--prompt-style", "polar"]) == 2
     assert "its template does not work" in capfd.readouterr().err
     assert run(["serve", "-m", str(folder), "--port", "0", "--prompt-style", "chatty"]) == 2
-    assert "no prompt style `chatty`" in capfd.readouterr().err
+    assert "`chatty` is not one of" in capfd.readouterr().err
 
 
 # -- what is refused ------------------------------------------------------------------------------

@@ -232,7 +232,7 @@ def test_details_say_what_was_read_and_cut(tiny_rm, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--backend", "sglang"], "no backend `sglang`"),
+        (["--backend", "sglang"], "invalid value for `--backend`: `sglang` is not one of"),
         (["--engine-option", "a=1"], "it is for --backend vllm"),
         (["--backend", "vllm", "--engine-option", "nonsense"], "not of the form KEY=VALUE"),
     ],

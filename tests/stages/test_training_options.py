@@ -150,7 +150,7 @@ def test_what_is_given_beside_a_preset_wins(triples, tiny_lm, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--preset", "polra"], "`--preset polra`: unknown"),
+        (["--preset", "polra"], "invalid value for `--preset`: `polra` is not one of"),
         (["--loss", "hinge"], "hinge"),
         (["--penalty", "l3"], "l3"),
         (["--dtype", "float16"], "training in float16 needs a scaled loss"),

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from backends.faulty_server import serving
+from scoring.faulty_server import serving
 
 from polarctl import verl_reward
 from polarctl.cli import run
