@@ -137,7 +137,7 @@ def shared_prefix_attention(
         window=sliding_window,
         at_rewards=False,
     )
-    return out.transpose(1, 2), None
+    return out.transpose(1, 2).contiguous(), None  # some models take views of it
 
 
 def attend(

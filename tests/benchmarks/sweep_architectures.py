@@ -77,6 +77,7 @@ OWN: dict[str, dict[str, Any]] = {
         }
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": WINDOW},
+    "gpt_neox": {"num_attention_heads": 2},  # a quarter of a head is rotated
     "gptj": {"rotary_dim": 4},
     "olmo": {"clip_qkv": 0.5},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
