@@ -2,6 +2,7 @@
 # make quickstart  the whole pipeline at toy size, results in quickstart/
 # make test        linters, types and all tests
 # make test-vllm   the tests that need vLLM (its CPU build), in .venv-vllm
+# make test-oldest the tests with the lowest versions that pyproject.toml admits, in .venv-oldest
 # make bench       measure speed
 # make reference   write schemas/*.schema.json and docs/reference/ anew
 # make clean       remove what was built; .venv stays
@@ -13,7 +14,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup quickstart test test-vllm bench reference clean
+.PHONY: setup quickstart test test-vllm test-oldest bench reference clean
 
 setup: $(STAMP)
 
@@ -52,6 +53,31 @@ test: setup
 
 test-vllm: .venv-vllm/.installed
 	.venv-vllm/bin/python -m pytest -o addopts="-ra --strict-markers" tests/engines
+
+# Every direct dependency at its floor, the rest as pip finds it. Floors that contradict each other
+# end here. The CPU build of torch is taken as in `setup`.
+.venv-oldest/.installed: pyproject.toml
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install 'uv>=0.8'
+	.venv-oldest/bin/uv pip compile --quiet --no-deps --resolution lowest-direct \
+		--python .venv-oldest/bin/python --extra all --extra dev \
+		--output-file .venv-oldest/lowest.txt pyproject.toml
+	@if ! nvidia-smi >/dev/null 2>&1; then \
+		.venv-oldest/bin/python -m pip install --no-deps --retries 0 --timeout 15 \
+			--extra-index-url $(TORCH_CPU_INDEX) "$$(grep '^torch==' .venv-oldest/lowest.txt)" \
+			|| echo "warning: no CPU build of torch to be had; going on with the default one"; \
+	fi
+	.venv-oldest/bin/python -m pip install -e '.[all,dev]' -c .venv-oldest/lowest.txt
+	touch $@
+
+# What meets other packages: files, commands, HTTP both ways, models, a training run, pictures.
+OLDEST_TESTS := tests/test_[e-m]*.py tests/test_[op]*.py tests/test_[rs]*.py tests/test_decoding.py \
+	tests/cli tests/serving tests/backends/test_classifier.py tests/backends/test_server.py \
+	tests/backends/test_verl_reward.py tests/stages/test_score.py tests/stages/test_pretrain.py \
+	tests/training/test_loop.py
+
+test-oldest: .venv-oldest/.installed
+	.venv-oldest/bin/python -m pytest $(OLDEST_TESTS)
 
 bench: setup
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done

@@ -1,6 +1,7 @@
 """Check files against the record schemas and name every bad line.
 
-Reads any records. Prints one line per bad row on stderr; exit status 3 when there is any.
+Reads any records, every file to its end. Prints one line per bad row on stderr; exit status 3 when
+there is any.
 
 polarctl validate triples.jsonl --kind triple
 """
@@ -31,7 +32,7 @@ class Config(Bare):
 def run(config: Config) -> None:
     """Read every row; raise RecordError when any is bad."""
     from polarctl import console
-    from polarctl.errors import RecordError, UsageError
+    from polarctl.errors import PolarctlError, RecordError, UsageError
     from polarctl.records import find_kind, kind_of
     from polarctl.storage.read import Reader, expand, stdin_is_missing
 
@@ -42,9 +43,20 @@ def run(config: Config) -> None:
         find_kind(config.kind)
     if stdin_is_missing(config.input):
         raise UsageError("no input: name a file or pipe records in", hint="polarctl validate -h")
-    for path in expand(config.input):
+    paths, bad = expand(config.input), 0
+    for path in paths:
         reader = Reader([path], config.kind or kind_of, on_bad=say)
-        good = sum(1 for _ in reader)
-        if reader.bad:
-            raise RecordError(f"{reader.bad:,} of {reader.rows:,} records are bad", where=path)
-        console.note(f"{path}: {good:,} records, all good")
+        try:
+            good = sum(1 for _ in reader)
+            if reader.bad:
+                told = f"{reader.bad:,} of {reader.rows:,} records are bad"
+                raise RecordError(told, where=path)
+        except PolarctlError as error:  # also a file without records, or one that is cut off
+            if len(paths) == 1:
+                raise
+            console.error(str(error))
+            bad += 1
+        else:
+            console.note(f"{path}: {good:,} records, all good")
+    if bad:
+        raise RecordError(f"{bad:,} of {len(paths):,} files are bad")

@@ -12,13 +12,16 @@ Shapes: B sequences, T tokens so far, V vocabulary, K candidates for the next to
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import DynamicCache, cache_utils
 
 from polarctl.errors import PolarctlError
 from polarctl.policies.pool import Sampling
@@ -104,6 +107,58 @@ def _candidates(logits: Tensor, top_k: int) -> tuple[Floats, Ints]:
 # -- decoding -------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How a model is given what it has to read.
+
+    Attributes:
+        cache: Argument that carries what it has read already, or None: it reads the whole text
+            again for every token.
+        padded: Texts of unlike length can go together, left-padded.
+    """
+
+    cache: str | None
+    padded: bool
+
+
+@torch.inference_mode()
+def reading_of(model: Any) -> Reading:
+    """How a causal LM has to be read, found by giving it two tokens.
+
+    Texts are padded where there is nothing but keys and values, and positions can be given. A
+    recurrent state takes padding in, in some models. Of an unknown cache nobody knows how to select
+    from it.
+
+    Raises:
+        ValueError: It gives no logits for each token.
+        Exception: What a model that cannot read a text alone raises.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    name = next((name for name in ("past_key_values", "cache_params") if name in accepted), None)
+    ids = torch.zeros((1, 2), dtype=torch.long, device=model.device)
+    out = model(input_ids=ids) if name is None else model(input_ids=ids, use_cache=True)
+    if out.logits.dim() != 3 or out.logits.shape[:2] != (1, 2):
+        raise ValueError("no logits for each token of a text")
+    cache: Any = getattr(out, name or "", None)
+    kinds = {type(layer) for layer in cache.layers} if type(cache) is DynamicCache else {None}
+    padded = kinds <= _ATTENTION and "position_ids" in accepted
+    if padded:  # some count from another number than 0, or want positions of another kind
+        try:
+            again = model(input_ids=ids, position_ids=torch.arange(2, device=ids.device)[None])
+            padded = torch.equal(again.logits, out.logits)
+        except Exception:
+            padded = False
+    return Reading(name if kinds <= _ATTENTION | _RECURRENT else None, padded)
+
+
+_ATTENTION = {cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer}
+_RECURRENT = {
+    cache_utils.LinearAttentionLayer,
+    cache_utils.LinearAttentionAndFullAttentionLayer,
+    cache_utils.LinearAttentionAndSlidingWindowAttentionLayer,
+}
+
+
 @torch.inference_mode()
 def generate(
     model: Any,
@@ -115,11 +170,12 @@ def generate(
     stop: Sequence[int] = (),
     batch_size: int = 64,
     on_done: Callable[[int], None] = lambda count: None,
+    reading: Reading | None = None,
 ) -> list[tuple[list[int], bool]]:
     """Continue token sequences.
 
     Args:
-        model: A causal LM with a key-value cache.
+        model: A causal LM.
         prompts: Token ids of each prompt, at least one.
         seeds: A seed for each, in [0, 2**64).
         limits: Tokens to write at most for each.
@@ -127,14 +183,15 @@ def generate(
         stop: Token ids that end a sequence.
         batch_size: Sequences computed together; those of like length go together.
         on_done: Called with the number of sequences finished after each batch.
+        reading: See `reading_of`; found where it is not given.
 
     Returns:
         For each prompt the new tokens, without the one that ended it, and whether one did.
     """
+    reading = reading or reading_of(model)
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     results: list[tuple[list[int], bool]] = [([], False)] * len(prompts)
-    for first in range(0, len(order), batch_size):
-        batch = order[first : first + batch_size]
+    for batch in _batches(order, [len(prompt) for prompt in prompts], batch_size, reading):
         written = _decode(
             model,
             [prompts[i] for i in batch],
@@ -142,11 +199,21 @@ def generate(
             np.array([limits[i] for i in batch]),
             sampling,
             np.array(list(stop), dtype=np.int64),
+            reading,
         )
         for i, result in zip(batch, written, strict=True):
             results[i] = result
         on_done(len(batch))
     return results
+
+
+def _batches(
+    order: list[int], lengths: list[int], size: int, reading: Reading
+) -> Iterator[list[int]]:
+    """The same order in batches; in each one length alone, where texts cannot be padded."""
+    for _, run in itertools.groupby(order, lambda i: None if reading.padded else lengths[i]):
+        members = list(run)
+        yield from (members[first : first + size] for first in range(0, len(members), size))
 
 
 def _decode(
@@ -156,6 +223,7 @@ def _decode(
     limits: Ints,
     sampling: Sampling,
     stop: Ints,
+    reading: Reading,
 ) -> list[tuple[list[int], bool]]:
     """One batch, left-padded. Equal prompts are read once; a finished sequence leaves at once."""
     accepted = inspect.signature(model.forward).parameters
@@ -169,22 +237,24 @@ def _decode(
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, : width - len(prompt)] = 0
     ids, mask = ids.to(model.device), mask.to(model.device)
-    positions = (mask[:, :width].cumsum(1) - 1).clamp(min=0)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
     tokens = np.zeros((len(prompts), longest), dtype=np.int64)
     written = np.zeros(len(prompts), dtype=np.int64)
     ended = np.zeros(len(prompts), dtype=bool)
     live = np.arange(len(prompts))
     cache = None
     for step in range(longest):
-        inputs: dict[str, Any] = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
-        inputs["attention_mask"] = mask[:, : width + step]
-        if "position_ids" in accepted:
-            inputs["position_ids"] = positions
-        if "logits_to_keep" in accepted:
-            inputs["logits_to_keep"] = 1
-        out = model(**inputs)
-        cache, logits = out.past_key_values, out.logits[:, -1]
-        rows = np.arange(len(live))  # of the cache, for the sequences that are live
+        end = width + step
+        given: dict[str, Any] = {"logits_to_keep": 1, "use_cache": reading.cache is not None}
+        if reading.padded:  # else the model's own are right
+            given["attention_mask"] = mask[:, :end]
+            given["position_ids"] = positions[:, end - ids.shape[1] : end]
+        inputs = {name: value for name, value in given.items() if name in accepted}
+        if reading.cache is not None:
+            inputs[reading.cache] = cache
+        out = model(input_ids=ids, **inputs)
+        logits = out.logits[:, -1]
+        rows = np.arange(len(live))  # of the model's batch, for the sequences that are live
         if step == 0:
             rows, logits = source, logits[torch.from_numpy(source).to(model.device)]
         chosen = draw(logits, uniforms(seeds[live], step), sampling)
@@ -195,10 +265,13 @@ def _decode(
         going = ~stopped & (step + 1 < limits[live])
         if not going.any():
             break
+        new = torch.from_numpy(chosen[going, None]).to(model.device)
+        if reading.cache is not None:
+            cache = getattr(out, reading.cache)
         if step == 0 or not going.all():
             kept = torch.from_numpy(rows[going]).to(model.device)
-            cache.batch_select_indices(kept)
-            mask, live, chosen = mask[kept], live[going], chosen[going]
-        ids = torch.from_numpy(chosen[:, None]).to(model.device)
-        positions = torch.from_numpy(lengths[live, None] + step).to(model.device)
+            live, ids, mask, positions = live[going], ids[kept], mask[kept], positions[kept]
+            if cache is not None:
+                cache.reorder_cache(kept)  # of every layer; batch_select_indices not all have
+        ids = new if cache is not None else torch.cat([ids, new], dim=1)
     return [(tokens[row, : written[row]].tolist(), bool(ended[row])) for row in range(len(prompts))]

@@ -15,7 +15,7 @@ from polarctl.errors import MissingError, PolarctlError, RecordError, UsageError
 from polarctl.model import devices
 from polarctl.model import reward_model as models
 from polarctl.model.template import content_text
-from polarctl.policies.decoding import generate
+from polarctl.policies.decoding import Reading, generate, reading_of
 from polarctl.policies.pool import Policy
 from polarctl.records import Record
 
@@ -89,6 +89,7 @@ class Writer:
         self.wrapper = "sft" if self.chat else "pretrain"
         self.context = getattr(config.get_text_config(), "max_position_embeddings", None)
         self._model: Any = None
+        self._reading: Reading | None = None
 
     def encode(self, prompts: Sequence[Any]) -> list[list[int] | Unfit]:
         """Token ids of each prompt, or why the policy cannot take it."""
@@ -146,7 +147,7 @@ class Writer:
         """Continue prompts given as token ids, each with its own seed.
 
         Raises:
-            MissingError: The weights cannot be loaded.
+            MissingError: The weights cannot be loaded, or the model does not continue a text.
             PolarctlError: Out of memory, or logits that are not finite.
         """
         if not prompts:
@@ -163,6 +164,7 @@ class Writer:
                     stop=self._stop_tokens(model),
                     batch_size=self.batch_size,
                     on_done=on_done,
+                    reading=self._reading,
                 )
         except torch.OutOfMemoryError:
             raise PolarctlError(
@@ -180,10 +182,27 @@ class Writer:
     def _load(self) -> Any:
         if self._model is None:
             self._model = load_causal_lm(self.policy, self.device, self.dtype)
+            self._reading = self._how_to_read(self._model)
         return self._model
 
+    def _how_to_read(self, model: Any) -> Reading:
+        try:
+            reading = reading_of(model)
+        except Exception as error:  # a model may want images, or raises what it likes
+            raise MissingError(
+                f"{self.policy.where}: {self.policy.model}: the model does not continue a text "
+                f"({type(error).__name__}: {models.first_line(error)})",
+                hint="a policy is a causal language model that reads text alone",
+            ) from None
+        name = self.policy.name
+        if reading.cache is None:
+            console.choice("decoding", "whole texts", f"`{name}` has no cache that can be used")
+        elif not reading.padded:
+            console.choice("batches", "of one length", f"`{name}` has recurrent layers")
+        return reading
+
     def _stop_tokens(self, model: Any) -> list[int]:
-        named = model.generation_config.eos_token_id
+        named = getattr(model.generation_config, "eos_token_id", None)
         tokens = set(named if isinstance(named, list) else [named])
         return sorted((tokens | {self.tokenizer.eos_token_id}) - {None})
 

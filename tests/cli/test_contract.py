@@ -1,5 +1,6 @@
 """The command line's contract, on the real program; a small stage, `demo`, stands for slow work."""
 
+import gzip
 import json
 import os
 import pty
@@ -373,6 +374,28 @@ def test_validate_names_every_bad_line(tmp_path, capfd):
     path.write_text(good)
     assert cli.run(["validate", str(path), "--kind", "triple"]) == 0
     assert capfd.readouterr() == ("", f"{path}: 1 records, all good\n")
+
+
+def test_validate_reads_every_file(tmp_path, capfd):
+    good = '{"prompt":"a","reference":"b","chosen":"c","rejected":"d"}\n'
+    texts = {"a": "{\n" + good, "b": good * 3, "c": "", "d": good + '{"prompt":1}\n', "f": good}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    (tmp_path / "e.jsonl.gz").write_bytes(gzip.compress(good.encode() * 9)[:-9])
+    assert cli.run(["validate", str(tmp_path / "*.jsonl*")]) == 3
+    said = [
+        line.removeprefix("polarctl: ").removeprefix(f"{tmp_path}/")
+        for line in capfd.readouterr().err.splitlines()
+    ]
+    assert said[0].startswith("a.jsonl:1: no JSON") and "d.jsonl:2: " in said[4]
+    assert said[1:4] == [
+        "a.jsonl: 1 of 2 records are bad",
+        "b.jsonl: 3 records, all good",
+        "c.jsonl: no records",
+    ]
+    assert said[5] == "d.jsonl: 1 of 2 records are bad"
+    assert said[6].startswith("e.jsonl.gz: cannot read on: ")
+    assert said[7:] == ["f.jsonl: 1 records, all good", "4 of 6 files are bad"]
 
 
 def test_schema_prints_json_or_the_list_of_kinds():
