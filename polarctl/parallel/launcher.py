@@ -83,8 +83,8 @@ def launch(
     if "RANK" in os.environ:
         if rank.threads_chosen:  # said here too, for the manifest
             _say_threads(os.environ["OMP_NUM_THREADS"], int(os.environ["LOCAL_WORLD_SIZE"]))
-        running = int(os.environ.get("WORLD_SIZE", "1"))
-        if gpus * nnodes not in (1, running):
+        running = os.environ.get("WORLD_SIZE")
+        if running is not None and gpus * nnodes not in (1, int(running)):
             raise UsageError(
                 f"`--gpus {gpus} --nnodes {nnodes}`, and the launcher has started {running} "
                 "processes",

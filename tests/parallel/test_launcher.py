@@ -290,6 +290,10 @@ def test_one_process_does_the_work_itself(monkeypatch):
     assert launch(gpus=1) is False
     monkeypatch.setenv("RANK", "0")
     assert launch(gpus=2) is False
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert launch(gpus=2) is False
+    with pytest.raises(UsageError, match="the launcher has started 2 processes"):
+        launch(gpus=3)
 
 
 def test_a_pipe_cannot_be_shared(tmp_path):

@@ -329,7 +329,7 @@ def test_a_bad_pool_is_one_line_with_its_place(
         (["--pool", "x", "--model", "y"], "pass either"),
         (["--pool", "none.jsonl"], "none.jsonl: no such file"),
         (["--pool", "-"], "the pool must be a file"),
-        (["--pool", "POOL", "--policy", "a"], "`--policy` goes with `--model`"),
+        (["--pool", "POOL", "--policy", "a"], "`--policy` has no effect here: it is for --model"),
         (["-m", "BASE", "--top-p", "0"], "top-p"),
         (["-m", "BASE", "--samples", "0"], "samples"),
         (["-m", "BASE", "-o", "none/out.jsonl"], "none: no such folder"),
