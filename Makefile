@@ -71,10 +71,11 @@ test-vllm: .venv-vllm/.installed
 	touch $@
 
 # What meets other packages: files, commands, HTTP both ways, models, a training run, pictures.
-OLDEST_TESTS := tests/test_[e-m]*.py tests/test_[op]*.py tests/test_[rs]*.py tests/test_decoding.py \
-	tests/cli tests/serving tests/backends/test_classifier.py tests/backends/test_server.py \
-	tests/backends/test_verl_reward.py tests/stages/test_score.py tests/stages/test_pretrain.py \
-	tests/training/test_loop.py
+OLDEST_TESTS := tests/test_*.py tests/storage tests/cli/test_contract.py tests/serving tests/evaluation \
+	tests/formats tests/hub tests/model/test_reward_model.py tests/model/test_forward.py tests/model/test_template.py \
+	tests/scoring/test_scorer.py tests/scoring/test_chat_classifier.py tests/scoring/test_server.py \
+	tests/scoring/test_verl_reward.py tests/stages/test_score.py tests/stages/test_pretrain.py \
+	tests/policies/test_decoding.py tests/training/test_loop.py
 
 test-oldest: .venv-oldest/.installed
 	.venv-oldest/bin/python -m pytest $(OLDEST_TESTS)

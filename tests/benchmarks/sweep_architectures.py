@@ -318,7 +318,7 @@ def page(results: list[tuple[str, dict[str, Found]]]) -> str:
 
 Made by `python tests/benchmarks/sweep_architectures.py` with transformers
 {transformers.__version__} and torch {torch.__version__.partition("+")[0]};
-`tests/test_architectures.py` makes the rows again and compares.
+`tests/model/test_architectures.py` makes the rows again and compares.
 
 Every decoder type of transformers that can be built tiny, {len(results)} of them, computes a loss
 and its gradient in float64: one sequence at a time by the library alone, and as training and
