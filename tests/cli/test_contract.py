@@ -34,18 +34,19 @@ DEMO = """
         float, __import__("typer").Option(help="Seconds per record.")]
 
     def run(config):
-        from polarctl import console, io, pipeline
+        from polarctl import console
+        from polarctl.storage import read, windows
         from polarctl.storage.write import Output
         print("a library talks on stdout")
         console.choice("device", "cpu", "no GPU")
-        paths = pipeline.inputs_of("demo", config)
-        with Output("demo", config, io.sizes(paths)) as out:
+        paths = windows.inputs_of("demo", config)
+        with Output("demo", config, read.sizes(paths)) as out:
+            reader = windows.reader_of(config, paths, None, on_bad=out.reject)
             def work(window):
                 for record in window:
                     time.sleep(config.pause)
                     yield record
-            pipeline.map_windows(out, pipeline.reader_of(config, paths, None, sink=out), work,
-                                 size=1, title="demo")
+            windows.map_windows(out, reader, work, size=1, title="demo")
         console.note("done")
 
     module = types.ModuleType("polarctl.stages.demo", "Copy.")

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny import with_options
 
 from polarctl.cli import run
 
@@ -58,10 +59,8 @@ def reward_model(tiny_lm, tmp_path_factory):
 
 
 def pretrain(data, model, out, *more):
-    return [
-        *["pretrain", str(data), "-m", str(model), "-o", str(out), "--device", "cpu", "-q"],
-        *["--lr", "1e-3", "--batch-size", "4", "--save-steps", "1", *more],
-    ]
+    base = ["pretrain", str(data), "-m", str(model), "-o", str(out), "--device", "cpu", "-q"]
+    return with_options([*base, "--lr", "1e-3", "--batch-size", "4", "--save-steps", "1"], more)
 
 
 # -- what is never replaced ------------------------------------------------------------------------
@@ -135,7 +134,7 @@ def test_eval_writes_no_report_over_files_of_others(tmp_path, capfd):
     scores = write(tmp_path / "s.jsonl", [row])
     mine = write(tmp_path / "r" / "report.html", ["precious"])
     before = tree(tmp_path)
-    for more in ([], ["--force"]):
+    for more in ([], ["-o", str(tmp_path / "verdicts.jsonl"), "--force"]):
         assert run(["eval", str(scores), "--report", str(tmp_path / "r"), *more]) == 2
         assert f"{mine}: is not replaced" in capfd.readouterr().err
     assert tree(tmp_path) == before
@@ -214,7 +213,7 @@ def test_a_kill_while_files_change_places_is_made_good(tmp_path):
         program = f"""
             import os, signal, sys
             from polarctl import cli
-                from polarctl.files import journal
+            from polarctl.storage import journal
             real, count = os.replace, []
             def replace(new, old):
                 if ".polarctl-next." in str(new) and "manifest.json.tmp" not in str(new):
@@ -439,12 +438,13 @@ def test_a_complete_model_is_believed_of_the_same_bytes_alone(
 
 SLOW = """
     import sys, time
-    from polarctl import cli, pipeline
-    real = pipeline.Reader.parse
+    from polarctl import cli
+    from polarctl.storage.read import Reader
+    real = Reader.parse
     def parse(self, where, line):
         time.sleep(0.0004)
         return real(self, where, line)
-    pipeline.Reader.parse = parse
+    Reader.parse = parse
     sys.exit(cli.run(sys.argv[1:]))
 """
 

@@ -55,7 +55,7 @@ def run(source: Path, target: Path, *, stop_at: int | None = None, **options: ob
 
         map_windows(
             out,
-            reader_of(config, list(config.input), None, sink=out),
+            reader_of(config, list(config.input), None, on_bad=out.reject),
             work,
             size=WINDOW_ROWS,
             title="demo",
@@ -193,7 +193,7 @@ def test_a_resume_passes_over_what_is_done(whole, tmp_path):
     config = Common(input=(str(source),), output=str(folder / "out.jsonl"), **values)
     with Output("demo", config, read.sizes(config.input)) as out:
         assert out.done == 4
-        reader = reader_of(config, list(config.input), None, sink=out)
+        reader = reader_of(config, list(config.input), None, on_bad=out.reject)
         for window in reader.windows(WINDOW_ROWS, done=out.done, digest=out.digest):
             seen.append(window.index)
             for record in window.records:
@@ -239,12 +239,13 @@ def test_compressed_output_resumes_to_the_same_bytes(quick, tmp_path, monkeypatc
 KILL_LOOP = """
     import os, random, signal, sys, time
     from pathlib import Path
-    from polarctl import console, io, output
+    from polarctl import console
     from polarctl.config import Common
+    from polarctl.storage import read, write
     from polarctl.storage.windows import map_windows, reader_of
 
     folder, kills, suffix = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    output._BLOCK_BYTES = 2000
+    write._BLOCK_BYTES = 2000
     console.configure(quiet=True, verbose=False, color=False, json_lines=False)
 
     def run(target, pause_s):
@@ -253,8 +254,8 @@ KILL_LOOP = """
         def work(window):
             time.sleep(pause_s)
             return ({**record, "twice": 2 * record["n"]} for record in window)
-        with output.Output("demo", config, io.sizes(config.input)) as out:
-            map_windows(out, reader_of(config, list(config.input), None, sink=out), work,
+        with write.Output("demo", config, read.sizes(config.input)) as out:
+            map_windows(out, reader_of(config, list(config.input), None, on_bad=out.reject), work,
                         size=5, title="demo")
 
     whole = folder / f"whole.jsonl{suffix}"
