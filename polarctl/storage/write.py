@@ -334,7 +334,7 @@ class Output:
             manifest.write(mark, {**record, "fingerprint": self._header})
             if self._replacing:
                 swap.append((str(mark), os.path.realpath(self._mark)))
-        if self._journal is not None:  # another run can do what this one does not come to do
+        if self._journal is not None and swap:  # another run can do the rest of it
             journals.add(self._journal, {"swap": swap})
         journals.swap(swap)
         for track in tracks:
