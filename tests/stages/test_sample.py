@@ -123,7 +123,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, tiny_lm, tiny_chat_lm,
     assert cli.run([*common, str(whole), "--batch-size", "256"]) == 0
     journal = Path(f"{torn}.journal")
     process = subprocess.Popen([PROGRAM, *common, str(torn), "--batch-size", "16"])
-    while not (journal.exists() and journal.read_bytes().count(b"\n") > 1):
+    while not (torn.exists() and journal.read_bytes().count(b"\n") > 1):
         assert process.poll() is None
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
