@@ -67,6 +67,32 @@ def test_a_run_leaves_a_whole_folder_and_no_checkpoints(finished):
     assert steps[-1]["loss"] < 0.6
 
 
+def test_a_model_that_cannot_share_trains_on_whole_sequences_and_says_why(
+    triples, tiny_lm, tmp_path, capfd
+):
+    """The soft caps of Gemma 2 are nothing that the shared attention does."""
+    base = tmp_path / "base"
+    base.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (base / name).write_bytes((tiny_lm / name).read_bytes())
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 320}
+    config = {"model_type": "gemma2", **sizes, **heads, "max_position_embeddings": 128}
+    (base / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "rm"
+    command = ["pretrain", str(triples), "--init-from-config", str(base), "-o", str(out)]
+    assert run([*command, "--lr", "1e-3", "--batch-size", "8", "--max-steps", "2"]) == 0
+    said = capfd.readouterr().err
+    assert "attention: whole sequences, padded (a `gemma2` model cannot share prefixes" in said
+    assert "attention kernel: eager" in said
+    chosen = json.loads((out / "manifest.json").read_text())["choices"]
+    assert chosen["attention"]["value"] == "whole sequences, padded"
+    first, *_ = (out / "metrics.jsonl").read_text().splitlines()
+    entry = json.loads(first)
+    assert entry["loss"] == pytest.approx(0.6931, abs=1e-4)
+    assert entry["computed"] >= entry["tokens"]  # nothing shared, and padding
+
+
 def wait_for(path, child):
     while child.poll() is None and not path.exists():
         time.sleep(0.002)
