@@ -228,6 +228,10 @@ def stage_command(stage: str) -> Any:
     config_type = module.Config
 
     def command(polarctl_context: typer.Context, **values: Any) -> None:
+        from polarctl.hub.scrub import environment_secrets
+
+        secrets = environment_secrets(os.environ).values()
+        console.hide(*(value.decode("utf-8", "surrogateescape") for value in secrets))
         config.check_environment(stage, config_type)
         tidy = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         settings = config_type(**tidy)

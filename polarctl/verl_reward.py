@@ -8,8 +8,8 @@ model; the server batches what the rollouts ask for at the same time.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
+from threading import Lock
 from typing import Any
 
 from polarctl.errors import PolarctlError
@@ -59,7 +59,12 @@ def compute_score(
             "the POLAR reward needs `extra_info.prompt`",
             hint="polarctl convert --to verl writes it",
         )
-    reward = _reward(url, model, server_deadline, normalize, strip_thinking, reward_floor)
+    reward = PolarReward(
+        _scorer(url, model, server_deadline),
+        normalize=normalize,
+        strip_thinking=strip_thinking,
+        reward_floor=reward_floor,
+    )
     (found,) = reward(
         [list(known["prompt"]) if not isinstance(known["prompt"], str) else known["prompt"]],
         [solution_str],
@@ -69,17 +74,14 @@ def compute_score(
     return found
 
 
-@functools.lru_cache
-def _reward(
-    url: str,
-    model: str,
-    deadline_s: float,
-    normalize: str,
-    strip_thinking: bool,
-    reward_floor: float | None,
-) -> PolarReward:
+_scorers: dict[tuple[str, str, float], ServerScorer] = {}
+_opening = Lock()  # verl's first rollouts come in many threads at once
+
+
+def _scorer(url: str, model: str, deadline_s: float) -> ServerScorer:
     """One for each process and server: it probes the server once and keeps its connections."""
-    scorer = ServerScorer(url, load_encoder(model), deadline_s=deadline_s)
-    return PolarReward(
-        scorer, normalize=normalize, strip_thinking=strip_thinking, reward_floor=reward_floor
-    )
+    with _opening:
+        settings = (url, model, deadline_s)
+        if settings not in _scorers:
+            _scorers[settings] = ServerScorer(url, load_encoder(model), deadline_s=deadline_s)
+        return _scorers[settings]

@@ -44,7 +44,7 @@ def find_token() -> str:
     """
     from huggingface_hub import get_token
 
-    with _hub_errors("", None):
+    with _hub_errors(""):
         token = get_token()
     if not token:
         raise MissingError("no Hugging Face token", hint=_LOGIN)
@@ -55,7 +55,7 @@ def full_name(repo_id: str, token: str) -> str:
     """`owner/name`; the owner of a bare name is the user."""
     if "/" in repo_id:
         return repo_id
-    with _hub_errors(repo_id, token):
+    with _hub_errors(repo_id):
         return f"{_api(token).whoami()['name']}/{repo_id}"
 
 
@@ -92,7 +92,7 @@ def publish(
     from huggingface_hub import CommitOperationAdd
 
     api = _api(token, progress)
-    with _hub_errors(repo_id, token), warnings.catch_warnings(record=True) as said:
+    with _hub_errors(repo_id), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         url = api.create_repo(repo_id, repo_type=repo_type, private=not public, exist_ok=True)
         before = api.repo_info(repo_id, repo_type=repo_type)
@@ -124,13 +124,14 @@ def publish(
         if commit.oid == before.sha:
             console.note(f"{repo_id}: has these files already; nothing to do")
         _verify(api, items, repo_id, repo_type, commit.oid)
-    return str(commit.commit_url)
+    return console.plain(str(commit.commit_url))
 
 
 def _api(token: str, progress: bool = False) -> Any:
     from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars, get_session, logging
 
+    console.hide(token)
     logging.set_verbosity_error()
     get_session().timeout = _REPLY_TIMEOUT_S  # by default a silent server is waited for for ever
     if not progress:
@@ -190,24 +191,24 @@ def _local_hash(item: Item, large: bool) -> str:
 
 
 @contextmanager
-def _hub_errors(repo_id: str, token: str | None) -> Iterator[None]:
-    """Turn what huggingface_hub raises into our errors: one line, without the token."""
+def _hub_errors(repo_id: str) -> Iterator[None]:
+    """Turn what huggingface_hub raises into our errors: one line, in clean words."""
     try:
         yield
     except PolarctlError:
         raise
     except Exception as error:
-        found = _translate(error, repo_id, token)
+        found = _translate(error, repo_id)
         if found is None:
             raise
         raise found from None
 
 
-def _translate(error: BaseException, repo_id: str, token: str | None) -> PolarctlError | None:
+def _translate(error: BaseException, repo_id: str) -> PolarctlError | None:
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     if isinstance(error, ValueError) and "metadata in README.md" in str(error):
-        return UsageError(_one_line(error, token), hint="mend the lines between `---` in README.md")
+        return UsageError(_one_line(error), hint="mend the lines between `---` in README.md")
     chain: list[BaseException] = []
     current: BaseException | None = error
     while current is not None and current not in chain:
@@ -215,24 +216,24 @@ def _translate(error: BaseException, repo_id: str, token: str | None) -> Polarct
         current = current.__cause__ or current.__context__
     for each in chain:
         if isinstance(each, HfHubHTTPError):
-            return _of_status(each, repo_id, token)
+            return _of_status(each, repo_id)
     for each in chain:
         if isinstance(each, OfflineModeIsEnabled):
             return MissingError("the Hub is switched off", hint="unset HF_HUB_OFFLINE")
         if type(each).__module__.partition(".")[0].startswith("httpx"):
             return MissingError(
-                f"the Hub cannot be reached: {_one_line(each, token)}",
+                f"the Hub cannot be reached: {_one_line(each)}",
                 hint="look at the network, and at HF_ENDPOINT if it is set",
             )
     if isinstance(error, TypeError | KeyError | AttributeError | AssertionError):
         return None  # a fault of the program
     hint = "HF_HUB_DISABLE_XET=1 uploads over plain HTTP" if "hf_xet" in sys.modules else None
-    return PolarctlError(f"{repo_id}: {_one_line(error, token)}", hint=hint)
+    return PolarctlError(f"{repo_id}: {_one_line(error)}", hint=hint)
 
 
-def _of_status(error: Any, repo_id: str, token: str | None) -> PolarctlError:
+def _of_status(error: Any, repo_id: str) -> PolarctlError:
     status = error.response.status_code
-    said = _one_line(error.server_message or error.response.reason_phrase, token)
+    said = _one_line(error.server_message or error.response.reason_phrase)
     if status == 401:
         return MissingError(f"the Hub does not accept the token: {said}", hint=_LOGIN)
     if status == 403:
@@ -240,6 +241,5 @@ def _of_status(error: Any, repo_id: str, token: str | None) -> PolarctlError:
     return PolarctlError(f"{repo_id}: the Hub answers {status}: {said}")
 
 
-def _one_line(text: object, token: str | None = None) -> str:
-    line = " ".join(str(text).split()).rstrip(".") or type(text).__name__
-    return line.replace(token, "<token>") if token else line
+def _one_line(text: object) -> str:
+    return console.plain(str(text)).rstrip(".") or type(text).__name__

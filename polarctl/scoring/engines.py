@@ -34,13 +34,18 @@ def options_of(config: EngineConfig) -> dict[str, Any]:
     """`--engine-option` as keyword arguments.
 
     Raises:
-        UsageError: Not of the form KEY=VALUE.
+        UsageError: Not of the form KEY=VALUE, or a secret.
     """
     options: dict[str, Any] = {}
     for text in config.engine_option:
         name, equals, value = text.partition("=")
         if not equals or not name.isidentifier():
             raise UsageError(f"`--engine-option {text}`: not of the form KEY=VALUE")
+        if name.endswith(("token", "key", "secret", "password")) and value not in ("true", "false"):
+            raise UsageError(
+                f"`--engine-option {name}`: a secret would be in the manifest",
+                hint="in the environment, such as HF_TOKEN",
+            )
         try:
             options[name] = json.loads(value)
         except ValueError:

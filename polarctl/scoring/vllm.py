@@ -83,7 +83,7 @@ class VllmScorer:
 
         flat = [TokensPrompt(prompt_token_ids=list(ids)) for group in groups for ids in group]
         done = iter(self.engine.classify(flat, use_tqdm=False))
-        found = [[float(next(done).outputs.probs[0]) for _ in group] for group in groups]
+        found = [[_reward(next(done).outputs.probs) for _ in group] for group in groups]
         check_finite(found)
         return found
 
@@ -98,6 +98,15 @@ class VllmScorer:
         found = self.stats()
         share = found["hits"] / found["queries"] if found["queries"] else 0.0
         console.note(f"vLLM: {share:.0%} of {found['queries']:,} tokens came from the prefix cache")
+
+
+def _reward(values: Sequence[float]) -> float:
+    if len(values) != 1:
+        raise PolarctlError(
+            f"the model gives {len(values)} numbers for an input and no reward",
+            hint="a reward model has one: `num_labels: 1` in its config.json",
+        )
+    return float(values[0])
 
 
 def _longest(folder: str, template: int) -> int:

@@ -11,6 +11,7 @@ from polarctl.judging.parsing import Failure, Reply
 from polarctl.judging.prompting import question
 
 KEY = "sk-" + "S3ntinel" * 3
+GOOD = {"message": {"content": "not this one"}, "finish_reason": "stop"}
 ANSWER = '{"scores": {"model-1": 3}, "best-to-worst": ["model-1"]}'
 
 
@@ -91,6 +92,14 @@ def test_thinking_and_cut_answers_are_told_apart(server):
         (200, {"choices": [{"message": {"content": 3}}]}),
         (200, [1]),
         (200, b"[" * 100_000),
+        (200, {"error": {"message": "no memory"}, "choices": [GOOD]}),
+        (200, {"choices": [GOOD, GOOD]}),
+        (200, {"choices": [{**GOOD, "finish_reason": "abort"}]}),
+        (200, {"choices": [{**GOOD, "finish_reason": 1}]}),
+        (200, {"choices": [GOOD], "model": 7}),
+        (200, b'{"choices": [{"message": {"content": "x"}, "logprobs": NaN}]}'),
+        (200, b'{"choices": [{"message": {"content": "x"}}], "n": ' + b"9" * 5000 + b"}"),
+        (200, b"{}", {"Content-Encoding": "gzip"}),
     ],
     ids=str,
 )
@@ -170,3 +179,34 @@ def test_a_key_that_cannot_be_a_header_is_refused_unseen(monkeypatch):
     with pytest.raises(UsageError) as caught:
         ChatServer("http://host", "judge")
     assert "sk-a" not in str(caught.value)
+
+
+def test_an_answer_by_another_model_ends_the_run(server):
+    server.named = "judge-2025"  # not the name that was asked for: an alias
+    asker = chat(server, concurrency=1)
+    assert asker.served()["served_as"] == "judge-2025"
+    assert isinstance(ask(asker)[0], Reply)
+    server.named = "judge-2026"
+    with pytest.raises(PolarctlError, match="by the model `judge-2026`") as caught:
+        ask(asker)
+    assert caught.value.exit_status == 1
+
+
+def test_a_judge_started_anew_as_another_ends_the_run(server):
+    server.models = [{"id": "judge", "root": "/models/a", "owned_by": "vllm"}]
+    asker = chat(server)
+    assert asker.served()["served_root"] == "/models/a"
+    server.faults = [(503, b"")]
+    assert isinstance(ask(asker)[0], Reply)  # the same one is back
+    server.faults = [(503, b"")]
+    server.models = [{"id": "judge", "root": "/models/b", "owned_by": "vllm"}]
+    with pytest.raises(PolarctlError, match="another judge than at the start: `served_root`"):
+        ask(asker)
+
+
+def test_words_of_a_server_are_bounded_and_cannot_write_to_the_terminal(server, capfd):
+    server.faults = [(400, {"error": {"message": "\x1b]0;x\x07\u202e" + "long " * 1000}})]
+    with pytest.raises(PolarctlError) as caught:
+        ask(chat(server))
+    said = str(caught.value)
+    assert said.isprintable() and r"\x1b]0;x\x07\u202elong" in said and len(said) < 500

@@ -1,5 +1,7 @@
 """The reward function for verl, on the rows that `convert --to verl` writes."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from scoring.faulty_server import reward_of, serving
 
@@ -39,9 +41,23 @@ def test_a_rollout_gets_the_reward_of_its_row(tiny_rm):
                 **given,
             )
             assert told == pytest.approx((wanted + 5) / 10)
-            assert server.seen["requests"] == 4  # each setting probes the server once
+            assert server.seen["requests"] == 3  # the server is probed once
             assert compute_score(solution_str="So.", url=server.url, **given) == raw
-            assert server.seen["requests"] == 5
+            assert server.seen["requests"] == 4
+
+
+def test_many_threads_share_one_scorer(tiny_rm):
+    given = {"data_source": "x", "ground_truth": "Because.", "extra_info": {"prompt": "Why?"}}
+    with serving() as server:
+
+        def score(number):
+            text = f"So {number % 4}."
+            return compute_score(solution_str=text, url=server.url, model=str(tiny_rm), **given)
+
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(score, range(16)))
+        assert server.seen["requests"] == 17  # and one probe
+    assert found == found[:4] * 4
 
 
 def test_a_rollout_without_an_answer_gets_the_floor(tiny_rm):

@@ -235,7 +235,11 @@ def test_a_file_that_the_repository_ignores_is_an_error(hub, push_here, checkpoi
     ("fail", "status", "message"),
     [
         ({"POST /api/repos/create": (403, "no write access")}, 4, "the token may not write there"),
-        ({"POST .*/commit/main": (500, f"broken\n by {TOKEN}")}, 1, "500: broken by <token>"),
+        (
+            {"POST .*/commit/main": (500, f"broken\n by \x1b[2J{TOKEN}")},
+            1,
+            r"500: broken by \x1b[2J***",
+        ),
         ({"PUT /lfs/.*": (400, "too large")}, 1, "me/rm: the Hub answers 400: too large"),
         ({"POST /api/validate-yaml": (400, "bad")}, 2, "metadata in README.md"),
     ],

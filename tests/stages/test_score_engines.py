@@ -248,6 +248,27 @@ def test_a_judge_behind_a_server_scores_by_the_principle(tmp_path):
     assert run(["validate", str(tmp_path / "out.jsonl")]) == 0
 
 
+def test_a_judges_run_goes_on_with_the_same_judge_alone(tmp_path, capfd):
+    rows = [{**LOUD, "prompt": f"Say {i}"} for i in range(150)]  # three windows
+    source, out = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    with JudgeServer() as server:
+        good = server.reply
+        server.models = [{"id": "judge", "root": "/models/a"}]
+        arguments = ["score", str(source), "-m", "judge", "--backend", "principle"]
+        arguments += ["-o", str(out), "--server", server.url]
+        server.reply = lambda asked: "?" if asked["prompt"] == "Say 140" else good(asked)
+        assert run(arguments) == 3  # after two windows
+        done = out.read_bytes()
+        assert done.count(b"\n") == 128
+        server.reply, server.models = good, [{"id": "judge", "root": "/models/b"}]
+        assert run(arguments) == 2
+        assert "`served_root` was '/models/a' and is now '/models/b'" in capfd.readouterr().err
+        assert out.read_bytes() == done
+        server.models = [{"id": "judge", "root": "/models/a"}]
+        assert run(arguments) == 0
+    assert [row["prompt"] for row in read(out)] == [row["prompt"] for row in rows]
+
+
 def test_a_reply_that_cannot_be_read_is_no_score(tmp_path, capfd):
     source = write(tmp_path / "in.jsonl", [LOUD, {**LOUD, "prompt": "Say ho"}, LOUD])
     arguments = ["score", str(source), "-m", "judge", "--backend", "principle"]
@@ -287,3 +308,12 @@ def test_what_a_judge_cannot_do_is_refused(options, said, tiny_chat_lm, tmp_path
     arguments = ["score", str(source), "-m", str(tiny_chat_lm), "--backend", "principle"]
     assert run([*arguments, *options]) == 2
     assert said in capfd.readouterr().err
+
+
+def test_a_token_among_the_options_of_an_engine_is_refused_unseen(many, tiny_rm, tmp_path, capfd):
+    arguments = ["score", str(many), "-m", str(tiny_rm), "-o", str(tmp_path / "out.jsonl")]
+    options = ["--backend", "vllm", "--engine-option", "hf_token=hf_S3ntinel"]
+    assert run([*arguments, *options]) == 2
+    said = capfd.readouterr().err
+    assert "`--engine-option hf_token`: a secret" in said and "S3ntinel" not in said
+    assert list(tmp_path.iterdir()) == []
