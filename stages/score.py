@@ -73,6 +73,7 @@ def run(config: Config) -> None:
     from contextlib import closing
 
     from polarctl import console
+    from polarctl.parallel import served
     from polarctl.records import kind_of_scorable
     from polarctl.scoring import engines
     from polarctl.scoring.answers import REWARD_FLOOR, Answers, floor_of
@@ -106,7 +107,7 @@ def run(config: Config) -> None:
         identity["conditions_identity"] = manifest.file_identity(config.conditions)
     if config.server is not None:
         check_paths(config, paths)  # before a server is waited for
-        identity |= engines.served_identity(config, work.served)
+        identity |= served.identity(config, work.served)
     with closing(work), Output("score", config, read.sizes(paths), identity) as out:
         if out.complete:
             return

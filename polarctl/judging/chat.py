@@ -15,16 +15,8 @@ from polarctl import console
 from polarctl.errors import MissingError, PolarctlError
 from polarctl.judging.parsing import Failure, Reply
 from polarctl.judging.prompting import question
-from polarctl.parallel.http_client import (
-    Answer,
-    Fault,
-    Remote,
-    Request,
-    check_url,
-    refuse_errors,
-    served,
-    unlike,
-)
+from polarctl.parallel import served
+from polarctl.parallel.http_client import Answer, Fault, Remote, Request, check_url, refuse_errors
 
 KEY = "POLARCTL_JUDGE_KEY"
 _CUT_OFF = {"abort", "error"}  # the server's doing: the next time may be better
@@ -108,14 +100,16 @@ class ChatServer:
         again = self.remote.again
         asked = question("Be brief", "Is it so?", ["Yes."], ["model-1"])
         self.remote.ask([self._request(asked, 1, self._read_name)])
-        rows = self.remote.models(self.url.removesuffix("chat/completions") + "models") or []
+        rows = (
+            served.models(self.remote, self.url.removesuffix("chat/completions") + "models") or []
+        )
         row = next((row for row in rows if row["id"] == self.model), {})
         self._checked = again
         self._served = {
             "served_by": "chat",
             "served_model": self.model,
             "served_as": self._reply_name and console.plain(self._reply_name),
-            **served(row),
+            **served.fields(row),
         }
         return self._served
 
@@ -125,7 +119,7 @@ class ChatServer:
 
     def _check(self, before: dict[str, Any]) -> None:
         """After faults: is it still the same judge? The server may have been started anew."""
-        field = unlike(before, now := self.served())
+        field = served.unlike(before, now := self.served())
         if field is not None:
             raise PolarctlError(
                 f"{self.url}: serves another judge than at the start: `{field}` was "

@@ -31,11 +31,9 @@ from polarctl.errors import MissingError, PolarctlError, UsageError
 
 LONGEST_PAUSE_S = 10.0
 MOST_BYTES = 16 << 20
-PROBE = "served_probe"
 _LONGEST_ASKED_PAUSE_S = 60.0
 _END_S = 10.0
 _FOR_GOOD = {501, 505}
-_IDENTITY = ("root", "parent", "max_model_len", "fingerprint")
 A = TypeVar("A")
 
 
@@ -223,14 +221,6 @@ class Remote:
             future.cancel()
             raise
 
-    def models(self, url: str) -> list[dict[str, Any]] | None:
-        """The models that the server lists at `url`; None when it has no such list.
-
-        Raises:
-            MissingError: No good reply until the deadline.
-        """
-        return self.ask([Request("GET", url, None, _listed)])[0]
-
     def close(self) -> None:
         """End the requests under way; say how many had to be sent again."""
         if self._finalizer.alive:
@@ -320,51 +310,6 @@ class Remote:
                 pause = _seconds(reply.headers.get("Retry-After"))
                 raise Fault(f"status {answer.status} {answer.said()}".strip(), pause)
             return answer
-
-
-def served(row: dict[str, Any]) -> dict[str, Any]:
-    """What a row of a server's list says of the model, as fields of a run's identity."""
-    found = {name: row.get(name) for name in _IDENTITY}
-    return {
-        f"served_{name}": console.plain(value) if isinstance(value, str) else value
-        for name, value in found.items()
-        if isinstance(value, str | int | float)
-    }
-
-
-def unlike(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """The first `served_...` field that differs, if any.
-
-    The rewards of the same texts may differ by 0.05 or 2 %: a server's batches change them in
-    half precision. Two models differ by more in one text of eight at least.
-    """
-    for name in sorted({key for key in (*before, *now) if key.startswith("served_")}):
-        one, other = before.get(name), now.get(name)
-        if name == PROBE and isinstance(one, list) and isinstance(other, list):
-            if len(one) == len(other) and all(map(_close, one, other)):
-                continue
-        if one != other:
-            return name
-    return None
-
-
-def _close(one: float, other: float) -> bool:
-    return math.isclose(one, other, rel_tol=0.02, abs_tol=0.05)
-
-
-def _listed(answer: Answer) -> list[dict[str, Any]] | None:
-    if answer.status in (401, 403):
-        raise MissingError(f"the server refuses the key: {answer.said()}", hint="look at the key")
-    if answer.status != 200:
-        return None
-    reply = answer.value()
-    refuse_errors(reply)
-    rows = reply.get("data") if isinstance(reply, dict) else None
-    if not isinstance(rows, list) or not rows:
-        raise Fault("a list of models without any")
-    if not all(isinstance(row, dict) and isinstance(row.get("id"), str) for row in rows):
-        raise Fault("a list of models without their names")
-    return rows
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

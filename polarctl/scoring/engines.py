@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polarctl import console
@@ -60,42 +58,6 @@ def identity(config: EngineConfig) -> dict[str, Any]:
         "model_identity": config.model if remote else manifest.folder_identity(config.model),
         "engine": "server" if config.server else config.backend,
     }
-
-
-def served_identity(config: EngineConfig, ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What the server serves, as a resume compares it.
-
-    Args:
-        config: The options, with `server`.
-        ask: Asks the server. A complete output needs no server, and none is asked then.
-
-    Returns:
-        The fields of the interrupted or complete output where they are the same (rewards of the
-        probe to a tolerance), else what the server says now.
-
-    Raises:
-        MissingError: No server answers.
-    """
-    from polarctl.parallel.http_client import unlike
-
-    before: Any = None
-    complete = False
-    if config.output != "-" and not config.force:
-        journal = Path(f"{config.output}.journal")
-        mark = Path(config.manifest or f"{config.output}.manifest.json")
-        complete = not journal.exists() and Path(config.output).exists() and mark.exists()
-        try:
-            if complete:
-                before = json.loads(mark.read_bytes())["fingerprint"]
-            elif config.resume:
-                before = json.loads(journal.read_bytes().partition(b"\n")[0])
-            before = {k: v for k, v in before.items() if k.startswith("served_")}
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            before = None  # none of ours, or nothing was finished: `Output` says which
-    if complete and before:
-        return before
-    now = ask()
-    return now if before is None or unlike(before, now) else before
 
 
 def reads_chat(config: EngineConfig) -> bool:

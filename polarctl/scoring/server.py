@@ -17,16 +17,8 @@ from typing import Any
 from polarctl import console
 from polarctl.errors import MissingError, PolarctlError, UsageError
 from polarctl.model.template import Encoder
-from polarctl.parallel.http_client import (
-    PROBE,
-    Answer,
-    Fault,
-    Remote,
-    Request,
-    refuse_errors,
-    served,
-    unlike,
-)
+from polarctl.parallel import served
+from polarctl.parallel.http_client import Answer, Fault, Remote, Request, refuse_errors
 from polarctl.scoring.scorer import Item, Scored, score_ids
 
 TYPES = ("auto", "vllm", "sglang", "lmdeploy", "polarctl")
@@ -176,7 +168,7 @@ class ServerScorer:
 
     def _row(self, kind: str, name: str | None) -> dict[str, Any]:
         """What the server lists of the model; empty when it has no list and none is needed."""
-        rows = self.remote.models(f"{self.url}/v1/models")
+        rows = served.models(self.remote, f"{self.url}/v1/models")
         if rows is None:
             if kind == "auto" or name is None:
                 raise UsageError(
@@ -232,8 +224,8 @@ class ServerScorer:
         return {
             "served_by": self.kind,
             "served_model": console.plain(self.name),
-            **served(row),
-            PROBE: [float(f"{value:.6g}") for value in probe],
+            **served.fields(row),
+            served.PROBE: [float(f"{value:.6g}") for value in probe],
         }
 
     def _same_name(self, name: Any) -> None:
@@ -266,7 +258,7 @@ class ServerScorer:
         again = self.remote.again
         row = self._row(self.kind, self.name)
         now = self._identity(row, self._probe())
-        field = unlike(self._served, now)
+        field = served.unlike(self._served, now)
         if field is not None:
             raise PolarctlError(
                 f"{self.url}: serves another model than at the start: `{field}` was "
