@@ -31,8 +31,7 @@ from polarctl.errors import MissingError, PolarctlError, UsageError
 
 LONGEST_PAUSE_S = 10.0
 MOST_BYTES = 16 << 20
-_LONGEST_ASKED_PAUSE_S = 60.0
-_END_S = 10.0
+_LONGEST_ASKED_PAUSE_S, _END_S = 60.0, 10.0
 _FOR_GOOD = {501, 505}
 A = TypeVar("A")
 
@@ -106,12 +105,12 @@ class Request(Generic[A]):
 
 def refuse_errors(reply: Any) -> None:
     """Raise Fault for a JSON object that tells of a failure, whatever else is in it."""
-    if isinstance(reply, dict):
-        for name in ("error", "errors", "detail"):
-            if reply.get(name):
-                raise Fault(f"a reply with `{name}`: {console.plain(str(reply[name]), 100)}")
-        if reply.get("object") == "error":
-            raise Fault("a reply that is an error")
+    told = reply if isinstance(reply, dict) else {}
+    for name in ("error", "errors", "detail"):
+        if told.get(name):
+            raise Fault(f"a reply with `{name}`: {console.plain(str(told[name]), 100)}")
+    if told.get("object") == "error":
+        raise Fault("a reply that is an error")
 
 
 def check_url(url: str, key_variable: str) -> None:
@@ -193,13 +192,11 @@ class Remote:
             self._client = httpx.AsyncClient(
                 headers=headers,
                 timeout=None,  # `_sent` has one for the whole reply
-                limits=httpx.Limits(
-                    max_connections=concurrency, max_keepalive_connections=concurrency
-                ),
+                limits=httpx.Limits(max_connections=concurrency),
             )
         except (ValueError, ImportError, httpx.InvalidURL) as error:
             raise UsageError(f"the environment's proxy: {console.plain(str(error))}") from None
-        self._places = asyncio.Semaphore(concurrency)
+        self._places, self._open = asyncio.Semaphore(concurrency), threading.Lock()
         self._loop = asyncio.new_event_loop()
         thread = threading.Thread(target=_turn, args=(self._loop,), daemon=True, name="requests")
         thread.start()
@@ -212,19 +209,23 @@ class Remote:
             MissingError: No good reply until the deadline.
             Exception: What `Request.read` raises; the others of the call are given up.
         """
-        future = asyncio.run_coroutine_threadsafe(self._all(requests), self._loop)
+        with self._open:  # what is handed over before the end is ended by it
+            if not self._finalizer.alive:
+                raise PolarctlError(f"{self.url}: the request was given up")
+            future = asyncio.run_coroutine_threadsafe(self._all(requests), self._loop)
         try:
             return future.result()
         except CancelledError:
             raise PolarctlError(f"{self.url}: the request was given up") from None
-        except BaseException:
-            future.cancel()
-            raise
+        finally:
+            future.cancel()  # when this thread is stopped
 
     def close(self) -> None:
         """End the requests under way; say how many had to be sent again."""
-        if self._finalizer.alive:
-            self._finalizer()
+        with self._open:
+            end = self._finalizer.alive and self._finalizer.detach()
+        if end:
+            _end(*end[2])
             if self.again:
                 console.warn(f"{self.url}: {self.again:,} requests had to be sent again")
 
@@ -334,10 +335,8 @@ def _seconds(header: str | None) -> float | None:
 
 def _turn(loop: asyncio.AbstractEventLoop) -> None:
     """Run the loop of the requests until `_end` stops it."""
-    try:
-        loop.run_forever()
-    finally:
-        loop.close()
+    loop.run_forever()
+    loop.close()
 
 
 def _end(loop: asyncio.AbstractEventLoop, thread: threading.Thread, client: Any) -> None:

@@ -34,8 +34,9 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+        with contextlib.suppress(ConnectionError):  # the client may have gone away
+            self.end_headers()
+            self.wfile.write(data)
 
     def do_GET(self):
         row = {"id": self.server.model, "owned_by": self.server.kind}

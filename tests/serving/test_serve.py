@@ -6,6 +6,7 @@ import os
 import random
 import re
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,10 +18,13 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx2 as httpx
 import pytest
 from model.internlm2.official import build_official
+from safetensors.torch import load_file, save_file
 from tiny import build_chat_rm
 
 from polarctl.cli import run
 from polarctl.model import reward_model
+from polarctl.parallel.served import unlike
+from polarctl.scoring.server import ServerScorer
 from polarctl.serving.batching import Batcher, Closed
 
 CANDIDATES = ["yes", "no", "it is so", "perhaps " * 9]
@@ -192,6 +196,23 @@ def test_a_published_checkpoint_is_served_without_its_code(tmp_path):
         assert client.get("/v1/models").json()["data"][0]["id"] == "POLAR-7B"
     assert found == pytest.approx(json.loads(out.read_text())["rewards"], abs=1e-5)
     assert not canary.exists()
+
+
+def test_the_list_of_models_tells_weights_of_the_same_name_apart(tiny_rm, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_rm, other)
+    weights = load_file(other / "model.safetensors")
+    weights["score.weight"] += 1e-6  # too little for any reward that is compared
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    encoder, told = reward_model.load_encoder(str(tiny_rm)), []
+    for folder in (tiny_rm, tiny_rm, other):
+        with serving("-m", folder, "--served-model-name", "rm") as client:
+            scorer = ServerScorer(str(client.base_url), encoder)
+            told.append(scorer.served())
+            scorer.close()
+    assert told[0]["served_by"] == "polarctl" and told[0]["served_model"] == "rm"
+    assert unlike(told[0], told[1]) is None
+    assert unlike(told[0], told[2]) == "served_fingerprint"
 
 
 def test_many_clients_at_once_each_get_their_own_rewards(server, inputs):
