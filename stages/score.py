@@ -13,59 +13,17 @@ polarctl score candidates.jsonl -m runs/rm --server http://gpu-1:8000 -o scores.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import typer
-
-from polarctl.scoring.options import EngineConfig
+from polarctl.scoring.options import ScoreOptions
 
 WINDOW_ROWS = 512
 JUDGED_ROWS = 64  # a judge writes thousands of tokens for a record
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(EngineConfig):
+class Config(ScoreOptions):
     """Options of `polarctl score`."""
-
-    condition_field: Annotated[
-        str | None,
-        typer.Option(metavar="FIELD", help="Field whose value picks a system prompt."),
-    ] = None
-    conditions: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE", help="YAML: values of that field to system prompts, for scoring only."
-        ),
-    ] = None
-    reference_pooling: Annotated[
-        Literal["mean", "max"],
-        typer.Option(help="A candidate's reward among several `references`."),
-    ] = "mean"
-    strip_thinking: Annotated[
-        bool, typer.Option("--strip-thinking", help="Score without <think>...</think>.")
-    ] = False
-    reward_floor: Annotated[
-        str,
-        typer.Option(
-            metavar="VALUE",
-            help="Raw reward of an output without an answer: empty, in an unfinished thought, or "
-            "`finish_reason: length`. A number, none, or auto: -20 with --strip-thinking, else "
-            "none. Such a record says so in `floored`.",
-        ),
-    ] = "auto"
-    normalize: Annotated[
-        Literal["none", "polar-1.8b", "polar-7b", "zscore", "rank"],
-        typer.Option(
-            help="Add `normalized`, rewards on another scale: as the paper trains its two models, "
-            "or within a record."
-        ),
-    ] = "none"
-    details: Annotated[
-        bool, typer.Option("--details", help="Add `tokens` and `truncated` for each reward.")
-    ] = False
-    best_of_n: Annotated[
-        bool, typer.Option("--best-of-n", help="Add `best`: index of a group's highest reward.")
-    ] = False
 
 
 def run(config: Config) -> None:
@@ -76,29 +34,14 @@ def run(config: Config) -> None:
     from polarctl.parallel import served
     from polarctl.records import kind_of_scorable
     from polarctl.scoring import engines
-    from polarctl.scoring.answers import REWARD_FLOOR, Answers, floor_of
     from polarctl.scoring.scorer import Cuts, Floored
-    from polarctl.scoring.summary import Summary
-    from polarctl.scoring.window import ScoreWork, Wishes
+    from polarctl.scoring.window import ScoreWork, Summary
     from polarctl.storage import manifest, read, windows
     from polarctl.storage.write import Output, check_paths
 
     engines.check(config)
     paths = windows.inputs_of("score", config)
-    default = REWARD_FLOOR if config.strip_thinking else None
-    answers = Answers(
-        strip_thinking=config.strip_thinking, floor=floor_of(config.reward_floor, default)
-    )
-    wishes = Wishes(
-        answers=answers,
-        pooling=config.reference_pooling,
-        normalize=config.normalize,
-        details=config.details,
-        best_of_n=config.best_of_n,
-        condition_field=config.condition_field,
-        conditions=config.conditions,
-    )
-    work = ScoreWork(config, wishes, chat=engines.reads_chat(config))
+    work = ScoreWork(config, chat=engines.reads_chat(config))
     if config.dry_run:
         windows.dry_run("score", config, paths, kind_of_scorable, verify=work.verify)
         return
@@ -145,5 +88,5 @@ def run(config: Config) -> None:
             threads=threads,
         )
         cuts.say()
-        floored.say(answers.floor)
+        floored.say(work.answers.floor)
         summary.say()

@@ -135,3 +135,48 @@ class EngineConfig(ScoreConfig):
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="principle: tokens of a judge's answer at most.")
     ] = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions(EngineConfig):
+    """Options that say what is asked for beside a reward."""
+
+    condition_field: Annotated[
+        str | None,
+        typer.Option(metavar="FIELD", help="Field whose value picks a system prompt."),
+    ] = None
+    conditions: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="YAML: values of that field to system prompts, for scoring only."
+        ),
+    ] = None
+    reference_pooling: Annotated[
+        Literal["mean", "max"],
+        typer.Option(help="A candidate's reward among several `references`."),
+    ] = "mean"
+    strip_thinking: Annotated[
+        bool, typer.Option("--strip-thinking", help="Score without <think>...</think>.")
+    ] = False
+    reward_floor: Annotated[
+        str,
+        typer.Option(
+            metavar="VALUE",
+            help="Raw reward of an output without an answer: empty, in an unfinished thought, or "
+            "`finish_reason: length`. A number, none, or auto: -20 with --strip-thinking, else "
+            "none. Such a record says so in `floored`.",
+        ),
+    ] = "auto"
+    normalize: Annotated[
+        Literal["none", "polar-1.8b", "polar-7b", "zscore", "rank"],
+        typer.Option(
+            help="Add `normalized`, rewards on another scale: as the paper trains its two models, "
+            "or within a record."
+        ),
+    ] = "none"
+    details: Annotated[
+        bool, typer.Option("--details", help="Add `tokens` and `truncated` for each reward.")
+    ] = False
+    best_of_n: Annotated[
+        bool, typer.Option("--best-of-n", help="Add `best`: index of a group's highest reward.")
+    ] = False

@@ -1,7 +1,12 @@
-"""What `score` does with a window of records, in its own process or in those of `--gpus`."""
+"""What `score` does with a window of records, in its own process or in those of `--gpus`.
+
+And what it says at its end: how the rewards are spread, and how fast it went.
+"""
 
 from __future__ import annotations
 
+import time
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,38 +15,15 @@ from polarctl import console
 from polarctl.errors import RecordError, UsageError
 from polarctl.records import Record, outputs_of, prompt_id, require_reference
 from polarctl.scoring import conditions, engines
-from polarctl.scoring.answers import AS_THEY_ARE, Answers
-from polarctl.scoring.options import EngineConfig
-from polarctl.scoring.reward_function import WITHIN_GROUP, normalise, normalise_group
+from polarctl.scoring.answers import AS_THEY_ARE, REWARD_FLOOR, Answers, floor_of
+from polarctl.scoring.options import ScoreOptions
+from polarctl.scoring.reward_function import WITHIN_GROUP, normalise_group
 from polarctl.scoring.scorer import (
     Cuts,
     Floored,
     Scored,
     score_records,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wishes:
-    """What is asked for beside a reward.
-
-    Attributes:
-        answers: What of an output is scored, and the floor of those without an answer.
-        pooling: `mean` or `max` over several references.
-        normalize: See `polarctl.scoring.reward_function.normalise_group`.
-        details: Add `tokens` and `truncated`.
-        best_of_n: Add `best`.
-        condition_field: Field whose value picks a system prompt, or None.
-        conditions: File of system prompts, or None.
-    """
-
-    answers: Answers = AS_THEY_ARE
-    pooling: str = "mean"
-    normalize: str = "none"
-    details: bool = False
-    best_of_n: bool = False
-    condition_field: str | None = None
-    conditions: str | None = None
 
 
 @dataclass
@@ -75,17 +57,20 @@ class ScoreWork:
     """Scores windows. Opens the engine at the first one, and can be pickled before that.
 
     Args:
-        config: The engine's options.
-        wishes: What is asked for beside a reward.
+        config: The options of `score`.
         chat: The model reads conversations (`polarctl.scoring.engines.reads_chat`).
 
     Raises:
         UsageError: Options that do not go together, or unusable conditions.
     """
 
-    def __init__(self, config: EngineConfig, wishes: Wishes, *, chat: bool = False):
+    def __init__(self, config: ScoreOptions, *, chat: bool = False):
         engines.check(config)
-        self.config, self.wishes, self.chat = config, wishes, chat
+        self.config, self.chat = config, chat
+        default = REWARD_FLOOR if config.strip_thinking else None
+        self.answers = Answers(
+            strip_thinking=config.strip_thinking, floor=floor_of(config.reward_floor, default)
+        )
         self.principle = config.backend == "principle"
         self.conditions: conditions.Conditions | None = None
         self._engine: Any = None
@@ -93,17 +78,15 @@ class ScoreWork:
         self._check()
 
     def _check(self) -> None:
-        wishes = self.wishes
-        if wishes.normalize not in WITHIN_GROUP:
-            normalise([], wishes.normalize)
-        if (wishes.condition_field is None) != (wishes.conditions is None):
+        config = self.config
+        if (config.condition_field is None) != (config.conditions is None):
             raise UsageError("`--condition-field` and `--conditions` go together")
-        if wishes.condition_field is not None and wishes.conditions is not None:
-            self.conditions = conditions.read(wishes.condition_field, wishes.conditions)
+        if config.condition_field is not None and config.conditions is not None:
+            self.conditions = conditions.read(config.condition_field, config.conditions)
         if self.principle:
-            if wishes.details or wishes.normalize.startswith("polar"):
+            if config.details or config.normalize.startswith("polar"):
                 raise UsageError("a judge's scores have no `--details` and are on no POLAR scale")
-            if wishes.answers != AS_THEY_ARE or self.conditions:
+            if self.answers != AS_THEY_ARE or self.conditions:
                 raise UsageError(
                     "`--strip-thinking`, `--reward-floor` and `--conditions` are for reward models"
                 )
@@ -116,9 +99,9 @@ class ScoreWork:
             require_principle(record)
         elif not self.config.no_reference and (not self.chat or self.config.reference_in_prompt):
             require_reference(record)
-        if self.wishes.normalize in WITHIN_GROUP and len(outputs_of(record)) < 2:
+        if self.config.normalize in WITHIN_GROUP and len(outputs_of(record)) < 2:
             raise RecordError(
-                f"`--normalize {self.wishes.normalize}` compares the candidates of a record",
+                f"`--normalize {self.config.normalize}` compares the candidates of a record",
                 hint="a group of `candidates`, or another --normalize",
             )
         if self.conditions is not None:
@@ -199,26 +182,26 @@ class ScoreWork:
                 self._engine,
                 no_reference=self.config.no_reference
                 or (self.chat and not self.config.reference_in_prompt),
-                pooling=self.wishes.pooling,
-                answers=self.wishes.answers,
+                pooling=self.config.reference_pooling,
+                answers=self.answers,
             )
 
         scored = score(window) if self.conditions is None else self.conditions.apply(window, score)
         for record, details in scored:
             done.tokens += sum(one.tokens for one in details)
             done.cuts.add(details)
-            done.floored.add(details, self.wishes.answers.floor)
-            if self.wishes.details:
+            done.floored.add(details, self.answers.floor)
+            if self.config.details:
                 _put(record, "tokens", [one.tokens for one in details])
                 _put(record, "truncated", [list(one.truncated) for one in details])
             self._finish(record, [one.reward for one in details], done)
 
     def _finish(self, record: dict[str, Any], rewards: list[float], done: Done) -> None:
         """What follows from the rewards alone."""
-        if self.wishes.best_of_n and "rewards" in record:
+        if self.config.best_of_n and "rewards" in record:
             record["best"] = rewards.index(max(rewards))
-        if self.wishes.normalize != "none":
-            _put(record, "normalized", normalise_group(rewards, self.wishes.normalize))
+        if self.config.normalize != "none":
+            _put(record, "normalized", normalise_group(rewards, self.config.normalize))
         done.rewards += rewards
         done.records.append(record)
 
@@ -226,3 +209,44 @@ class ScoreWork:
 def _put(record: dict[str, Any], name: str, values: list[Any]) -> None:
     """A list where the record has `rewards`, else its one value."""
     record[name] = values if "rewards" in record else values[0]
+
+
+class Summary:
+    """Collects the raw rewards of this run, 8 bytes each; not those from before a resume."""
+
+    def __init__(self) -> None:
+        self.rewards = array("d")
+        self.records = self.tokens = 0
+        self.start = time.monotonic()
+
+    def add(self, records: int, rewards: Iterable[float], tokens: int) -> None:
+        """Count some scored records."""
+        self.records += records
+        self.tokens += tokens
+        self.rewards.extend(rewards)
+
+    def say(self) -> None:
+        """Say mean, standard deviation, range and quartiles, and the throughput."""
+        if not self.rewards:
+            return
+        import numpy as np
+
+        values = np.frombuffer(self.rewards)
+        low, first, middle, third, high = np.quantile(values, (0, 0.25, 0.5, 0.75, 1)).tolist()
+        seconds = max(time.monotonic() - self.start, 1e-9)
+        console.note(
+            f"rewards: {len(values):,}, mean {values.mean():.4g}, standard deviation "
+            f"{values.std():.4g}; least {low:.4g}, quartiles {first:.4g}, {middle:.4g}, "
+            f"{third:.4g}, largest {high:.4g}",
+            rewards=len(values),
+            mean=float(values.mean()),
+            standard_deviation=float(values.std()),
+            quantiles=[low, first, middle, third, high],
+        )
+        tokens = f", {self.tokens / seconds:,.0f} tokens/s" if self.tokens else ""
+        console.note(
+            f"speed: {self.records:,} records in {seconds:.1f} s, loading included: "
+            f"{self.records / seconds:,.1f} records/s, {len(values) / seconds:,.1f} "
+            f"rewards/s{tokens}",
+            seconds=seconds,
+        )
