@@ -7,6 +7,7 @@ computed for a row never depends on where a run started or how it was cut.
 
 from __future__ import annotations
 
+import codecs
 import glob
 import hashlib
 import json
@@ -18,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import jsonlines
 import orjson
 
 from polarctl.errors import RecordError, UsageError
@@ -233,9 +233,11 @@ def decode(line: bytes, where: str, kind: str | Callable[[dict[str, Any]], str] 
     if not line:
         raise RecordError(f"line is longer than {MAX_LINE_BYTES >> 20} MiB", where=where)
     try:
-        fields = jsonlines.Reader([line], loads=orjson.loads).read(type=dict)
-    except jsonlines.InvalidLineError as error:
-        raise RecordError(_json_problem(error), where=where) from None
+        fields = orjson.loads(line.removeprefix(codecs.BOM_UTF8))
+    except orjson.JSONDecodeError as error:
+        raise RecordError(_problem(line, error), where=where) from None
+    if not isinstance(fields, dict):
+        raise RecordError("not a JSON object", where=where)
     if _may_lack_digits(fields):
         _refuse_long_integers(line, where)
     try:
@@ -267,12 +269,12 @@ def _refuse_long_integers(line: bytes, where: str) -> None:
     json.loads(line.decode("utf-8-sig"), parse_int=parse)
 
 
-def _json_problem(error: jsonlines.InvalidLineError) -> str:
-    text = str(error).partition(" (line ")[0]
-    if "requested type" in text or "null value" in text:
-        return "not a JSON object"
-    text = text.replace("line is not valid utf-8: 'utf-8' codec", "is not UTF-8:")
-    return text.replace("line contains invalid json", "no JSON")
+def _problem(line: bytes, error: orjson.JSONDecodeError) -> str:
+    try:
+        line.decode()
+    except UnicodeDecodeError as wrong:
+        return str(wrong).replace("'utf-8' codec", "is not UTF-8:")
+    return f"no JSON: {error}"
 
 
 def sizes(paths: Iterable[str]) -> list[dict[str, Any]]:

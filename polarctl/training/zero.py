@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers.integrations import unset_hf_deepspeed_config
 
 from polarctl.errors import MissingError, PolarctlError, UsageError, need
+from polarctl.parallel import rank
 from polarctl.storage import checkpoint
 
 _TAG = "zero"  # DeepSpeed's name for one saved state, a folder inside ours
@@ -88,7 +89,7 @@ def _join(backend: str) -> None:
         # DeepSpeed would compile an operator for AutoTP's inference: a minute, with g++, under a
         # lock that a killed run leaves behind. Training never calls it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if "RANK" not in os.environ:
+    if not rank.is_one_of_several():
         os.environ["LOCAL_RANK"] = "0"  # the engine asks for it
         if not dist.is_initialized():
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -192,7 +193,7 @@ class ZeroEngine:
         self.accelerator.free_memory()
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
         ours = ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_TORCH_DEVICE"]
-        for name in ours + ([] if "RANK" in os.environ else ["LOCAL_RANK"]):
+        for name in ours + ([] if rank.is_one_of_several() else ["LOCAL_RANK"]):
             os.environ.pop(name, None)
 
 
