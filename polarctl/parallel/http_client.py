@@ -29,6 +29,7 @@ import httpx2 as httpx
 from polarctl import console
 from polarctl.errors import MissingError, PolarctlError, UsageError
 
+KEY_VARIABLE = "POLARCTL_SERVER_KEY"
 LONGEST_PAUSE_S = 10.0
 MOST_BYTES = 16 << 20
 _LONGEST_ASKED_PAUSE_S, _END_S = 60.0, 10.0
@@ -113,17 +114,16 @@ def refuse_errors(reply: Any) -> None:
         raise Fault("a reply that is an error")
 
 
-def check_url(url: str, key_variable: str) -> None:
+def check_url(url: str) -> None:
     """Raise UsageError for what is no address of a server, or one with a password in it.
 
     Args:
         url: The address; it is shown only when it holds no password.
-        key_variable: Environment variable for the key, for the hint.
     """
     if "@" in url:
         raise UsageError(
             "`--server`: the address holds a user or a password",
-            hint=f"the address alone; a key goes into {key_variable}",
+            hint=f"the address alone; a key goes into {KEY_VARIABLE}",
         )
     try:
         parts = urlsplit(url)
@@ -137,17 +137,18 @@ def check_url(url: str, key_variable: str) -> None:
         )
 
 
-def key_of(variable: str) -> str:
-    """The key in an environment variable, from now on never said; empty when there is none.
+def key() -> str:
+    """The key that a server asks for, from now on never said; empty when there is none.
 
     Raises:
         UsageError: It cannot be a header.
     """
-    key = os.environ.get(variable, "").strip()
-    if not key.isascii() or not key.isprintable() or " " in key:
-        raise UsageError(f"`{variable}` holds characters that no key has")
-    console.hide(key, json.dumps(key)[1:-1], quote(key, safe=""))  # as a server may write it
-    return key
+    found = os.environ.get(KEY_VARIABLE, "").strip()
+    if not found.isascii() or not found.isprintable() or " " in found:
+        raise UsageError(f"`{KEY_VARIABLE}` holds characters that no key has")
+    # As a server may write it.
+    console.hide(found, json.dumps(found)[1:-1], quote(found, safe=""))
+    return found
 
 
 class Remote:
@@ -155,7 +156,6 @@ class Remote:
 
     Args:
         url: Its address, for messages.
-        key_variable: Environment variable of its key.
         concurrency: Requests under way at most.
         timeout_s: Seconds for the whole of one reply.
         deadline_s: Seconds for which a request is sent again after its first fault, and after the
@@ -174,20 +174,19 @@ class Remote:
         self,
         url: str,
         *,
-        key_variable: str,
         concurrency: int,
         timeout_s: float,
         deadline_s: float,
         pause_s: float = 0.1,
         hint: str | None = None,
     ):
-        check_url(url, key_variable)
+        check_url(url)
         self.url, self.hint = url, hint
         self.timeout_s, self.deadline_s, self.pause_s = timeout_s, deadline_s, pause_s
         self.again, self._met, self._good = 0, False, -math.inf
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-        if key := key_of(key_variable):
-            headers["Authorization"] = f"Bearer {key}"
+        if own := key():
+            headers["Authorization"] = f"Bearer {own}"
         try:
             self._client = httpx.AsyncClient(
                 headers=headers,

@@ -18,11 +18,17 @@ from polarctl import console
 from polarctl.errors import MissingError, PolarctlError, UsageError
 from polarctl.model.template import Encoder
 from polarctl.parallel import served
-from polarctl.parallel.http_client import Answer, Fault, Remote, Request, refuse_errors
+from polarctl.parallel.http_client import (
+    KEY_VARIABLE,
+    Answer,
+    Fault,
+    Remote,
+    Request,
+    refuse_errors,
+)
 from polarctl.scoring.scorer import Item, Scored, score_ids
 
 TYPES = ("auto", "vllm", "sglang", "lmdeploy", "polarctl")
-KEY_VARIABLE = "POLARCTL_SERVER_KEY"
 _REQUEST_S = 120.0
 _PROBES = ("Yes.", "No.", "a", "It is 7.", "the sea was calm", "?", "1 2 3", "def f(): pass")
 
@@ -64,7 +70,6 @@ class ServerScorer:
         self.url, self.encoder, self.batch = url.rstrip("/"), encoder, batch
         self.remote = Remote(
             self.url,
-            key_variable=KEY_VARIABLE,
             concurrency=concurrency,
             timeout_s=min(_REQUEST_S, max(1.0, deadline_s / 3)),  # one that hangs is no dead server
             deadline_s=deadline_s,

@@ -18,7 +18,7 @@ from polarctl.model import reward_model as models
 from polarctl.model.forward import Packed, Padded, module_of
 from polarctl.model.reward_model import PolarModel
 from polarctl.parallel import rank
-from polarctl.training import lora, zero, zero_config
+from polarctl.training import lora, zero
 from polarctl.training.engine import Engine, PlainEngine
 from polarctl.training.loop import Hyperparameters
 from polarctl.training.options import TrainConfig
@@ -77,7 +77,7 @@ def place_of(config: TrainConfig) -> Place:
         console.choice("batch tokens", str(tokens), f"for a {kind.upper()}")
     dtype = "bfloat16" if half else "float32"
     if config.deepspeed is not None:
-        given = zero_config.config_of(config.deepspeed, dtype=dtype, clip=Hyperparameters.clip)
+        given = zero.config_of(config.deepspeed, dtype=dtype, clip=Hyperparameters.clip)
         accelerator = zero.accelerator(given, cpu=kind == "cpu")
         return Place(accelerator=accelerator, half=half, batch_tokens=tokens, deepspeed=given)
     # Another run of this Python process may have had another precision; accelerate keeps one.
