@@ -155,23 +155,6 @@ def _difference(chosen: Tensor, rejected: Tensor, margin: Tensor | float) -> Ten
     return chosen.to(dtype) - rejected.to(dtype) - margin
 
 
-def accuracy(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Return the fraction of pairs with `chosen > rejected`; a tie or a NaN counts as wrong.
-
-    Args:
-        chosen: Rewards of the chosen trajectories. Shape: (B,), B at least 1.
-        rejected: Rewards of the rejected trajectories. Shape: (B,).
-
-    Returns:
-        A float32 in [0, 1], without gradient. Shape: ().
-
-    Raises:
-        ValueError: The shapes differ.
-    """
-    _check_pairs(chosen, rejected)
-    return (chosen > rejected).float().mean()
-
-
 def _check_pairs(chosen: Tensor, rejected: Tensor) -> None:
     # (B,) against (B, 1) would broadcast to all B * B pairs and train on nonsense without a word.
     if chosen.shape != rejected.shape:
