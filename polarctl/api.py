@@ -85,7 +85,7 @@ class RewardModel:
         Raises:
             ValueError: Lists of a batch that are not of one length.
             RecordError: A text that cannot be encoded.
-            PolarctlError: The model gave a reward that is no finite number.
+            PolarctlError: The model gave a reward that is not a finite number.
         """
         from polarctl.scoring.scorer import Item
 
@@ -158,7 +158,7 @@ def read(paths: PathLike | Iterable[PathLike], kind: str | None = None) -> Itera
 
     Raises:
         UsageError: No such file or kind.
-        RecordError: A line that is no record; it names file and line.
+        RecordError: A line that is not a record; it names file and line.
     """
     from polarctl.records import find_kind
     from polarctl.storage.read import Reader, expand
@@ -182,7 +182,7 @@ def write(path: PathLike, records: Iterable[Mapping[str, Any]], *, overwrite: bo
 
     Raises:
         UsageError: There is such a file already, or it cannot be written.
-        PolarctlError: A record that is no JSON.
+        PolarctlError: A record that is not JSON.
     """
     from polarctl.storage.write import write_whole
 

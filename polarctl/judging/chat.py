@@ -1,6 +1,6 @@
 """A judge behind an OpenAI-compatible server: `POST /v1/chat/completions`.
 
-Faults that pass are tried again (`polarctl.parallel.http_client`), also a body that is no answer;
+Faults that pass are tried again (`polarctl.parallel.http_client`), also a body without an answer;
 any other refusal ends the run at once with the server's message, but for a question that is too
 long, which is that record's error. So does a reply that names another model than the first one.
 """
@@ -43,7 +43,7 @@ class ChatServer:
         pause_s: First pause before asking again; it doubles up to 10 s.
 
     Raises:
-        UsageError: The address is no http address, or the key cannot be a header.
+        UsageError: The address is not an http address, or the key cannot be a header.
     """
 
     def __init__(

@@ -115,7 +115,7 @@ def refuse_errors(reply: Any) -> None:
 
 
 def check_url(url: str) -> None:
-    """Raise UsageError for what is no address of a server, or one with a password in it.
+    """Raise UsageError for what is not an address of a server, or one with a password in it.
 
     Args:
         url: The address; it is shown only when it holds no password.
@@ -297,7 +297,7 @@ class Remote:
         async with self._client.stream(method, url, content=content) as reply:
             self._met = True
             if reply.headers.get("Content-Encoding", "identity").lower() != "identity":
-                raise Fault("a compressed reply, which nobody asked for")
+                raise Fault("a compressed reply, which was not asked for")
             parts, size = [], 0
             async for part in reply.aiter_raw():
                 size += len(part)

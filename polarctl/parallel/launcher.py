@@ -219,7 +219,7 @@ def _meeting_place(node: Node | None) -> Iterator[tuple[str, str]]:
         yield node.address, node.port
         return
     with socket.socket() as held:
-        # Bound and not listening: nobody else is given the port, and the first process can bind it.
+        # Bound and not listening: no other program gets the port, and the first one can bind it.
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         held.bind(("127.0.0.1", 0))
         yield "127.0.0.1", str(held.getsockname()[1])

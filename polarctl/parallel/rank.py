@@ -24,7 +24,7 @@ threads_chosen = False
 def adopt() -> None:
     """Make this process one of several, if `polarctl.parallel.launcher` has started it.
 
-    An error that nobody catches becomes its last words, instead of one traceback a process.
+    An error that is not caught becomes its last words, instead of one traceback a process.
     """
     global _pipe, threads_chosen
     mark = os.environ.pop(MARK, None)  # not for programs that this one starts
@@ -73,7 +73,7 @@ def tell(exit_status: int, message: str, hint: str | None = None, trace: str = "
         trace: A traceback, where the fault is the program's.
 
     Returns:
-        False when there is nobody to tell: this process has to speak for itself.
+        False when no launcher of ours listens: this process reports the error itself.
     """
     if _pipe is None:
         return False

@@ -126,8 +126,7 @@ def reading_of(model: Any) -> Reading:
     """How a causal LM has to be read, found by giving it two tokens.
 
     Texts are padded where there is nothing but keys and values, and positions can be given. A
-    recurrent state takes padding in, in some models. Of an unknown cache nobody knows how to select
-    from it.
+    recurrent state takes padding in, in some models. From an unknown cache no rows can be selected.
 
     Raises:
         ValueError: It gives no logits for each token.

@@ -71,7 +71,9 @@ class ServerScorer:
         self.remote = Remote(
             self.url,
             concurrency=concurrency,
-            timeout_s=min(_REQUEST_S, max(1.0, deadline_s / 3)),  # one that hangs is no dead server
+            timeout_s=min(
+                _REQUEST_S, max(1.0, deadline_s / 3)
+            ),  # one that hangs is not a dead server
             deadline_s=deadline_s,
             hint="vllm serve DIR --runner pooling, and --server URL",
         )
@@ -213,7 +215,7 @@ class ServerScorer:
         """Refuse a server that gives sigmoid(reward), as vLLM does for some models.
 
         Rewards are unbounded. Where eight texts all come out between 0 and 1, with the activation
-        asked for and without, the switch is not heard and the values are no rewards.
+        asked for and without, the switch is not heard and the values are not rewards.
         """
         if not all(0 < value < 1 for value in raw):
             return
@@ -237,7 +239,7 @@ class ServerScorer:
         """A reply that names a model names the one that was asked for.
 
         Raises:
-            Fault: That is no name.
+            Fault: That is not a name.
             PolarctlError: It names another.
         """
         if name is None:

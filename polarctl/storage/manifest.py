@@ -36,7 +36,7 @@ def sha256(path: str | Path) -> str:
 
 
 def hashed(inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`polarctl.storage.read.sizes` entries with the SHA-256 of every input that is no pipe."""
+    """`polarctl.storage.read.sizes` entries with the SHA-256 of every input that is not a pipe."""
     return [
         entry if entry["bytes"] is None else {**entry, "sha256": sha256(entry["path"])}
         for entry in inputs

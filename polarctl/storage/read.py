@@ -34,7 +34,7 @@ OnBad: TypeAlias = Callable[[str, str, Any], None]
 
 
 def expand(patterns: Iterable[str]) -> list[str]:
-    """Paths of the inputs; a pattern that is no existing file or pipe is a sorted glob.
+    """Paths of the inputs; a pattern that is not an existing file or pipe is a sorted glob.
 
     Raises:
         UsageError: Nothing there.
@@ -55,7 +55,7 @@ def expand(patterns: Iterable[str]) -> list[str]:
 
 
 def stdin_is_missing(paths: Iterable[str]) -> bool:
-    """True when `-` is asked for and nobody pipes anything in."""
+    """True when `-` is asked for and nothing is piped in."""
     return "-" in paths and (sys.stdin is None or sys.stdin.isatty())
 
 
@@ -228,7 +228,7 @@ def decode(line: bytes, where: str, kind: str | Callable[[dict[str, Any]], str] 
         kind: The kind that it must be, a function that tells it, or None for any object.
 
     Raises:
-        RecordError: The line is no JSON object or breaks its schema.
+        RecordError: The line is not a JSON object or breaks its schema.
     """
     if not line:
         raise RecordError(f"line is longer than {MAX_LINE_BYTES >> 20} MiB", where=where)

@@ -364,7 +364,7 @@ def write_whole(path: Path, records: Iterable[Mapping[str, Any]], *, overwrite: 
 
     Raises:
         UsageError: There is such a file already, or it cannot be written.
-        PolarctlError: A record that is no JSON.
+        PolarctlError: A record that is not JSON.
     """
     if path.exists() and not overwrite:
         raise UsageError(f"{path}: exists", hint="overwrite=True replaces it")

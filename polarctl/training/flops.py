@@ -49,7 +49,7 @@ def peak(device_name: str, *, half: bool) -> float | None:
     if _LESS.search(device_name):
         return None
     for words, fast, exact in _PEAKS:
-        if re.search(rf"\b{words}\b", device_name, re.IGNORECASE):  # RTX A1000 is no A100
+        if re.search(rf"\b{words}\b", device_name, re.IGNORECASE):  # RTX A1000 is not an A100
             return fast if half else exact
     return None
 
