@@ -1,11 +1,9 @@
 """Requests to a server over HTTP: sent again until it answers, bounded, and read strictly.
 
 Faults that pass are tried again with growing pauses: no connection, time-outs, 408, 425, 429, most
-of 5xx, and whatever the caller finds wrong with a reply (`Fault`). Requests run in one thread of
-their own, so any number of threads may ask, and whoever is stopped leaves nothing waiting.
-
-What a server says is not trusted: a reply has a size and a time limit, and its words are cleaned
-before they are said. A key comes from the environment alone and is never said.
+of 5xx, and what the caller finds wrong with a reply (`Fault`). Requests run in one thread of their
+own: any number of threads may ask, and one that is stopped leaves nothing waiting. Size and time of
+a reply are limited, its words are cleaned, and a key comes from the environment and is never said.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ import json
 import math
 import os
 import random
+import re
 import threading
 import time
 import weakref
@@ -33,7 +32,6 @@ KEY_VARIABLE = "POLARCTL_SERVER_KEY"
 LONGEST_PAUSE_S = 10.0
 MOST_BYTES = 16 << 20
 _LONGEST_ASKED_PAUSE_S, _END_S = 60.0, 10.0
-_FOR_GOOD = {501, 505}
 A = TypeVar("A")
 
 
@@ -92,7 +90,7 @@ class Request(Generic[A]):
 
     Attributes:
         method: GET or POST.
-        url: Whole address.
+        url: The whole address.
         body: For JSON, or None.
         read: From a reply whose status is not for a second try to what it says; raises `Fault` to
             have the request sent again. Runs in the thread of the requests.
@@ -108,10 +106,8 @@ def refuse_errors(reply: Any) -> None:
     """Raise Fault for a JSON object that tells of a failure, whatever else is in it."""
     told = reply if isinstance(reply, dict) else {}
     for name in ("error", "errors", "detail"):
-        if told.get(name):
-            raise Fault(f"a reply with `{name}`: {console.plain(str(told[name]), 100)}")
-    if told.get("object") == "error":
-        raise Fault("a reply that is an error")
+        if told.get(name) or told.get("object") == name:
+            raise Fault(f"a reply with `{name}`: {console.plain(str(told.get(name)), 100)}")
 
 
 def check_url(url: str) -> None:
@@ -144,7 +140,7 @@ def key() -> str:
         UsageError: It cannot be a header.
     """
     found = os.environ.get(KEY_VARIABLE, "").strip()
-    if not found.isascii() or not found.isprintable() or " " in found:
+    if not re.fullmatch("[!-~]*", found):
         raise UsageError(f"`{KEY_VARIABLE}` holds characters that no key has")
     # As a server may write it.
     console.hide(found, json.dumps(found)[1:-1], quote(found, safe=""))
@@ -222,11 +218,11 @@ class Remote:
     def close(self) -> None:
         """End the requests under way; say how many had to be sent again."""
         with self._open:
-            end = self._finalizer.alive and self._finalizer.detach()
+            end = self._finalizer.detach()
         if end:
             _end(*end[2])
-            if self.again:
-                console.warn(f"{self.url}: {self.again:,} requests had to be sent again")
+        if end and self.again:
+            console.warn(f"{self.url}: {self.again:,} requests had to be sent again")
 
     # -- in the thread of the requests ------------------------------------------------------------
 
@@ -306,7 +302,7 @@ class Remote:
                 parts.append(part)
             answer = Answer(reply.status_code, b"".join(parts))
             again = answer.status in (408, 425, 429) or answer.status >= 500
-            if again and answer.status not in _FOR_GOOD:
+            if again and answer.status not in (501, 505):  # those stay
                 pause = _seconds(reply.headers.get("Retry-After"))
                 raise Fault(f"status {answer.status} {answer.said()}".strip(), pause)
             return answer
@@ -333,8 +329,7 @@ def _seconds(header: str | None) -> float | None:
 
 
 def _turn(loop: asyncio.AbstractEventLoop) -> None:
-    """Run the loop of the requests until `_end` stops it."""
-    loop.run_forever()
+    loop.run_forever()  # until `_end` stops it
     loop.close()
 
 
@@ -350,5 +345,5 @@ def _end(loop: asyncio.AbstractEventLoop, thread: threading.Thread, client: Any)
         loop.call_soon(loop.stop)
 
     asyncio.run_coroutine_threadsafe(down(), loop)
-    if threading.current_thread() is not thread:
+    if threading.current_thread() is not thread:  # as when the collector runs there
         thread.join(_END_S)

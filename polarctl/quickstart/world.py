@@ -96,7 +96,7 @@ def beliefs(world: World, share: float, seed: int) -> dict[str, str]:
     """A table that agrees with the truth in exactly this share of the words.
 
     The wrong entries exchange their true colours, so every colour is as frequent as in the truth
-    and no frequency gives a author away.
+    and no frequency gives an author away.
     """
     draw = seeding.rng(seed, "beliefs", str(share))
     wrong = draw.sample(world.words, round(len(world.words) * (1 - share)))
