@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-RANKINGS = ("bradley-terry", "focal")
-PENALTIES = ("none", "barrier", "l2")
 _LIMIT = 5.0  # of the log barrier
 _EDGE = 1e-3  # how near to it a reward counts
 
@@ -85,6 +83,10 @@ def l2(rewards: Tensor) -> Tensor:
     return rewards.to(torch.promote_types(rewards.dtype, torch.float32)).square()
 
 
+RANKINGS = {"bradley-terry": bradley_terry, "focal": focal}
+PENALTIES = {"none": None, "barrier": barrier, "l2": l2}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Loss:
     """The loss of a pair: how it is ranked, and a penalty on both of its rewards.
@@ -129,11 +131,10 @@ class Loss:
             ValueError: The shapes differ.
         """
         asked = self.margin if margin is None else margin + self.margin
-        rank = focal if self.ranking == "focal" else bradley_terry
-        loss = rank(chosen, rejected, asked)
-        if self.penalty == "none" or not self.penalty_weight:
+        loss = RANKINGS[self.ranking](chosen, rejected, asked)
+        penalty = PENALTIES[self.penalty]
+        if penalty is None or not self.penalty_weight:
             return loss
-        penalty = barrier if self.penalty == "barrier" else l2
         return loss + self.penalty_weight * (penalty(chosen) + penalty(rejected))
 
 
