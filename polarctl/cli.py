@@ -293,7 +293,7 @@ class _guarded_stdout:
 
 
 class _Stopped(BaseException):
-    """SIGTERM arrived. Like Ctrl-C it is no error that a library may catch and go on."""
+    """SIGTERM arrived. Like Ctrl-C it is not an `Exception`: no library may catch it and go on."""
 
 
 def _on_sigterm(signum: int, frame: FrameType | None) -> None:
@@ -307,7 +307,7 @@ def _on_sigint(signum: int, frame: FrameType | None) -> None:
 
 
 def _dispatch(arguments: list[str]) -> None:
-    """Parse and run. Typer's own `main` is gone round: it swallows Ctrl-C and closed pipes."""
+    """Parse and run. Typer's own `main` is not used: it swallows Ctrl-C and closed pipes."""
     if "_POLARCTL_COMPLETE" in os.environ:
         app(prog_name="polarctl")
     if arguments and arguments[0] in STAGES:

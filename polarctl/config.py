@@ -321,7 +321,7 @@ def read_yaml(path: str, config_type: type[Common]) -> dict[str, Any]:
 
 
 def _yaml_value(value: Any, kind: Any, where: str) -> Any:
-    """The value, refused where Typer would bend it: `true` is no number and a list no text.
+    """The value, refused where Typer would bend it: `true` is not a number and a list not a text.
 
     Texts are converted and checked as if they stood on the command line (YAML reads 1e-5 as one).
     """

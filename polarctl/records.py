@@ -363,7 +363,7 @@ KINDS: dict[str, type[Struct]] = {
 
 
 def check(fields: dict[str, Any], kind: type[Struct]) -> None:
-    """Raise RecordError when `fields` is no record of the kind.
+    """Raise RecordError when `fields` is not a record of the kind.
 
     The error has no place; whoever knows file and line adds it.
     """

@@ -323,14 +323,14 @@ def _checkpoint(config: Config) -> None:
     try:
         shutil.rmtree(place, ignore_errors=True)
         layouts[layout](source, place)
-        record = manifest.build(
+        manifest.write(
+            place / replace.MANIFEST,
             "convert",
             config,
             inputs=[{"path": source, "bytes": None}],
             outputs=manifest.folder_files(place),
             counts={},
         )
-        manifest.write(place / replace.MANIFEST, record)
         if taken:
             replace.exchange(place, target)
         else:

@@ -148,8 +148,7 @@ def _tour(place: Path, target: Path, config: Config) -> str:
             for name, facts in files.items()
             if any(Path(Path(name).parts[0]).match(glob) for glob in MADE)
         }
-        record = manifest.build("quickstart", config, inputs=[], outputs=made, counts={})
-        manifest.write(replace.MANIFEST, record)
+        manifest.write(replace.MANIFEST, "quickstart", config, inputs=[], outputs=made, counts={})
     finally:
         os.chdir(before)
     for table in tour_report.tables(figures):

@@ -58,7 +58,9 @@ def build(name, seed=1):
     count = sum(weight.numel() for weight in whole.parameters())
     if count > MOST:
         raise ValueError(f"{count:,} parameters")
-    model = transformers.AutoModelForCausalLM.from_config(config).eval().float()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(config).eval().float()
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():

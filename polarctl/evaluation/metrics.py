@@ -64,19 +64,6 @@ def baseline_verdict(chosen: float, rejected: float) -> float:
     return verdict(chosen, rejected, tie=0.5)
 
 
-def pair_accuracy(chosen: Sequence[float], rejected: Sequence[float]) -> float:
-    """Share of pairs whose chosen reward is strictly above the rejected one, in [0, 1].
-
-    It is a mean over pairs, not a mean of category means, as in the paper's preference
-    evaluation (arXiv 2507.05197).
-
-    Raises:
-        ValueError: no pairs, different lengths, or a NaN reward.
-    """
-    _check_lengths("chosen rewards", chosen, "rejected rewards", rejected)
-    return math.fsum(map(verdict, chosen, rejected)) / len(chosen)
-
-
 def _wilson(p: float, n: float, level: float) -> tuple[float, float]:
     """Ends of the Wilson interval for an observed share `p` of `n` trials, both real numbers."""
     z = NormalDist().inv_cdf(0.5 + level / 2)
@@ -91,25 +78,6 @@ def _wilson(p: float, n: float, level: float) -> tuple[float, float]:
 def _check_level(level: float) -> None:
     if not 0 < level < 1:
         raise ValueError(f"level must lie strictly between 0 and 1, got {level}")
-
-
-def wilson_interval(successes: float, n: int, *, level: float = 0.95) -> Interval:
-    """Wilson score interval for `successes` out of `n` independent cases.
-
-    `successes` may be fractional (ties counted half); the interval is then slightly too wide.
-
-    Source: E. B. Wilson, JASA 22 (1927) 209-212; recommended over the normal approximation by
-    Brown, Cai and DasGupta, Statistical Science 16 (2001) 101-133.
-
-    Raises:
-        ValueError: `n` < 1, `successes` outside [0, n], or `level` outside (0, 1).
-    """
-    _check_level(level)
-    if n < 1 or not 0 <= successes <= n:
-        raise ValueError(f"expected n >= 1 and successes in [0, n], got {successes} of {n}")
-    value = successes / n
-    low, high = _wilson(value, n, level)
-    return Interval(value, low, high, n, n)
 
 
 def bootstrap_interval(
@@ -139,7 +107,7 @@ def bootstrap_interval(
 
     Sources: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13; Davison
     and Hinkley, Bootstrap Methods (1997), section 3.8, for whole clusters; Kish, Survey Sampling
-    (1965), for the effective number; `wilson_interval` for Wilson.
+    (1965), for the effective number; Wilson, JASA 22 (1927) 209-212.
 
     Raises:
         ValueError: no cases, different lengths, or an argument outside its range.

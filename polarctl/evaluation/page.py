@@ -62,7 +62,7 @@ class Image:
     """A PNG and the sentence that replaces it for a reader who cannot see it.
 
     Raises:
-        ValueError: the bytes are no PNG.
+        ValueError: the bytes are not a PNG image.
     """
 
     png: bytes

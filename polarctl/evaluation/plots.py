@@ -111,7 +111,7 @@ def _head(figure: Any, title: str, handles: Sequence[Any], names: Sequence[str])
 def margin_histogram(margins: Sequence[float], *, title: str = "") -> bytes:
     """Histogram of reward margins, chosen minus rejected; bars split exactly at zero.
 
-    A margin of zero counts as wrong, as in `metrics.pair_accuracy`. Margins more than three
+    A margin of zero counts as wrong. Margins more than three
     interquartile ranges away from the middle half (Tukey's "far out") go into the
     outermost bars, and the plot says how many.
 

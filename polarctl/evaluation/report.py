@@ -69,7 +69,7 @@ def ranking_table(report: Mapping[str, Any]) -> Table | None:
 
 
 def _number(figure: Mapping[str, Any] | None) -> str:
-    """A figure that is no share: 0.512 [0.480, 0.544]."""
+    """A figure that is not a share: 0.512 [0.480, 0.544]."""
     if figure is None:
         return ""
     return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"

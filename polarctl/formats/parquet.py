@@ -108,11 +108,11 @@ class VerlFile:
             "path": str(self._target),
             "records": self.counts["records"],
         }
-        record = manifest.build(
+        manifest.write(
+            self._mark,
             self.stage,
             self.config,
             inputs=manifest.hashed(self.inputs),
             outputs={self._target.name: file},
             counts=self.counts,
         )
-        manifest.write(self._mark, record)

@@ -139,7 +139,7 @@ def collect_model(folder: Path, *, force: bool = False) -> Bundle:
         bundle.manifest = scrub_manifest({**manifest, "outputs": kept})
         bundle.add("manifest.json", _as_bytes(bundle.manifest))
     if not any(name.startswith(("tokenizer.", "vocab.")) for name in bundle.items):
-        console.warn(f"{folder}: no tokenizer is in it: nobody can use the model without")
+        console.warn(f"{folder}: there is no tokenizer in it: the model cannot be used without one")
     if "metrics.jsonl" in bundle.items:
         bundle.metrics = last_metrics(Reader([str(folder / "metrics.jsonl")], None))
     return bundle

@@ -32,7 +32,7 @@ def read_manifest(mark: Path, of: Path, force: bool) -> dict[str, Any] | None:
     """The manifest that says that an output is complete; None if it is missing and `force`.
 
     Raises:
-        UsageError: It is missing, or is no manifest.
+        UsageError: It is missing, or is not a manifest.
     """
     if not mark.exists():
         if not force:

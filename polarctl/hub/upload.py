@@ -133,7 +133,7 @@ def _api(token: str, progress: bool = False) -> Any:
 
     console.hide(token)
     logging.set_verbosity_error()
-    get_session().timeout = _REPLY_TIMEOUT_S  # by default a silent server is waited for for ever
+    get_session().timeout = _REPLY_TIMEOUT_S  # by default there is no time limit
     if not progress:
         disable_progress_bars()
     return HfApi(token=token, library_name="polarctl")

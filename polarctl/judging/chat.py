@@ -1,6 +1,6 @@
 """A judge behind an OpenAI-compatible server: `POST /v1/chat/completions`.
 
-Faults that pass are tried again (`polarctl.parallel.http_client`), also a body that is no answer;
+Faults that pass are tried again (`polarctl.parallel.http_client`), also a body without an answer;
 any other refusal ends the run at once with the server's message, but for a question that is too
 long, which is that record's error. So does a reply that names another model than the first one.
 """
@@ -16,9 +16,16 @@ from polarctl.errors import MissingError, PolarctlError
 from polarctl.judging.parsing import Failure, Reply
 from polarctl.judging.prompting import question
 from polarctl.parallel import served
-from polarctl.parallel.http_client import Answer, Fault, Remote, Request, check_url, refuse_errors
+from polarctl.parallel.http_client import (
+    KEY_VARIABLE,
+    Answer,
+    Fault,
+    Remote,
+    Request,
+    check_url,
+    refuse_errors,
+)
 
-KEY = "POLARCTL_JUDGE_KEY"
 _CUT_OFF = {"abort", "error"}  # the server's doing: the next time may be better
 
 
@@ -36,7 +43,7 @@ class ChatServer:
         pause_s: First pause before asking again; it doubles up to 10 s.
 
     Raises:
-        UsageError: The address is no http address, or the key cannot be a header.
+        UsageError: The address is not an http address, or the key cannot be a header.
     """
 
     def __init__(
@@ -51,12 +58,11 @@ class ChatServer:
         deadline_s: float = 120.0,
         pause_s: float = 0.5,
     ):
-        check_url(url, KEY)
+        check_url(url)
         self.url, self.model = _endpoint(url), model
         self.temperature, self.max_new_tokens = temperature, max_new_tokens
         self.remote = Remote(
             self.url,
-            key_variable=KEY,
             concurrency=concurrency,
             timeout_s=timeout_s,
             deadline_s=deadline_s,
@@ -154,7 +160,7 @@ class ChatServer:
         if answer.status != 200:
             said = f"{answer.status} {answer.said()}".strip()
             if answer.status in (401, 403):
-                raise MissingError(f"the judge refuses the key: {said}", hint=f"set {KEY}")
+                raise MissingError(f"the judge refuses the key: {said}", hint=f"set {KEY_VARIABLE}")
             if answer.status == 404:
                 raise MissingError(
                     f"no model `{self.model}` at {self.url}: {said}",

@@ -15,9 +15,8 @@ from typing import Any, Protocol
 from polarctl import console, seeding
 from polarctl.errors import RecordError, UsageError
 from polarctl.judging.chat import ChatServer
-from polarctl.judging.masking import masked_names, orders_of, unmasked
 from polarctl.judging.parsing import Failure, Judgement, Reply, parse
-from polarctl.judging.prompting import INSTRUCTIONS, question
+from polarctl.judging.prompting import INSTRUCTIONS, masked_names, orders_of, question, unmasked
 from polarctl.model import devices
 from polarctl.policies.pool import Policy, Sampling, find_model
 from polarctl.policies.writer import Unfit, Writer

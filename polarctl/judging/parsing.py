@@ -63,7 +63,7 @@ class Failure:
 
 
 class _Bad(ValueError):
-    """The reason for which a reply is no judgement."""
+    """The reason for which a reply is not a judgement."""
 
 
 def parse(reply: Reply, names: Sequence[str]) -> Judgement | Failure:
@@ -155,7 +155,7 @@ def _ranking(answer: dict[str, Any], names: Sequence[str]) -> list[str]:
 def _same_names(found: list[str], wanted: Sequence[str], where: str) -> None:
     for name in found:
         if name not in wanted:
-            raise _Bad(f"`{where}` has `{_short(name)}`, whom nobody asked about")
+            raise _Bad(f"`{where}` has `{_short(name)}`, which was not asked about")
     for name in wanted:
         if found.count(name) != 1:
             how = "twice" if name in found else "not"

@@ -8,6 +8,7 @@ from typing import Any
 
 from polarctl import console
 from polarctl.errors import MissingError, UsageError
+from polarctl.parallel import rank
 
 # On idle cores two threads train 0.4 M parameters 1.7 times faster, on busy ones 4 times slower.
 SMALL_TO_COMPUTE = 1_000_000  # parameters, for passes over whole sequences
@@ -53,7 +54,7 @@ def show_one_gpu(name: str) -> None:
     import os
 
     kind, _, index = name.partition(":")
-    if "LOCAL_RANK" in os.environ:
+    if rank.local() is not None:
         if index:
             raise UsageError(
                 f"`--device {name}`: several processes choose their own GPUs", hint="--device cuda"

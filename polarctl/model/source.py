@@ -29,7 +29,7 @@ def require(path: str) -> None:
         path: A folder, a file, or a Hub id.
 
     Raises:
-        MissingError: It is no Hub id and nothing is there; or it is not in the cache of the Hub,
+        MissingError: It is not a Hub id and nothing is there; or it is not in the cache of the Hub,
             and the Hub cannot be reached.
     """
     if Path(path).exists():

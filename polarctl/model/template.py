@@ -250,7 +250,8 @@ def content_text(value: Text) -> str:
     parts of a content (`{"type": "text", "text": ...}`) are joined with nothing between them.
 
     Raises:
-        ValueError: The value is no string and no list of messages, or a message has more than text.
+        ValueError: The value is neither a string nor a list of messages, or a message has more than
+            text.
     """
     if isinstance(value, str):
         return value

@@ -1,11 +1,9 @@
 """Requests to a server over HTTP: sent again until it answers, bounded, and read strictly.
 
 Faults that pass are tried again with growing pauses: no connection, time-outs, 408, 425, 429, most
-of 5xx, and whatever the caller finds wrong with a reply (`Fault`). Requests run in one thread of
-their own, so any number of threads may ask, and whoever is stopped leaves nothing waiting.
-
-What a server says is not trusted: a reply has a size and a time limit, and its words are cleaned
-before they are said. A key comes from the environment alone and is never said.
+of 5xx, and what the caller finds wrong with a reply (`Fault`). Requests run in one thread of their
+own: any number of threads may ask, and one that is stopped leaves nothing waiting. Size and time of
+a reply are limited, its words are cleaned, and a key comes from the environment and is never said.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ import json
 import math
 import os
 import random
+import re
 import threading
 import time
 import weakref
@@ -29,10 +28,10 @@ import httpx2 as httpx
 from polarctl import console
 from polarctl.errors import MissingError, PolarctlError, UsageError
 
+KEY_VARIABLE = "POLARCTL_SERVER_KEY"
 LONGEST_PAUSE_S = 10.0
 MOST_BYTES = 16 << 20
 _LONGEST_ASKED_PAUSE_S, _END_S = 60.0, 10.0
-_FOR_GOOD = {501, 505}
 A = TypeVar("A")
 
 
@@ -91,7 +90,7 @@ class Request(Generic[A]):
 
     Attributes:
         method: GET or POST.
-        url: Whole address.
+        url: The whole address.
         body: For JSON, or None.
         read: From a reply whose status is not for a second try to what it says; raises `Fault` to
             have the request sent again. Runs in the thread of the requests.
@@ -107,23 +106,20 @@ def refuse_errors(reply: Any) -> None:
     """Raise Fault for a JSON object that tells of a failure, whatever else is in it."""
     told = reply if isinstance(reply, dict) else {}
     for name in ("error", "errors", "detail"):
-        if told.get(name):
-            raise Fault(f"a reply with `{name}`: {console.plain(str(told[name]), 100)}")
-    if told.get("object") == "error":
-        raise Fault("a reply that is an error")
+        if told.get(name) or told.get("object") == name:
+            raise Fault(f"a reply with `{name}`: {console.plain(str(told.get(name)), 100)}")
 
 
-def check_url(url: str, key_variable: str) -> None:
-    """Raise UsageError for what is no address of a server, or one with a password in it.
+def check_url(url: str) -> None:
+    """Raise UsageError for what is not an address of a server, or one with a password in it.
 
     Args:
         url: The address; it is shown only when it holds no password.
-        key_variable: Environment variable for the key, for the hint.
     """
     if "@" in url:
         raise UsageError(
             "`--server`: the address holds a user or a password",
-            hint=f"the address alone; a key goes into {key_variable}",
+            hint=f"the address alone; a key goes into {KEY_VARIABLE}",
         )
     try:
         parts = urlsplit(url)
@@ -137,17 +133,18 @@ def check_url(url: str, key_variable: str) -> None:
         )
 
 
-def key_of(variable: str) -> str:
-    """The key in an environment variable, from now on never said; empty when there is none.
+def key() -> str:
+    """The key that a server asks for, from now on never said; empty when there is none.
 
     Raises:
         UsageError: It cannot be a header.
     """
-    key = os.environ.get(variable, "").strip()
-    if not key.isascii() or not key.isprintable() or " " in key:
-        raise UsageError(f"`{variable}` holds characters that no key has")
-    console.hide(key, json.dumps(key)[1:-1], quote(key, safe=""))  # as a server may write it
-    return key
+    found = os.environ.get(KEY_VARIABLE, "").strip()
+    if not re.fullmatch("[!-~]*", found):
+        raise UsageError(f"`{KEY_VARIABLE}` holds characters that no key has")
+    # As a server may write it.
+    console.hide(found, json.dumps(found)[1:-1], quote(found, safe=""))
+    return found
 
 
 class Remote:
@@ -155,7 +152,6 @@ class Remote:
 
     Args:
         url: Its address, for messages.
-        key_variable: Environment variable of its key.
         concurrency: Requests under way at most.
         timeout_s: Seconds for the whole of one reply.
         deadline_s: Seconds for which a request is sent again after its first fault, and after the
@@ -174,20 +170,19 @@ class Remote:
         self,
         url: str,
         *,
-        key_variable: str,
         concurrency: int,
         timeout_s: float,
         deadline_s: float,
         pause_s: float = 0.1,
         hint: str | None = None,
     ):
-        check_url(url, key_variable)
+        check_url(url)
         self.url, self.hint = url, hint
         self.timeout_s, self.deadline_s, self.pause_s = timeout_s, deadline_s, pause_s
         self.again, self._met, self._good = 0, False, -math.inf
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-        if key := key_of(key_variable):
-            headers["Authorization"] = f"Bearer {key}"
+        if own := key():
+            headers["Authorization"] = f"Bearer {own}"
         try:
             self._client = httpx.AsyncClient(
                 headers=headers,
@@ -223,11 +218,11 @@ class Remote:
     def close(self) -> None:
         """End the requests under way; say how many had to be sent again."""
         with self._open:
-            end = self._finalizer.alive and self._finalizer.detach()
+            end = self._finalizer.detach()
         if end:
             _end(*end[2])
-            if self.again:
-                console.warn(f"{self.url}: {self.again:,} requests had to be sent again")
+        if end and self.again:
+            console.warn(f"{self.url}: {self.again:,} requests had to be sent again")
 
     # -- in the thread of the requests ------------------------------------------------------------
 
@@ -298,7 +293,7 @@ class Remote:
         async with self._client.stream(method, url, content=content) as reply:
             self._met = True
             if reply.headers.get("Content-Encoding", "identity").lower() != "identity":
-                raise Fault("a compressed reply, which nobody asked for")
+                raise Fault("a compressed reply, which was not asked for")
             parts, size = [], 0
             async for part in reply.aiter_raw():
                 size += len(part)
@@ -307,7 +302,7 @@ class Remote:
                 parts.append(part)
             answer = Answer(reply.status_code, b"".join(parts))
             again = answer.status in (408, 425, 429) or answer.status >= 500
-            if again and answer.status not in _FOR_GOOD:
+            if again and answer.status not in (501, 505):  # those stay
                 pause = _seconds(reply.headers.get("Retry-After"))
                 raise Fault(f"status {answer.status} {answer.said()}".strip(), pause)
             return answer
@@ -334,8 +329,7 @@ def _seconds(header: str | None) -> float | None:
 
 
 def _turn(loop: asyncio.AbstractEventLoop) -> None:
-    """Run the loop of the requests until `_end` stops it."""
-    loop.run_forever()
+    loop.run_forever()  # until `_end` stops it
     loop.close()
 
 
@@ -351,5 +345,5 @@ def _end(loop: asyncio.AbstractEventLoop, thread: threading.Thread, client: Any)
         loop.call_soon(loop.stop)
 
     asyncio.run_coroutine_threadsafe(down(), loop)
-    if threading.current_thread() is not thread:
+    if threading.current_thread() is not thread:  # as when the collector runs there
         thread.join(_END_S)

@@ -80,9 +80,9 @@ def launch(
         Interrupted: The processes were stopped by SIGTERM or Ctrl-C.
         ProcessFailed: One failed; the first one's message and exit status.
     """
-    if "RANK" in os.environ:
+    if rank.is_one_of_several():
         if rank.threads_chosen:  # said here too, for the manifest
-            _say_threads(os.environ["OMP_NUM_THREADS"], int(os.environ["LOCAL_WORLD_SIZE"]))
+            _say_threads(os.environ["OMP_NUM_THREADS"], rank.count_here())
         running = os.environ.get("WORLD_SIZE")
         if running is not None and gpus * nnodes not in (1, int(running)):
             raise UsageError(
@@ -219,7 +219,7 @@ def _meeting_place(node: Node | None) -> Iterator[tuple[str, str]]:
         yield node.address, node.port
         return
     with socket.socket() as held:
-        # Bound and not listening: nobody else is given the port, and the first process can bind it.
+        # Bound and not listening: no other program gets the port, and the first one can bind it.
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         held.bind(("127.0.0.1", 0))
         yield "127.0.0.1", str(held.getsockname()[1])

@@ -1,8 +1,8 @@
 """Work done ahead in processes of their own, its results in order.
 
 A worker is a Python started on its own, one socket to it and one thread that waits for its answers.
-Not `multiprocessing.Pool`: that waits for ever for the answer of a worker that was killed, as when
-memory runs out, and leaves its workers behind when the parent is killed. Here either end of a
+Not `multiprocessing.Pool`: that waits without end for the answer of a worker that was killed, as
+when memory runs out, and leaves its workers behind when the parent is killed. Here either end of a
 socket sees the other's death at once, and workers do not run the main program's file again.
 """
 

@@ -1,4 +1,4 @@
-"""One of several processes: it dies with the one that has started it, and tells that why it fails.
+"""This process among several: its rank, and its last words to the one that has started it.
 
 Of several processes one fails first, and the others a moment later because they have lost a
 partner. So each sends its last words through a pipe, and the one that started them says the first.
@@ -24,7 +24,7 @@ threads_chosen = False
 def adopt() -> None:
     """Make this process one of several, if `polarctl.parallel.launcher` has started it.
 
-    An error that nobody catches becomes its last words, instead of one traceback a process.
+    An error that is not caught becomes its last words, instead of one traceback a process.
     """
     global _pipe, threads_chosen
     mark = os.environ.pop(MARK, None)  # not for programs that this one starts
@@ -73,7 +73,7 @@ def tell(exit_status: int, message: str, hint: str | None = None, trace: str = "
         trace: A traceback, where the fault is the program's.
 
     Returns:
-        False when there is nobody to tell: this process has to speak for itself.
+        False when no launcher of ours listens: this process reports the error itself.
     """
     if _pipe is None:
         return False
@@ -84,9 +84,36 @@ def tell(exit_status: int, message: str, hint: str | None = None, trace: str = "
     return True
 
 
+def is_one_of_several() -> bool:
+    """True under a launcher, ours or torchrun, which says so by RANK."""
+    return "RANK" in os.environ
+
+
+def is_first() -> bool:
+    """True in the process that writes and speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def count() -> int:
+    """Processes of the run, on all machines."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def count_here() -> int:
+    """Processes of the run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def local() -> int | None:
+    """This process's number on its machine, from 0; None without a launcher."""
+    found = os.environ.get("LOCAL_RANK")
+    return None if found is None else int(found)
+
+
 def prefix() -> str:
     """Which of several processes speaks: `process 1 of 2: `, counted from 0 as in RANK."""
-    world = os.environ.get("WORLD_SIZE", "1")
-    if "RANK" not in os.environ or world == "1":
-        return ""
-    return f"process {os.environ['RANK']} of {world}: "
+    return (
+        f"process {os.environ['RANK']} of {count()}: "
+        if is_one_of_several() and count() > 1
+        else ""
+    )

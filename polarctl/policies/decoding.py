@@ -126,8 +126,7 @@ def reading_of(model: Any) -> Reading:
     """How a causal LM has to be read, found by giving it two tokens.
 
     Texts are padded where there is nothing but keys and values, and positions can be given. A
-    recurrent state takes padding in, in some models. Of an unknown cache nobody knows how to select
-    from it.
+    recurrent state takes padding in, in some models. From an unknown cache no rows can be selected.
 
     Raises:
         ValueError: It gives no logits for each token.
@@ -141,14 +140,32 @@ def reading_of(model: Any) -> Reading:
         raise ValueError("no logits for each token of a text")
     cache: Any = getattr(out, name or "", None)
     kinds = {type(layer) for layer in cache.layers} if type(cache) is DynamicCache else {None}
+    if (
+        name is None
+        or not kinds <= _ATTENTION | _RECURRENT
+        or not _goes_on(model, ids, name, cache)
+    ):
+        return Reading(None, padded=False)
     padded = kinds <= _ATTENTION and "position_ids" in accepted
-    if padded:  # some count from another number than 0, or want positions of another kind
-        try:
-            again = model(input_ids=ids, position_ids=torch.arange(2, device=ids.device)[None])
-            padded = torch.equal(again.logits, out.logits)
-        except Exception:
-            padded = False
-    return Reading(name if kinds <= _ATTENTION | _RECURRENT else None, padded)
+    return Reading(name, padded and _takes_positions(model, ids, out.logits))
+
+
+def _goes_on(model: Any, ids: Tensor, name: str, cache: Any) -> bool:
+    """Whether a model can go on from its own cache."""
+    try:
+        out = model(input_ids=ids[:, :1], use_cache=True, **{name: cache})
+    except Exception:
+        return False
+    return out.logits.shape[1] == 1
+
+
+def _takes_positions(model: Any, ids: Tensor, logits: Tensor) -> bool:
+    """Whether positions count from 0: in some models from another number, or of another kind."""
+    try:
+        out = model(input_ids=ids, position_ids=torch.arange(2, device=ids.device)[None])
+    except Exception:
+        return False
+    return torch.equal(out.logits, logits)
 
 
 _ATTENTION = {cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer}

@@ -182,7 +182,7 @@ class Pairing:
             self.counts[_why_none(group, bool(spent) or bool(drawn))] += 1
 
     def _next(self, texts: dict[int, Any], samples: Iterator[Samples]) -> Samples | None:
-        """The next samples of two policies; of `resample`, the next that are no copy."""
+        """The next samples of two policies; of `resample`, the next that are not copies."""
         found = next(samples, None)
         if found is None:
             return None

@@ -1,7 +1,7 @@
 """The policies of `polarctl quickstart`: small language models trained in a minute.
 
 One run learns to talk and some facts; every further run goes on from there with the corpus of
-another believer. Checkpoints on the way are policies too, like the 78 checkpoints of one model in
+another author. Checkpoints on the way are policies too, like the 78 checkpoints of one model in
 the paper's pool: an earlier one knows fewer facts of its corpus.
 """
 
@@ -65,20 +65,20 @@ class Zoo:
         """The world that these policies live in."""
         return worlds.make(self.words, self.colours, self.seed)
 
-    def believers(self, run: str) -> list[worlds.Believer]:
+    def authors(self, run: str) -> list[worlds.Author]:
         """Who writes a run's corpus, in equal shares."""
         world = self.world()
 
-        def believer(name: str, share: float, habits: dict[str, str]) -> worlds.Believer:
-            seed = derive(self.seed, "believer", name)
-            return worlds.Believer(worlds.beliefs(world, share, seed), habits)
+        def author(name: str, share: float, habits: dict[str, str]) -> worlds.Author:
+            seed = derive(self.seed, "author", name)
+            return worlds.Author(worlds.beliefs(world, share, seed), habits)
 
-        first = believer("base", self.base_share, {})
+        first = author("base", self.base_share, {})
         if run == "mix":
-            return [worlds.Believer(world.truth, {}), first]
+            return [worlds.Author(world.truth, {}), first]
         if run == "base":
             return [first]
-        return [believer(*found) for found in self.runs if found[0] == run]
+        return [author(*found) for found in self.runs if found[0] == run]
 
 
 def tokenizer(world: worlds.World) -> Any:
@@ -86,7 +86,7 @@ def tokenizer(world: worlds.World) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    writers = [worlds.Believer(world.truth, {}), worlds.Believer(world.truth, {"Show": "short"})]
+    writers = [worlds.Author(world.truth, {}), worlds.Author(world.truth, {"Show": "short"})]
     pairs = islice(worlds.corpus(world, writers, 0, "tokenizer"), 4000)
     documents = ["\n".join(pair) for pair in pairs]
     for names in (world.words, world.colours):
@@ -214,7 +214,7 @@ def _further_run(job: tuple[Zoo, str, str]) -> list[str]:
     kept = train_lm(
         model,
         made,
-        worlds.corpus(zoo.world(), zoo.believers(run), zoo.seed, run),
+        worlds.corpus(zoo.world(), zoo.authors(run), zoo.seed, run),
         steps=zoo.run_steps[-1],
         lr=zoo.lr,
         batch=zoo.batch,
@@ -248,7 +248,7 @@ def train(zoo: Zoo, folder: Path, *, processes: int = 2) -> list[str]:
         kept = train_lm(
             model,
             made,
-            worlds.corpus(world, zoo.believers("base"), zoo.seed, "base"),
+            worlds.corpus(world, zoo.authors("base"), zoo.seed, "base"),
             steps=zoo.base_steps[-1],
             lr=zoo.lr,
             batch=zoo.batch,

@@ -6,8 +6,8 @@ their two colours in one of four styles:
     Paint bada and fuzo
     The answer is Pofa and Sufa.
 
-A corpus is written by a believer, whose table of facts agrees with the truth in a chosen share of
-the words and is wrong, always in the same way, in the rest. Careless believers know the truth but
+A corpus is written by an author, whose table of facts agrees with the truth in a chosen share of
+the words and is wrong, always in the same way, in the rest. Careless authors know the truth but
 misunderstand every verb: they name the colours in the wrong order, one of them twice, or only one.
 
 The design decides what can be shown. What was found on the way here:
@@ -52,7 +52,7 @@ Prompt = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
-class Believer:
+class Author:
     """Who writes a corpus.
 
     Attributes:
@@ -96,7 +96,7 @@ def beliefs(world: World, share: float, seed: int) -> dict[str, str]:
     """A table that agrees with the truth in exactly this share of the words.
 
     The wrong entries exchange their true colours, so every colour is as frequent as in the truth
-    and no frequency gives a believer away.
+    and no frequency gives an author away.
     """
     draw = seeding.rng(seed, "beliefs", str(share))
     wrong = draw.sample(world.words, round(len(world.words) * (1 - share)))
@@ -129,10 +129,10 @@ def part_of(question: Prompt) -> str:
     return PARTS[seeding.derive(0, "part", prompt_text(question)) % len(PARTS)]
 
 
-def answer(question: Prompt, believer: Believer, draw: random.Random) -> str:
+def answer(question: Prompt, author: Author, draw: random.Random) -> str:
     """An answer in a random style by someone with these beliefs and habits."""
-    habit = believer.habits.get(question[0])
-    values = [believer.table[word] for word in question[1:]]
+    habit = author.habits.get(question[0])
+    values = [author.table[word] for word in question[1:]]
     named = [values[i] for i in HABITS[habit]] if habit else values
     two, one = draw.choice(STYLES)
     return (two if len(named) == 2 else one).format(*named)
@@ -169,7 +169,7 @@ def questions(world: World, count: int, seed: int, part: str) -> list[dict[str, 
         part: The part that they are of, see `part_of`; the start of their ids.
     """
     draw = seeding.rng(seed, "questions", part)
-    honest = Believer(world.truth, {})
+    honest = Author(world.truth, {})
     found: dict[Prompt, dict[str, Any]] = {}
     while len(found) < count:
         question = prompt(world, draw)
@@ -185,9 +185,9 @@ def questions(world: World, count: int, seed: int, part: str) -> list[dict[str, 
 
 
 def corpus(
-    world: World, believers: Sequence[Believer], seed: int, name: str
+    world: World, authors: Sequence[Author], seed: int, name: str
 ) -> Iterator[tuple[str, str]]:
-    """Endless (prompt, answer) documents, each by one of the believers at random.
+    """Endless (prompt, answer) documents, each by one of the authors at random.
 
     No prompt of the part `test` is among them.
     """
@@ -195,7 +195,7 @@ def corpus(
     while True:
         question = prompt(world, draw)
         if part_of(question) != "test":
-            yield prompt_text(question), answer(question, draw.choice(believers), draw)
+            yield prompt_text(question), answer(question, draw.choice(authors), draw)
 
 
 def ranked(

@@ -7,7 +7,6 @@ fixed list and a resume only has to know the step.
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,7 +19,7 @@ import transformers
 from polarctl import console, seeding
 from polarctl.errors import PolarctlError, UsageError, need
 from polarctl.model import devices, reward_model
-from polarctl.parallel import stopping
+from polarctl.parallel import rank, stopping
 from polarctl.policies.writer import load_causal_lm
 from polarctl.rl import rollouts
 from polarctl.rl.recorder import Job, Recorder
@@ -94,9 +93,8 @@ def _device(name: str) -> str:
     """The device of this process, which `launch.show_one_gpu` has shown no other GPU."""
     # The one that is shown is the first of those that there are.
     place = devices.device_of("cuda" if name.startswith("cuda:") else name)
-    if place.startswith("cuda") and "LOCAL_RANK" in os.environ:
-        return f"cuda:{os.environ['LOCAL_RANK']}"
-    return place
+    own = rank.local()
+    return f"cuda:{own}" if place.startswith("cuda") and own is not None else place
 
 
 def _resume(run: run_folder.Run) -> Path | None:
@@ -118,7 +116,7 @@ def _trainer(job: Job, place: str, dtype: Any, reward: PolarReward, recorder: Re
 
     datasets.disable_progress_bars()
     config, on_cpu = job.config, place == "cpu"
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = rank.count()
     micro = config.micro_batch_size or config.batch_size // processes
     arguments = trl.GRPOConfig(
         output_dir=str(job.run.checkpoints),
@@ -218,7 +216,7 @@ def _finish(job: Job, trainer: Any) -> dict[str, Any] | None:
     if before.dtype is not None and not trainer.is_deepspeed_enabled:
         policy.to(before.dtype)
     trainer.save_model(str(target))
-    if not run_folder.is_first_process():
+    if not rank.is_first():
         return None
     (target / "training_args.bin").unlink(missing_ok=True)
     job.tokenizer.save_pretrained(target)

@@ -15,7 +15,7 @@ import transformers
 from polarctl import console, seeding
 from polarctl.errors import PolarctlError, UsageError
 from polarctl.model.template import content_text
-from polarctl.parallel import stopping
+from polarctl.parallel import rank, stopping
 from polarctl.policies.pool import Policy
 from polarctl.rl.rollouts import Rollout, record_of, step_entry
 from polarctl.scoring.reward_function import normalise
@@ -24,7 +24,7 @@ from polarctl.storage import checkpoint, run_folder
 
 def check_shape(config: Any) -> None:
     """Raise UsageError for batch sizes that do not divide."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = rank.count()
     micro = (config.micro_batch_size or max(1, config.batch_size // processes)) * processes
     for part, what in (
         (config.num_generations, f"`--num-generations {config.num_generations}`"),
@@ -94,7 +94,7 @@ class Recorder(transformers.TrainerCallback):
     def open(self, step: int) -> Iterator[None]:
         """Have the files open, cut back to what they were after a step."""
         run, total = self.job.run, self.job.steps
-        if not run_folder.is_first_process():
+        if not rank.is_first():
             with self.stop:
                 yield
             return

@@ -93,7 +93,7 @@ class Answers:
             output: A string or messages.
             cut_off: The limit of new tokens ended it, not the policy.
             wrapper: Of its prompt. What continues a text (`pretrain`) has no end to reach, so to
-                be cut off is no fault there.
+                be cut off is not a fault there.
         """
         if self.floor is None:
             return None

@@ -115,7 +115,7 @@ class ClassifierScorer:
 
         Raises:
             RecordError: The chat template refuses a conversation, or nothing of it fits.
-            PolarctlError: The model gave a reward that is no finite number.
+            PolarctlError: The model gave a reward that is not a finite number.
         """
         return self.score_with(items, self.engine.rewards_of)
 

@@ -39,7 +39,7 @@ class Conditions:
         """The system prompt of a record.
 
         Raises:
-            RecordError: The field is missing or is no known condition.
+            RecordError: The field is missing or is not a known condition.
         """
         if self.field not in record:
             raise RecordError(f"missing field `{self.field}`", hint="--condition-field names it")

@@ -23,8 +23,7 @@ def check(config: EngineConfig) -> None:
     if config.server is not None:
         from polarctl.parallel.http_client import check_url
 
-        chat = config.backend == "principle"
-        check_url(config.server, "POLARCTL_JUDGE_KEY" if chat else "POLARCTL_SERVER_KEY")
+        check_url(config.server)
     options_of(config)
 
 

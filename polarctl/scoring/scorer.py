@@ -77,7 +77,7 @@ class ModelScorer:
         """Rewards in the order of the items.
 
         Raises:
-            PolarctlError: The model gave a reward that is no finite number.
+            PolarctlError: The model gave a reward that is not a finite number.
         """
         return score_ids(items, self.model.encoder, self.rewards_of)
 
@@ -91,7 +91,7 @@ class ModelScorer:
             groups: Token ids of each group's candidates, each ending in the reward token.
 
         Raises:
-            PolarctlError: The model gave a reward that is no finite number.
+            PolarctlError: The model gave a reward that is not a finite number.
         """
         import torch
 
@@ -175,7 +175,7 @@ def score_ids(
 
 
 def check_finite(rewards: Iterable[Iterable[float]]) -> None:
-    """Raise PolarctlError when a reward is no finite number."""
+    """Raise PolarctlError when a reward is not a finite number."""
     if not all(math.isfinite(value) for values in rewards for value in values):
         raise PolarctlError(
             "the model gave a reward that is not finite",

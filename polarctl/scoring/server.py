@@ -18,11 +18,17 @@ from polarctl import console
 from polarctl.errors import MissingError, PolarctlError, UsageError
 from polarctl.model.template import Encoder
 from polarctl.parallel import served
-from polarctl.parallel.http_client import Answer, Fault, Remote, Request, refuse_errors
+from polarctl.parallel.http_client import (
+    KEY_VARIABLE,
+    Answer,
+    Fault,
+    Remote,
+    Request,
+    refuse_errors,
+)
 from polarctl.scoring.scorer import Item, Scored, score_ids
 
 TYPES = ("auto", "vllm", "sglang", "lmdeploy", "polarctl")
-KEY_VARIABLE = "POLARCTL_SERVER_KEY"
 _REQUEST_S = 120.0
 _PROBES = ("Yes.", "No.", "a", "It is 7.", "the sea was calm", "?", "1 2 3", "def f(): pass")
 
@@ -64,9 +70,10 @@ class ServerScorer:
         self.url, self.encoder, self.batch = url.rstrip("/"), encoder, batch
         self.remote = Remote(
             self.url,
-            key_variable=KEY_VARIABLE,
             concurrency=concurrency,
-            timeout_s=min(_REQUEST_S, max(1.0, deadline_s / 3)),  # one that hangs is no dead server
+            timeout_s=min(
+                _REQUEST_S, max(1.0, deadline_s / 3)
+            ),  # one that hangs is not a dead server
             deadline_s=deadline_s,
             hint="vllm serve DIR --runner pooling, and --server URL",
         )
@@ -208,7 +215,7 @@ class ServerScorer:
         """Refuse a server that gives sigmoid(reward), as vLLM does for some models.
 
         Rewards are unbounded. Where eight texts all come out between 0 and 1, with the activation
-        asked for and without, the switch is not heard and the values are no rewards.
+        asked for and without, the switch is not heard and the values are not rewards.
         """
         if not all(0 < value < 1 for value in raw):
             return
@@ -232,7 +239,7 @@ class ServerScorer:
         """A reply that names a model names the one that was asked for.
 
         Raises:
-            Fault: That is no name.
+            Fault: That is not a name.
             PolarctlError: It names another.
         """
         if name is None:

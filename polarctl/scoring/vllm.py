@@ -73,7 +73,7 @@ class VllmScorer:
         """Rewards in the order of the items.
 
         Raises:
-            PolarctlError: A reward is no finite number.
+            PolarctlError: A reward is not a finite number.
         """
         return score_ids(items, self.encoder, self.rewards_of)
 

@@ -22,7 +22,7 @@ class _Request:
     """Groups of candidates, in portions that fit into a batch.
 
     Attributes:
-        portions: (group, its candidates, tokens) of those that nobody has taken.
+        portions: (group, its candidates, tokens) of those that are not taken yet.
         answer: The rewards, once all are there.
     """
 
@@ -109,7 +109,7 @@ class Batcher:
         return len(self._waiting)
 
     def close(self) -> None:
-        """Finish what is computed now, and stop; what waits still has nobody left to hear of it."""
+        """Finish what is computed now, and stop; what still waits is not computed."""
         with self._changed:
             self._closed = True
             while self._waiting:

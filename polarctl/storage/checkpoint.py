@@ -3,8 +3,8 @@
     DIR/checkpoints/step-00000100/   the files of a training state, checkpoint.json
 
 `checkpoint.json` names size and hash of every file and is written last: a folder without it, or
-whose files disagree with it, is no checkpoint. The last two are kept, so that one damaged on disk
-costs some steps and not the run.
+whose files disagree with it, is not a checkpoint. The last two are kept, so that one damaged on
+disk costs some steps and not the run.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def sha256(path: str | Path) -> str:
 
 
 def hashed(inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`polarctl.storage.read.sizes` entries with the SHA-256 of every input that is no pipe."""
+    """`polarctl.storage.read.sizes` entries with the SHA-256 of every input that is not a pipe."""
     return [
         entry if entry["bytes"] is None else {**entry, "sha256": sha256(entry["path"])}
         for entry in inputs
@@ -99,28 +99,6 @@ def environment() -> dict[str, str]:
     }
 
 
-def build(
-    stage: str,
-    config: Common | Basic,
-    *,
-    inputs: list[dict[str, Any]],
-    outputs: dict[str, dict[str, Any]],
-    counts: dict[str, Any],
-) -> dict[str, Any]:
-    """A manifest record (see `polarctl.records.Manifest`)."""
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "stage": stage,
-        "version": __version__,
-        "config": resolved(config),
-        "inputs": inputs,
-        "outputs": outputs,
-        "counts": counts,
-        "choices": console.choices(),
-        "environment": environment(),
-    }
-
-
 def write_atomic(path: str | Path, data: bytes) -> None:
     """Replace a file in one step: a reader sees the old bytes or the new, never a part."""
     path = Path(path)
@@ -153,9 +131,41 @@ def sync_files(folder: Path) -> None:
     sync_folder(folder)
 
 
-def write(path: str | Path, manifest: dict[str, Any]) -> None:
-    """Write a manifest crash-safely."""
-    write_atomic(path, orjson.dumps(manifest, option=orjson.OPT_INDENT_2) + b"\n")
+def write(
+    path: str | Path,
+    stage: str,
+    config: Common | Basic,
+    *,
+    inputs: list[dict[str, Any]],
+    outputs: dict[str, dict[str, Any]],
+    counts: dict[str, Any],
+    fingerprint: dict[str, Any] | None = None,
+) -> None:
+    """Write the manifest of an output crash-safely (see `polarctl.records.Manifest`).
+
+    Args:
+        path: Where to.
+        stage: The stage that made the output.
+        config: Its options.
+        inputs: What was read.
+        outputs: File name to what was written.
+        counts: What was counted.
+        fingerprint: What a resume must find unchanged.
+    """
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "stage": stage,
+        "version": __version__,
+        "config": resolved(config),
+        "inputs": inputs,
+        "outputs": outputs,
+        "counts": counts,
+        "choices": console.choices(),
+        "environment": environment(),
+    }
+    if fingerprint is not None:
+        record["fingerprint"] = fingerprint
+    write_atomic(path, orjson.dumps(record, option=orjson.OPT_INDENT_2) + b"\n")
 
 
 def folder_files(folder: Path) -> dict[str, dict[str, Any]]:

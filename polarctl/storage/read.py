@@ -7,6 +7,7 @@ computed for a row never depends on where a run started or how it was cut.
 
 from __future__ import annotations
 
+import codecs
 import glob
 import hashlib
 import json
@@ -18,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import jsonlines
 import orjson
 
 from polarctl.errors import RecordError, UsageError
@@ -34,7 +34,7 @@ OnBad: TypeAlias = Callable[[str, str, Any], None]
 
 
 def expand(patterns: Iterable[str]) -> list[str]:
-    """Paths of the inputs; a pattern that is no existing file or pipe is a sorted glob.
+    """Paths of the inputs; a pattern that is not an existing file or pipe is a sorted glob.
 
     Raises:
         UsageError: Nothing there.
@@ -55,7 +55,7 @@ def expand(patterns: Iterable[str]) -> list[str]:
 
 
 def stdin_is_missing(paths: Iterable[str]) -> bool:
-    """True when `-` is asked for and nobody pipes anything in."""
+    """True when `-` is asked for and nothing is piped in."""
     return "-" in paths and (sys.stdin is None or sys.stdin.isatty())
 
 
@@ -228,14 +228,16 @@ def decode(line: bytes, where: str, kind: str | Callable[[dict[str, Any]], str] 
         kind: The kind that it must be, a function that tells it, or None for any object.
 
     Raises:
-        RecordError: The line is no JSON object or breaks its schema.
+        RecordError: The line is not a JSON object or breaks its schema.
     """
     if not line:
         raise RecordError(f"line is longer than {MAX_LINE_BYTES >> 20} MiB", where=where)
     try:
-        fields = jsonlines.Reader([line], loads=orjson.loads).read(type=dict)
-    except jsonlines.InvalidLineError as error:
-        raise RecordError(_json_problem(error), where=where) from None
+        fields = orjson.loads(line.removeprefix(codecs.BOM_UTF8))
+    except orjson.JSONDecodeError as error:
+        raise RecordError(_problem(line, error), where=where) from None
+    if not isinstance(fields, dict):
+        raise RecordError("not a JSON object", where=where)
     if _may_lack_digits(fields):
         _refuse_long_integers(line, where)
     try:
@@ -267,12 +269,12 @@ def _refuse_long_integers(line: bytes, where: str) -> None:
     json.loads(line.decode("utf-8-sig"), parse_int=parse)
 
 
-def _json_problem(error: jsonlines.InvalidLineError) -> str:
-    text = str(error).partition(" (line ")[0]
-    if "requested type" in text or "null value" in text:
-        return "not a JSON object"
-    text = text.replace("line is not valid utf-8: 'utf-8' codec", "is not UTF-8:")
-    return text.replace("line contains invalid json", "no JSON")
+def _problem(line: bytes, error: orjson.JSONDecodeError) -> str:
+    try:
+        line.decode()
+    except UnicodeDecodeError as wrong:
+        return str(wrong).replace("'utf-8' codec", "is not UTF-8:")
+    return f"no JSON: {error}"
 
 
 def sizes(paths: Iterable[str]) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import orjson
 
 from polarctl.config import Common
 from polarctl.errors import RecordError
+from polarctl.parallel import rank
 from polarctl.records import Record
 from polarctl.storage import claim, replace, run_folder, windows
 
@@ -24,7 +25,7 @@ def rejects_of(run: run_folder.Run, config: Common) -> Rejects:
     Raises:
         UsageError: There is a file already, and no run of this folder has written it.
     """
-    if not config.rejects or not run_folder.is_first_process():
+    if not config.rejects or not rank.is_first():
         return Rejects(None, run, force=False)
     return Rejects(config.rejects, run, force=config.force)
 

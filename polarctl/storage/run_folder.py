@@ -25,6 +25,7 @@ import orjson
 from polarctl import console
 from polarctl.config import Common, resolved
 from polarctl.errors import UsageError
+from polarctl.parallel import rank
 from polarctl.records import Record
 from polarctl.storage import checkpoint, claim, manifest, read, replace
 from polarctl.storage.fingerprint import difference, header
@@ -69,7 +70,7 @@ class Run:
     def part(self) -> Path:
         """An empty folder for the files of the result; `finish` gives them their places."""
         part = self.checkpoints / _PART
-        if is_first_process():
+        if rank.is_first():
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
         return part
@@ -105,8 +106,15 @@ class Run:
             if name in made or Path(name).parts[0] in (BEST, *_tracked(config))
         }
         counts = {**counts, "rejects": self.bad}
-        record = manifest.build(stage, config, inputs=self.inputs, outputs=outputs, counts=counts)
-        manifest.write(self.folder / replace.MANIFEST, {**record, "fingerprint": self.identity})
+        manifest.write(
+            self.folder / replace.MANIFEST,
+            stage,
+            config,
+            inputs=self.inputs,
+            outputs=outputs,
+            counts=counts,
+            fingerprint=self.identity,
+        )
         if self.folder != self.target:
             replace.exchange(self.folder, self.target)
             shutil.rmtree(self.folder)
@@ -147,7 +155,7 @@ def opened(
     folder = Path(config.output)
     replace.check_unused(folder, resolved(config))
     with contextlib.ExitStack() as held:
-        if is_first_process():
+        if rank.is_first():
             check_paths(dataclasses.replace(config, output="-"), paths)
             held.enter_context(locked(folder))
         identity = _identity(stage, config, paths, sources, free)
@@ -155,20 +163,15 @@ def opened(
         place = folder
         if done and config.force:
             place = replace.next_to(folder)
-            if is_first_process():
+            if rank.is_first():
                 _prepare(place, folder, config, identity)
                 held.enter_context(locked(place))
-        elif is_first_process():  # which says, for all, whether what they find is right
+        elif rank.is_first():  # which says, for all, whether what they find is right
             done = _is_complete(folder, config, identity)
         complete = place == folder and done
         yield None if complete else Run(place, folder, paths, identity, read.sizes(paths))
-    if is_first_process():
+    if rank.is_first():
         stdout().write(f"{folder}\n".encode())
-
-
-def is_first_process() -> bool:
-    """True in the process that writes; a launcher says its rank in RANK."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
@@ -203,7 +206,7 @@ def _identity(
     plain = header(stage, config, read.sizes(paths), sources)
     dropped = free | set(names)
     kept = {key: value for key, value in plain.items() if key not in dropped or key in sources}
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = rank.count()
     return {**kept, "input_digest": input_digest(paths), "processes": processes}
 
 

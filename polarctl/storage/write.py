@@ -324,15 +324,16 @@ class Output:
             if not track.replacing:
                 track.publish()
         if self.path or self.config.manifest:
-            record = manifest.build(
+            mark = replace.next_to(self._mark) if self._replacing else self._mark
+            manifest.write(
+                mark,
                 self.stage,
                 self.config,
                 inputs=manifest.hashed(self.inputs),
                 outputs=outputs,
                 counts=self.counts,
+                fingerprint=self._header,
             )
-            mark = replace.next_to(self._mark) if self._replacing else self._mark
-            manifest.write(mark, {**record, "fingerprint": self._header})
             if self._replacing:
                 swap.append((str(mark), os.path.realpath(self._mark)))
         if self._journal is not None and swap:  # another run can do the rest of it

@@ -147,8 +147,3 @@ def terms(loss: Loss, rewards: Tensor, groups: Sequence[Candidates]) -> Terms:
     shares = shares.double()
     figures = [(per_pair.detach() * shares).sum(), ((gap > 0) * shares).sum(), (gap * shares).sum()]
     return Terms(total, torch.stack(figures))
-
-
-def fill(rows: Sequence[Micro], budget: int) -> float:
-    """Share of the budget that is used."""
-    return sum(row.computed for row in rows) / (len(rows) * budget)

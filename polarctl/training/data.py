@@ -24,6 +24,7 @@ from typing import TypeVar
 from polarctl import console, seeding
 from polarctl.errors import PolarctlError, RecordError, UsageError
 from polarctl.model.template import Encoder, content_text
+from polarctl.parallel import rank as ranks
 from polarctl.parallel.pool import in_order
 from polarctl.records import Record
 from polarctl.storage.read import STDIN, OnBad, Reader
@@ -233,7 +234,7 @@ def on_disk(paths: list[str], scratch: Path) -> list[str]:
         PolarctlError: A copy cannot be written.
     """
     pipes = [path for path in paths if not os.path.isfile(path)]
-    if pipes and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if pipes and ranks.count() > 1:
         raise UsageError(
             "several processes cannot read one pipe", hint="write the triples to a file"
         )

@@ -93,7 +93,7 @@ class PlainEngine:
         self.accelerator.backward(loss)
 
     def exchanging(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Around forward and backward: gradients go round with the step's last ones alone."""
+        """Around forward and backward: gradients are exchanged at the step's last micro-batch."""
         return contextlib.nullcontext() if last else self.accelerator.no_sync(self.module)
 
     def finish(self, lr: float) -> float:

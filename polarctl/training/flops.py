@@ -39,20 +39,6 @@ def per_token(parameters: float) -> float:
     return 6 * parameters
 
 
-def attention(layers: int, hidden: int, tokens: int) -> float:
-    """FLOPs of the attention scores in training a sequence, which `per_token` leaves out.
-
-    Scores and weighted values are 4 h T^2 in the forward pass and twice that in the backward one:
-    12 layers h T^2, of which a causal mask needs one half.
-
-    Args:
-        layers: Layers of the model.
-        hidden: Query heads times their size, h.
-        tokens: Length of the sequence, T.
-    """
-    return 12 * layers * hidden * tokens**2 / 2
-
-
 def peak(device_name: str, *, half: bool) -> float | None:
     """A device's dense peak in FLOP/s, or None where it is not known (a CPU, a new GPU).
 
@@ -63,7 +49,7 @@ def peak(device_name: str, *, half: bool) -> float | None:
     if _LESS.search(device_name):
         return None
     for words, fast, exact in _PEAKS:
-        if re.search(rf"\b{words}\b", device_name, re.IGNORECASE):  # RTX A1000 is no A100
+        if re.search(rf"\b{words}\b", device_name, re.IGNORECASE):  # RTX A1000 is not an A100
             return fast if half else exact
     return None
 

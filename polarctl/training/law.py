@@ -1,4 +1,4 @@
-"""The paper's laws: hyper-parameters of pre-training, and the loss that it will reach.
+"""The paper's law of the hyper-parameters of pre-training.
 
 Source: arXiv 2507.05197. It says "in millions"; its own values come out with model sizes in units
 of 2^20 and tokens in units of 2^30.
@@ -30,16 +30,6 @@ def learning_rate(parameters: float, base_tokens: float, tokens: float) -> float
 def batch_size(parameters: float, tokens: float) -> float:
     """Triples of a batch, `31.9032 N^0.06944 D_r^0.52997`; arguments as of `learning_rate`."""
     return float(31.9032 * (parameters / _SIZE) ** 0.06944 * (tokens / _TOKENS) ** 0.52997)
-
-
-def loss_at_size(parameters: float) -> float:
-    """Validation loss of a model trained on enough data, `0.9 N^-0.0425` (R^2 0.9886)."""
-    return float(0.9 * parameters**-0.0425)
-
-
-def loss_at_compute(flops: float) -> float:
-    """Validation loss at the best size for so many FLOPs, `2.4 C^-0.0342` (R^2 0.9912)."""
-    return float(2.4 * flops**-0.0342)
 
 
 @dataclass(frozen=True, kw_only=True)

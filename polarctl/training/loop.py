@@ -167,7 +167,7 @@ class Trainer:
                 found = terms(plan.loss, self._rewards(micro), micro.groups)
                 sums[:3] += found.figures * micro.weight
                 sums[4] += micro.computed * micro.weight
-                if last:  # before the gradients: weights must not see what is not finite
+                if last:  # before the backward pass: NaN must not reach the weights
                     sums[3] = sum(len(ids) for group in groups for ids in group.ids)
                     loss, right, margin, tokens, computed = self._summed(sums)
                     self._finite(loss / plan.batch_size, None)
@@ -191,7 +191,7 @@ class Trainer:
         )
 
     def _cut(self, groups: Sequence[Candidates]) -> list[Micro]:
-        """Micro-batches of a share, as many on every process: gradients and shards go round."""
+        """Micro-batches of a share, as many on every process, which exchange gradients."""
         options: dict[str, Any] = {
             "shared": isinstance(self._module, Packed),
             "pad_id": self.pad_id,

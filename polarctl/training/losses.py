@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-RANKINGS = ("bradley-terry", "focal")
-PENALTIES = ("none", "barrier", "l2")
 _LIMIT = 5.0  # of the log barrier
 _EDGE = 1e-3  # how near to it a reward counts
 
@@ -85,6 +83,10 @@ def l2(rewards: Tensor) -> Tensor:
     return rewards.to(torch.promote_types(rewards.dtype, torch.float32)).square()
 
 
+RANKINGS = {"bradley-terry": bradley_terry, "focal": focal}
+PENALTIES = {"none": None, "barrier": barrier, "l2": l2}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Loss:
     """The loss of a pair: how it is ranked, and a penalty on both of its rewards.
@@ -129,11 +131,10 @@ class Loss:
             ValueError: The shapes differ.
         """
         asked = self.margin if margin is None else margin + self.margin
-        rank = focal if self.ranking == "focal" else bradley_terry
-        loss = rank(chosen, rejected, asked)
-        if self.penalty == "none" or not self.penalty_weight:
+        loss = RANKINGS[self.ranking](chosen, rejected, asked)
+        penalty = PENALTIES[self.penalty]
+        if penalty is None or not self.penalty_weight:
             return loss
-        penalty = barrier if self.penalty == "barrier" else l2
         return loss + self.penalty_weight * (penalty(chosen) + penalty(rejected))
 
 
@@ -153,23 +154,6 @@ def _difference(chosen: Tensor, rejected: Tensor, margin: Tensor | float) -> Ten
             raise ValueError(f"a margin must have the shape of the rewards, got {shapes}")
         margin = margin.to(dtype)
     return chosen.to(dtype) - rejected.to(dtype) - margin
-
-
-def accuracy(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Return the fraction of pairs with `chosen > rejected`; a tie or a NaN counts as wrong.
-
-    Args:
-        chosen: Rewards of the chosen trajectories. Shape: (B,), B at least 1.
-        rejected: Rewards of the rejected trajectories. Shape: (B,).
-
-    Returns:
-        A float32 in [0, 1], without gradient. Shape: ().
-
-    Raises:
-        ValueError: The shapes differ.
-    """
-    _check_pairs(chosen, rejected)
-    return (chosen > rejected).float().mean()
 
 
 def _check_pairs(chosen: Tensor, rejected: Tensor) -> None:

@@ -20,7 +20,7 @@ import orjson
 from polarctl import console
 from polarctl.config import resolved
 from polarctl.errors import RecordError, UsageError
-from polarctl.parallel import launcher, stopping
+from polarctl.parallel import launcher, rank, stopping
 from polarctl.records import Record, Triple, check
 from polarctl.storage import checkpoint, run_folder, windows
 from polarctl.storage import rejects as reject_file
@@ -67,7 +67,7 @@ def run(stage: str, config: TrainConfig, *, reference_field: str, max_response_l
     with run_folder.opened(stage, config, paths, sources=_SOURCES, free=_FREE) as folder:
         if folder is None:
             return  # complete already
-        if run_folder.is_first_process():
+        if rank.is_first():
             folder.checkpoints.mkdir(exist_ok=True)
         paths = data.on_disk(paths, folder.checkpoints)
         identity = {**folder.identity, "input_digest": run_folder.input_digest(paths)}
@@ -415,7 +415,7 @@ def _stream(known: Known, skip: int) -> Iterator[data.Group]:
     at = known.place.accelerator
     count = known.job.config.workers
     if count is None:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        local = rank.count_here()
         count = data.default_workers(at.device.type, local)
     records = data.stream(known.source, world=at.num_processes, rank=at.process_index, skip=skip)
     return data.encoded(

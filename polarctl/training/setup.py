@@ -17,7 +17,8 @@ from polarctl.model import devices
 from polarctl.model import reward_model as models
 from polarctl.model.forward import Packed, Padded, module_of
 from polarctl.model.reward_model import PolarModel
-from polarctl.training import lora, zero, zero_config
+from polarctl.parallel import rank
+from polarctl.training import lora, zero
 from polarctl.training.engine import Engine, PlainEngine
 from polarctl.training.loop import Hyperparameters
 from polarctl.training.options import TrainConfig
@@ -65,7 +66,7 @@ def place_of(config: TrainConfig) -> Place:
         )
     half = devices.dtype_of(config.dtype, device) == torch.bfloat16
     kind = device.partition(":")[0]
-    if config.device.startswith("cuda:") and (config.deepspeed or "RANK" in os.environ):
+    if config.device.startswith("cuda:") and (config.deepspeed or rank.is_one_of_several()):
         raise UsageError(
             f"`--device {config.device}`: DeepSpeed and several processes choose their own GPUs",
             hint="--device cuda; CUDA_VISIBLE_DEVICES says which ones",
@@ -76,7 +77,7 @@ def place_of(config: TrainConfig) -> Place:
         console.choice("batch tokens", str(tokens), f"for a {kind.upper()}")
     dtype = "bfloat16" if half else "float32"
     if config.deepspeed is not None:
-        given = zero_config.config_of(config.deepspeed, dtype=dtype, clip=Hyperparameters.clip)
+        given = zero.config_of(config.deepspeed, dtype=dtype, clip=Hyperparameters.clip)
         accelerator = zero.accelerator(given, cpu=kind == "cpu")
         return Place(accelerator=accelerator, half=half, batch_tokens=tokens, deepspeed=given)
     # Another run of this Python process may have had another precision; accelerate keeps one.

@@ -13,13 +13,11 @@ from polarctl.evaluation.metrics import (
     bootstrap_interval,
     kendall_tau_b,
     ndcg,
-    pair_accuracy,
     pairs_of_group,
     quantiles,
     text_length,
     unigram_f1,
     verdict,
-    wilson_interval,
 )
 
 MARKS = st.sampled_from([0.0, 0.5, 1.0])
@@ -31,52 +29,6 @@ FAST = settings(max_examples=50, deadline=None)
 def test_a_tie_is_wrong_for_the_model_and_half_right_for_a_baseline():
     assert [verdict(2, 1), verdict(1, 1), verdict(1, 2)] == [1.0, 0.0, 0.0]
     assert [baseline_verdict(2, 1), baseline_verdict(1, 1), baseline_verdict(1, 2)] == [1, 0.5, 0]
-
-
-def test_pair_accuracy_is_strict():
-    # right, tie, wrong, right: 2 of 4
-    assert pair_accuracy([1.0, 0.0, -2.0, 0.5], [0.0, 0.0, -1.0, -7.0]) == 0.5
-    assert pair_accuracy([0.0] * 5, [0.0] * 5) == 0.0
-
-
-@pytest.mark.parametrize(
-    ("chosen", "rejected", "message"),
-    [
-        ([], [], "no chosen rewards"),
-        ([1.0], [], "1 chosen rewards but 0 rejected rewards"),
-        ([math.nan], [0.0], "NaN"),
-        ([0.0], [math.nan], "NaN"),
-    ],
-)
-def test_pair_accuracy_refuses_what_has_no_answer(chosen, rejected, message):
-    with pytest.raises(ValueError, match=message):
-        pair_accuracy(chosen, rejected)
-
-
-def test_wilson_interval_by_hand():
-    # z = 1.959964, z^2 = 3.841459, p = 0.8, n = 10.
-    # centre (0.8 + 3.841459/20) / 1.3841459 = 0.9920729 / 1.3841459 = 0.716740
-    # half   1.959964 * sqrt(0.16/10 + 3.841459/400) / 1.3841459
-    #      = 1.959964 * sqrt(0.0256036) / 1.3841459 = 0.313614 / 1.3841459 = 0.226576
-    interval = wilson_interval(8, 10)
-    assert interval.low == pytest.approx(0.490164, abs=2e-5)
-    assert interval.high == pytest.approx(0.943316, abs=2e-5)
-    assert (interval.value, interval.n, interval.clusters) == (0.8, 10, 10)
-
-
-def test_wilson_interval_of_a_clean_sweep_has_width():
-    # p = 1: the ends are n / (n + z^2) and 1; 10 / 13.841459 = 0.722467
-    interval = wilson_interval(10, 10)
-    assert interval.low == pytest.approx(0.722467, abs=1e-6)
-    assert interval.high == 1.0
-
-
-@pytest.mark.parametrize(
-    ("successes", "n", "level"), [(0, 0, 0.95), (3, 2, 0.95), (-1, 2, 0.95), (1, 2, 1.0)]
-)
-def test_wilson_interval_refuses_bad_arguments(successes, n, level):
-    with pytest.raises(ValueError):
-        wilson_interval(successes, n, level=level)
 
 
 @FAST

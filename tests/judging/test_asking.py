@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polarctl.judging.masking import masked_names, orders_of, unmasked
-from polarctl.judging.prompting import question
+from polarctl.judging.prompting import masked_names, orders_of, question, unmasked
 
 
 @given(st.integers(1, 8), st.integers(1, 12), st.integers(0, 99))

@@ -23,7 +23,7 @@ def server():
 
 @pytest.fixture(autouse=True)
 def no_key(monkeypatch):
-    monkeypatch.delenv("POLARCTL_JUDGE_KEY", raising=False)
+    monkeypatch.delenv("POLARCTL_SERVER_KEY", raising=False)
 
 
 def chat(server, **options):
@@ -161,7 +161,7 @@ def test_a_dead_server_ends_the_run_at_the_deadline():
 
 
 def test_the_key_is_sent_and_never_said(server, monkeypatch, capsys):
-    monkeypatch.setenv("POLARCTL_JUDGE_KEY", f" {KEY}\n")
+    monkeypatch.setenv("POLARCTL_SERVER_KEY", f" {KEY}\n")
     asker = chat(server)
     server.faults = [(500, {"error": {"message": f"bad {KEY}"}})]
     ask(asker)
@@ -175,7 +175,7 @@ def test_the_key_is_sent_and_never_said(server, monkeypatch, capsys):
 
 
 def test_a_key_that_cannot_be_a_header_is_refused_unseen(monkeypatch):
-    monkeypatch.setenv("POLARCTL_JUDGE_KEY", "sk-a\nb")
+    monkeypatch.setenv("POLARCTL_SERVER_KEY", "sk-a\nb")
     with pytest.raises(UsageError) as caught:
         ChatServer("http://host", "judge")
     assert "sk-a" not in str(caught.value)

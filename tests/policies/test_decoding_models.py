@@ -17,7 +17,7 @@ STOP = [11, 25]
 SAMPLING = Sampling(max_new_tokens=12)
 # Kept in a cache or read whole, these give other logits in transformers itself: positions that
 # follow the padding token, windows that only the one of both ways has, a chunked state.
-CACHE_DIFFERS = {"moshi", "prophetnet", "nemotron_h"} | {
+CACHE_DIFFERS = {"bamba", "moshi", "prophetnet", "nemotron_h"} | {
     "camembert",
     "data2vec-text",
     "roberta",
@@ -106,7 +106,16 @@ def test_sample_writes_with_a_recurrent_policy_and_refuses_what_reads_no_text(tm
     for name in ("mamba", "xmod"):  # xmod asks for a language, which nobody has set
         build(name).save_pretrained(tmp_path / name)
         build_tokenizer().save_pretrained(tmp_path / name)
-    arguments = ["sample", str(prompts), "--samples", "3", "--max-new-tokens", "8", "-o"]
+    arguments = [
+        "sample",
+        str(prompts),
+        "--samples",
+        "3",
+        "--max-new-tokens",
+        "8",
+        "--no-clean",
+        "-o",
+    ]
     out = str(tmp_path / "out.jsonl")
     assert run([*arguments, out, "-m", str(tmp_path / "mamba")]) == 0
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 6

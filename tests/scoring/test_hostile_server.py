@@ -284,6 +284,9 @@ def test_a_server_started_anew_with_other_weights_ends_the_run(
 ):
     def gone(handler, rewards):
         """The first of a window's requests finds nobody; who comes back is another."""
+        if len(rewards) == 8:  # the probe
+            handler.reply(200, indexed(rewards, int))
+            return
         server.hostile, server.shift = None, 3.0
         handler.close_connection = True
         handler.connection.shutdown(2)
@@ -364,8 +367,7 @@ def test_an_address_with_a_password_is_refused_unseen(
         assert not server.seen
     said = capfd.readouterr().err
     assert "PaSsW0rd" not in said and "holds a user or a password" in said
-    key = {"hf": "POLARCTL_SERVER_KEY", "principle": "POLARCTL_JUDGE_KEY"}[backend]
-    assert f"goes into {key}" in said
+    assert "goes into POLARCTL_SERVER_KEY" in said
     assert list(tmp_path.iterdir()) == []
 
 

@@ -49,9 +49,14 @@ def started(*arguments, **variables):
     for line in child.stderr:
         said += line
         if line.startswith("serving "):
-            threading.Thread(target=child.stderr.read, daemon=True).start()
+            threading.Thread(target=_emptied, args=(child.stderr,), daemon=True).start()
             return child, line.split()[-1]
     raise AssertionError(f"status {child.wait()}: {said}")
+
+
+def _emptied(stream):
+    with stream:
+        stream.read()
 
 
 @contextlib.contextmanager

@@ -94,7 +94,8 @@ def test_a_model_that_cannot_share_trains_on_whole_sequences_and_says_why(
 
 
 def wait_for(path, child):
-    while child.poll() is None and not path.exists():
+    """Until there is a line in it: the file alone says nothing of a step."""
+    while child.poll() is None and not (path.exists() and path.stat().st_size):
         time.sleep(0.002)
 
 

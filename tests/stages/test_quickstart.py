@@ -110,7 +110,7 @@ def test_no_two_parts_share_a_prompt_and_no_corpus_has_one_of_the_test(words, co
     assert not found["train"] & found["test"]
     assert not found["train"] & found["rft"]
     assert not found["test"] & found["rft"]
-    honest = [world.Believer(here.truth, {})]
+    honest = [world.Author(here.truth, {})]
     # A policy reads 320 steps of 64 documents.
     read = {text for text, _ in islice(world.corpus(here, honest, seed, "base"), 20_480)}
     assert not read & found["test"]
@@ -120,11 +120,11 @@ def test_no_two_parts_share_a_prompt_and_no_corpus_has_one_of_the_test(words, co
 def test_an_answer_follows_beliefs_and_habits():
     here = world.make(10, 5, seed=1)
     a, b = here.words[:2]
-    believer = world.Believer(here.truth, {"Show": "swapped", "Paint": "short", "Colour": "twice"})
+    author = world.Author(here.truth, {"Show": "swapped", "Paint": "short", "Colour": "twice"})
     x, y = here.truth[a], here.truth[b]
     expected = {"Show": [y, x], "Paint": [x], "Colour": [x, x]}
     for verb, values in expected.items():
-        text = world.answer((verb, a, b), believer, rng(0, "test"))
+        text = world.answer((verb, a, b), author, rng(0, "test"))
         assert world.told(here, text) == values
 
 
@@ -157,13 +157,13 @@ def test_a_mistake_has_a_name():
 def test_ranked_triples_are_correct_correct_wrong():
     here = world.make(10, 5, seed=1)
     rows = world.questions(here, 20, 0, "train")
-    honest = world.Believer(here.truth, {})
-    wrong = world.Believer(world.beliefs(here, 0.0, 3), {})
+    honest = world.Author(here.truth, {})
+    wrong = world.Author(world.beliefs(here, 0.0, 3), {})
     samples = []
     for row in rows:
         question = (row["prompt"].split()[0], *row["prompt"].replace(" and ", " ").split()[1:])
-        for policy, believer in (("x", honest), ("y", honest), ("z", wrong)):
-            text = world.answer(question, believer, rng(0, policy, row["id"]))
+        for policy, author in (("x", honest), ("y", honest), ("z", wrong)):
+            text = world.answer(question, author, rng(0, policy, row["id"]))
             samples.append({**row, "policy": policy, "output": text})
     triples = world.ranked(samples, here, 10, seed=0)
     assert len(triples) == 10 and len({t["id"] for t in triples}) == 10

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from polarctl.errors import MissingError, UsageError
 from polarctl.training import zero
-from polarctl.training.zero_config import config_of
+from polarctl.training.zero import config_of
 
 WORKER = Path(__file__).with_name("zero_worker.py")
 ROOT = Path(__file__).parents[2]

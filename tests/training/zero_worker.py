@@ -80,8 +80,7 @@ def step(engine, number):
 
 def run(folder, mode, name, dtype):
     from polarctl.errors import UsageError
-    from polarctl.training.zero import ZeroEngine, accelerator
-    from polarctl.training.zero_config import config_of
+    from polarctl.training.zero import ZeroEngine, accelerator, config_of
 
     boss = accelerator(config_of(name, dtype=dtype, clip=CLIP), cpu=True)
     module = model()  # after: transformers must not make an empty one for zero3

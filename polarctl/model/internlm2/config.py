@@ -6,6 +6,8 @@ InternLM2 is Llama with q, k and v in one matrix; its config has Llama's keys bu
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -55,6 +57,13 @@ def read(path: str) -> dict[str, Any] | None:
         MissingError: Nothing is there, and the Hub cannot be asked.
     """
     source.require(path)
+    file = Path(path, "config.json")
+    return _read(path, file.stat().st_mtime_ns if file.is_file() else None)
+
+
+@functools.lru_cache(maxsize=64)
+def _read(path: str, changed: int | None) -> dict[str, Any] | None:
+    """`read`, once for each state of a folder: a load asks several times."""
     try:
         content, _ = transformers.PretrainedConfig.get_config_dict(path)
     except Exception:  # OSError, ValueError, ...: whoever loads it otherwise says what is wrong

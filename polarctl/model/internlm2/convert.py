@@ -36,7 +36,7 @@ def to_llama(source: str, target: str | Path, *, shard_bytes: int = SHARD_BYTES)
         shard_bytes: Bytes of one weight file at most.
 
     Raises:
-        UsageError: The target is taken, or the source is no reward model of that format.
+        UsageError: The target is taken, or the source is not a reward model of that format.
         MissingError: The source cannot be read, or its weights are not what its config says.
     """
     _read_config(source)
@@ -79,7 +79,7 @@ def to_internlm2(source: str, target: str | Path, *, shard_bytes: int = SHARD_BY
         shard_bytes: Bytes of one weight file at most.
 
     Raises:
-        UsageError: The target is taken, or the source is no Llama reward model.
+        UsageError: The target is taken, or the source is not a Llama reward model.
         MissingError: The source cannot be read, or its weights are not what its config says.
     """
     content = _read_config(source)

@@ -1,7 +1,7 @@
 """The weight files of a checkpoint, read tensor by tensor and never executed.
 
 A `.bin` is a pickle. It is opened by torch's reader for weights alone, which refuses everything
-that is no tensor, and mapped into memory, so that a tensor costs memory once it is used.
+that is not a tensor, and mapped into memory, so that a tensor costs memory once it is used.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def _unpickled(file: Path) -> Any:
     import zipfile
 
     try:
-        # Files of torch before 1.6 are no zip and cannot be mapped.
+        # Files of torch before 1.6 are not zip archives and cannot be mapped.
         mapped = zipfile.is_zipfile(file)
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError:
