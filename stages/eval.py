@@ -17,9 +17,7 @@ from typing import Annotated, Any, ClassVar
 import typer
 
 from polarctl.config import Needs
-from polarctl.scoring.options import ScoreConfig
-
-WINDOW_ROWS = 512
+from polarctl.scoring.options import WINDOW_ROWS, ScoreConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +50,15 @@ class Config(ScoreConfig):
 def run(config: Config) -> None:
     """Judge every record of the input and report."""
     from polarctl import console
-    from polarctl.errors import RecordError
     from polarctl.evaluation import report as eval_report
-    from polarctl.evaluation.cases import Cases, summarise, verdicts
+    from polarctl.evaluation.cases import (
+        Cases,
+        check_by,
+        require_cases,
+        require_rewards,
+        summarise,
+        verdicts,
+    )
     from polarctl.evaluation.page import terminal_table
     from polarctl.records import Record, kind_of_scorable, require_reference
     from polarctl.scoring.scorer import Cuts, load_scorer, score_records
@@ -63,7 +67,7 @@ def run(config: Config) -> None:
 
     paths = windows.inputs_of("eval", config)
     kind: Callable[[dict[str, Any]], str] | None = None
-    verify: Callable[[Record], None] | None = _require_rewards
+    verify: Callable[[Record], None] | None = require_rewards
     if config.model is not None:
         kind, verify = kind_of_scorable, None if config.no_reference else require_reference
     fields: set[str] = set()
@@ -75,7 +79,7 @@ def run(config: Config) -> None:
 
     if config.dry_run:
         windows.dry_run(
-            "eval", config, paths, kind, verify=look, check=lambda: _check_by(config.by, fields)
+            "eval", config, paths, kind, verify=look, check=lambda: check_by(config.by, fields)
         )
         return
     if config.report:
@@ -114,12 +118,8 @@ def run(config: Config) -> None:
             for verdict in work(window.records):
                 out.write(verdict)
         cuts.say()
-        _check_by(config.by, fields)
-        if not cases.margins:
-            raise RecordError(
-                f"nothing to compare in {reader.rows:,} records",
-                hint="triples, or groups of candidates with different `label`s",
-            )
+        check_by(config.by, fields)
+        require_cases(cases, reader.rows)
         report = summarise(cases, config.seed)
         out.counts.update(skipped=report["skipped"], overall=report["overall"])
         if config.report:
@@ -146,33 +146,3 @@ def _check_accuracy(config: Config, overall: dict[str, Any]) -> None:
     accuracy = overall["model"]["value"]
     if config.min_accuracy is not None and accuracy < config.min_accuracy:
         raise CheckFailed(f"accuracy {accuracy:.4f} is below {config.min_accuracy}")
-
-
-def _check_by(name: str | None, fields: set[str]) -> None:
-    """Raise UsageError for a `--by` that no record has."""
-    from difflib import get_close_matches
-
-    from polarctl.errors import UsageError
-
-    if name is not None and name not in fields:
-        near = get_close_matches(name, fields, 3) or sorted(fields)
-        raise UsageError(
-            f"`--by {name}`: no record has that field",
-            hint=f"there is {', '.join(f'`{field}`' for field in near)}",
-        )
-
-
-def _require_rewards(record: Any) -> None:
-    from polarctl.errors import RecordError
-    from polarctl.evaluation.cases import rewards_of
-    from polarctl.records import Score, check, find_kind, kind_of_scorable
-
-    if not {"candidates", "chosen", "output"} & record.keys():
-        raise RecordError(
-            "has no candidates: it is a verdict, or no scored record",
-            hint="`polarctl eval` reads what `polarctl score` writes",
-        )
-    # `score --no-reference` needs none, so neither does this.
-    check({"reference": "", **record}, find_kind(kind_of_scorable(record)))
-    check(record, Score)
-    rewards_of(record)

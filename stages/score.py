@@ -15,9 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from polarctl.scoring.options import ScoreOptions
+from polarctl.scoring.options import WINDOW_ROWS, ScoreOptions
 
-WINDOW_ROWS = 512
 JUDGED_ROWS = 64  # a judge writes thousands of tokens for a record
 
 

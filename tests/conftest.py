@@ -28,15 +28,9 @@ def tiny_chat_lm(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_rm(tiny_lm, tmp_path_factory):
     """Folder of a tiny reward model with a random, non-zero head."""
-    import torch
+    from tiny import build_rm
 
-    from polarctl.model import reward_model
-
-    made = reward_model.create(base=str(tiny_lm))
-    torch.nn.init.normal_(made.model.score.weight, generator=torch.Generator().manual_seed(3))
-    folder = tmp_path_factory.mktemp("models") / "tiny-rm"
-    made.save(folder)
-    return folder
+    return build_rm(tmp_path_factory.mktemp("models") / "tiny-rm", tiny_lm)
 
 
 def pytest_collection_modifyitems(items):

@@ -3,11 +3,15 @@
 Blocks fenced as `bash` in README.md and docs/ are found. In all of them every `polarctl STAGE ...`
 is parsed by the real command line, so that no page can show an option that does not exist. A block
 right after a comment `<!-- test: NAME -->` is run as well: `FIXTURES[NAME]` prepares a folder, and
-the block runs there with `bash -euo pipefail`.
+the block runs there with `bash -euo pipefail`. Blocks fenced as `pycon` are run by doctest; those
+of a page share a folder and their names.
 """
 
 import contextlib
+import doctest
 import importlib.util
+import io
+import json
 import os
 import re
 import shlex
@@ -42,8 +46,6 @@ def empty(folder: Path) -> None:
 
 def pipeline(folder: Path) -> None:
     """Two tiny policies, a pool file, and a few records of every kind that a user brings."""
-    import json
-
     from tests.tiny import build_lm
 
     build_lm(folder / "models" / "base", seed=1)
@@ -69,10 +71,17 @@ def pipeline(folder: Path) -> None:
     write("candidates.jsonl", [{"prompt": text, **group} for text in asked])
 
 
+def library(folder: Path) -> None:
+    """A tiny reward model under two names, and what `pipeline` brings."""
+    from tests.tiny import build_rm
+
+    pipeline(folder)
+    for name in ("rm", "rm-tuned"):
+        build_rm(folder / "runs" / name, folder / "models" / "base")
+
+
 def training(folder: Path) -> None:
     """A tiny base model and triples."""
-    import json
-
     from tests.tiny import build_lm
 
     build_lm(folder / "models" / "base", seed=1)
@@ -86,8 +95,6 @@ def training(folder: Path) -> None:
 
 def official(folder: Path) -> None:
     """A tiny model in the published layout, a policy, candidates and prompts."""
-    import json
-
     from tests.model.internlm2.official import build_official
     from tests.tiny import build_lm
 
@@ -104,8 +111,6 @@ def official(folder: Path) -> None:
 @contextlib.contextmanager
 def baselines(folder: Path) -> Iterator[dict[str, str]]:
     """Other people's models, tiny, in folders by their names, and a judge's server."""
-    import json
-
     from tests.judge_server import JudgeServer
     from tests.scoring.test_chat_classifier import build_classifier
     from tests.tiny import build_lm
@@ -139,6 +144,7 @@ FIXTURES: dict[str, Callable[[Path], Any]] = {
     "empty": empty,
     "baselines": baselines,
     "hub": hub,
+    "library": library,
     "official": official,
     "pipeline": pipeline,
     "plan": training,
@@ -149,7 +155,7 @@ FIXTURES: dict[str, Callable[[Path], Any]] = {
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block of shell commands.
+    """A fenced block of shell commands, or of Python.
 
     Attributes:
         where: `file:line` of its first line.
@@ -164,15 +170,17 @@ class Block:
 
 FENCE = re.compile(
     r"^(?P<comment><!-- test: (?P<fixture>[\w-]+) -->\n\s*)?"
-    r"^(?P<indent> *)```bash\n(?P<text>.*?)^(?P=indent)```$",
+    r"^(?P<indent> *)```(?P<language>\w+)\n(?P<text>.*?)^(?P=indent)```$",
     re.M | re.S,
 )
 
 
-def blocks_of(text: str, name: str) -> list[Block]:
-    """The `bash` blocks of a page."""
+def blocks_of(text: str, name: str, language: str = "bash") -> list[Block]:
+    """The blocks of a page in one language."""
     found = []
     for match in FENCE.finditer(text):
+        if match["language"] != language:
+            continue
         line = text.count("\n", 0, match.start("text")) + 1
         indent = len(match["indent"])
         inside = "".join(row[indent:] for row in match["text"].splitlines(keepends=True))
@@ -211,11 +219,13 @@ def pages() -> list[Path]:
     return [path for path in (ROOT / "README.md", *sorted(written)) if path.exists()]
 
 
-BLOCKS = [
-    block
-    for path in pages()
-    for block in blocks_of(path.read_text(encoding="utf-8"), str(path.relative_to(ROOT)))
-]
+def page_blocks(path: Path, language: str) -> list[Block]:
+    """The blocks of a file in one language."""
+    return blocks_of(path.read_text(encoding="utf-8"), str(path.relative_to(ROOT)), language)
+
+
+BLOCKS = [block for path in pages() for block in page_blocks(path, "bash")]
+EXAMPLES = {path: found for path in pages() if (found := page_blocks(path, "pycon"))}
 
 
 def parse(words: list[str]) -> None:
@@ -283,6 +293,61 @@ def test_a_marked_block_runs(block, tmp_path):
     assert result.returncode == 0, f"{block.where}\n{result.stdout}\n{result.stderr}"
 
 
+@pytest.mark.parametrize("path", [pytest.param(path, id=path.name) for path in EXAMPLES])
+def test_the_examples_of_a_page_run(path, tmp_path, monkeypatch):
+    fixtures = {block.fixture for block in EXAMPLES[path]}
+    assert len(fixtures) == 1 and fixtures <= set(FIXTURES), f"{path.name}: fixtures {fixtures}"
+    FIXTURES[fixtures.pop()](tmp_path)
+    monkeypatch.chdir(tmp_path)
+    runner, names, said = doctest.DocTestRunner(), {}, io.StringIO()
+    for block in EXAMPLES[path]:
+        name, _, line = block.where.rpartition(":")
+        test = doctest.DocTestParser().get_doctest(block.text, names, name, name, int(line) - 1)
+        test.globs = names  # get_doctest took a copy
+        runner.run(test, out=said.write, clear_globs=False)
+    assert runner.tries and not runner.failures, said.getvalue()
+
+
+TEXTS = 'prompt, reference, candidate = "What is 3 + 4?", "It is 7.", "The sum is 7."'
+
+
+@pytest.mark.parametrize(
+    ("texts", "holds"),
+    [
+        (TEXTS, True),
+        ('prompt, reference, candidate = "Why?", "Because\\nit helps. 推", "Do not panic! "', True),
+        ('prompt, reference, candidate = "Why?", "Because.", ""', False),  # no newline is written
+        ('prompt, reference, candidate = "Why?", "Because.", "So. " * 99', False),  # cut to fit
+        ('prompt, reference, candidate = "Why?", "Because.", "a<|reward|>b"', False),  # cleaned
+    ],
+)
+def test_the_readmes_plain_transformers_give_the_rewards_of_score(
+    texts, holds, tmp_path, monkeypatch
+):
+    (block,) = page_blocks(ROOT / "README.md", "python")
+    assert TEXTS in block.text and block.fixture == "library"
+    library(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(block.text.replace(TEXTS, texts), names)
+    row = {"prompt": names["prompt"], "reference": names["reference"]}
+    Path("one.jsonl").write_text(json.dumps({**row, "output": names["candidate"]}) + "\n")
+    words = ["one.jsonl", "-m", "runs/rm-tuned", "-o", "scored.jsonl", "--device", "cpu"]
+    assert cli.run(["score", *words]) == 0
+    scored = json.loads(Path("scored.jsonl").read_text())
+    assert (abs(names["reward"] - scored["reward"]) < 1e-5) == holds
+
+    import torch
+
+    from polarctl.encoding import Encoder
+
+    encoder = Encoder(names["tokenizer"], **names["model"].config.polar)
+    ids = encoder.encode(names["prompt"], names["reference"], names["candidate"])
+    with torch.inference_mode():
+        reward = names["model"](torch.tensor([ids])).logits.item()
+    assert reward == pytest.approx(scored["reward"], abs=1e-5)  # whatever the texts
+
+
 @pytest.mark.parametrize("name", generate.PAGES)
 def test_the_generated_reference_is_fresh(name):
     stored = (GENERATED / name).read_text(encoding="utf-8")
@@ -305,6 +370,7 @@ def test_blocks_are_found_with_their_line_and_fixture():
         Block("p.md:4", "ls\n", None),
         Block("p.md:9", "a\nb\n", "empty"),
     ]
+    assert blocks_of(page, "p.md", "text") == [Block("p.md:13", "no\n", None)]
     assert blocks_of("* x\n\n  ```bash\n  ls\n  ```\n", "p")[0].text == "ls\n"
 
 

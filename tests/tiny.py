@@ -88,6 +88,18 @@ def build_lm(
     return Path(folder)
 
 
+def build_rm(folder, base):
+    """A folder with a POLAR model: the weights of a causal LM and a random, non-zero head."""
+    import torch
+
+    from polarctl.model import reward_model
+
+    made = reward_model.create(base=str(base))
+    torch.nn.init.normal_(made.model.score.weight, generator=torch.Generator().manual_seed(3))
+    made.save(folder)
+    return folder
+
+
 def build_chat_rm(folder, *, labels=1, chat=True, context=128, pad=None, **config):
     """A folder with a random Llama classifier, as baselines are published."""
     import torch

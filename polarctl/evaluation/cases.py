@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
-from polarctl.errors import RecordError
+from polarctl.errors import RecordError, UsageError
 from polarctl.evaluation.metrics import (
     Interval,
     baseline_verdict,
@@ -27,7 +28,15 @@ from polarctl.evaluation.metrics import (
     unigram_f1,
 )
 from polarctl.model.template import content_text
-from polarctl.records import Record, outputs_of, prompt_id
+from polarctl.records import (
+    Record,
+    Score,
+    check,
+    find_kind,
+    kind_of_scorable,
+    outputs_of,
+    prompt_id,
+)
 
 MODEL = "model"
 
@@ -86,6 +95,38 @@ def rewards_of(record: Record) -> list[float]:
             f"{len(values)} rewards for {len(outputs_of(record))} candidates", where=record.where
         )
     return [float(value) for value in values]
+
+
+def require_rewards(record: Record) -> None:
+    """Raise RecordError for what is not a scored record."""
+    if not {"candidates", "chosen", "output"} & record.keys():
+        raise RecordError(
+            "has no candidates: it is a verdict, or not a scored record",
+            hint="`polarctl eval` reads what `polarctl score` writes",
+        )
+    # `score --no-reference` needs none, so neither does this.
+    check({"reference": "", **record}, find_kind(kind_of_scorable(record)))
+    check(record, Score)
+    rewards_of(record)
+
+
+def require_cases(cases: Cases, records: int) -> None:
+    """Raise RecordError when so many records hold no comparison."""
+    if not cases.margins:
+        raise RecordError(
+            f"nothing to compare in {records:,} records",
+            hint="triples, or groups of candidates with different `label`s",
+        )
+
+
+def check_by(name: str | None, fields: set[str]) -> None:
+    """Raise UsageError when no record has the field that is to group the figures."""
+    if name is not None and name not in fields:
+        near = get_close_matches(name, fields, 3) or sorted(fields)
+        raise UsageError(
+            f"`--by {name}`: no record has that field",
+            hint=f"there is {', '.join(f'`{field}`' for field in near)}",
+        )
 
 
 def verdicts(record: Record, by: str, cases: Cases) -> Iterator[dict[str, Any]]:

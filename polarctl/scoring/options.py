@@ -9,6 +9,8 @@ import typer
 
 from polarctl.config import Common, Device, Dtype, Needs
 
+WINDOW_ROWS = 512  # records that are scored together: a reward's last digit depends on it
+
 
 def _here(config: Any) -> bool:
     """Whether transformers computes, in this process."""

@@ -146,10 +146,10 @@ class ScoreWork:
         found: dict[str, Any] = self._engine.served()
         return found
 
-    def open(self) -> None:
-        """Open the engine, if it is not. Before several threads share this object."""
+    def open(self) -> Any:
+        """The engine, opened if it is not. Call it before several threads share this object."""
         if self._engine is not None:
-            return
+            return self._engine
         import os
 
         from polarctl.parallel.pool import NUMBER
@@ -166,6 +166,7 @@ class ScoreWork:
             self._engine = engines.open_judge(self.config)
         else:
             self._engine = engines.open_scorer(self.config, chat=self.chat)
+        return self._engine
 
     def _judge(self, window: Sequence[Record], done: Done) -> None:
         from polarctl.judging.judge import judge_records

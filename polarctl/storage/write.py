@@ -11,6 +11,7 @@ the new files take the places of the old ones at the end.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -364,11 +365,14 @@ def write_whole(path: Path, records: Iterable[Mapping[str, Any]], *, overwrite: 
 
     Raises:
         UsageError: There is such a file already, or it cannot be written.
-        PolarctlError: A record that is not JSON.
+        RecordError: A record that JSON cannot hold.
     """
+    if path.is_dir():
+        raise UsageError(f"{path}: is a folder, not a file")
     if path.exists() and not overwrite:
         raise UsageError(f"{path}: exists", hint="overwrite=True replaces it")
-    growing = path.with_name(f".{path.name}.tmp")
+    target = path.resolve()  # what a link points to is replaced, not the link
+    growing = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     count = 0
     try:
         stream = open(growing, "wb")
@@ -381,7 +385,7 @@ def write_whole(path: Path, records: Iterable[Mapping[str, Any]], *, overwrite: 
                 stream.write(compression.block(block, str(path)))
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(growing, path)
+        os.replace(growing, target)
     finally:
         growing.unlink(missing_ok=True)
     return count
@@ -391,10 +395,25 @@ def _blocks(records: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:
     """Lines of about a MiB together."""
     lines: list[bytes] = []
     size = 0
-    for record in records:
-        lines.append(_dumps(dict(record)) + b"\n")
+    for number, record in enumerate(records, 1):
+        where = getattr(record, "where", None) or f"record {number}"
+        if not _is_finite(record):
+            raise RecordError("JSON holds no NaN and no infinity", where=where)
+        try:
+            lines.append(_dumps(dict(record)) + b"\n")
+        except PolarctlError as error:
+            raise RecordError(str(error), where=where) from None
         size += len(lines[-1])
         if size >= _BLOCK_BYTES:
             yield b"".join(lines)
             lines, size = [], 0
     yield b"".join(lines)
+
+
+def _is_finite(value: Any) -> bool:
+    """False for what orjson would write as null in silence."""
+    if isinstance(value, Mapping):
+        return all(map(_is_finite, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
