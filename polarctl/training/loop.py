@@ -39,7 +39,7 @@ class Hyperparameters:
         betas: AdamW's.
         weight_decay: AdamW's.
         batch_tokens: Tokens of one forward pass at most, padding included.
-        shared: Share prefixes, else pad whole sequences.
+        shared: Share prefixes where the model allows it, else pad whole sequences.
         loss: The loss of a pair.
         seed: Seed of the data's order and of dropout.
     """

@@ -77,7 +77,7 @@ OWN: dict[str, dict[str, Any]] = {
         }
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": WINDOW},
-    "gpt_neox": {"num_attention_heads": 2},  # a quarter of a head is rotated
+    "gpt_neox": {"num_attention_heads": 2, "head_dim": 16},  # a quarter of it is rotated
     "gptj": {"rotary_dim": 4},
     "olmo": {"clip_qkv": 0.5},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
@@ -263,16 +263,19 @@ def by_us(module: Packed | Padded) -> torch.Tensor:
 
 def tried(kind: str, variant: str, frequencies: int) -> Found:
     """Compare one type in one variant."""
+    before = console.snapshot()
     with Exact():
         model = model_of(kind, variant, frequencies)
         loss = objective(by_the_library(model))
         norm = slope(model, loss)
         console.configure(quiet=True, verbose=False, color=False, json_lines=False)
         module = module_of(model)
+        choices = console.choices()
+        console.restore(before)
         again = objective(by_us(module))
         norm_again = slope(model, again)
     if isinstance(module, Padded):
-        outcome, reason = "whole", console.choices()["attention"]["reason"]
+        outcome, reason = "whole", choices["attention"]["reason"]
     else:
         outcome, reason = ("reward tokens" if module.reward_only else "shared"), ""
     return Found(
@@ -283,12 +286,15 @@ def tried(kind: str, variant: str, frequencies: int) -> Found:
     )
 
 
-def sweep(kinds: list[str]) -> Iterator[tuple[str, dict[str, Found]]]:
+def sweep(
+    kinds: list[str], variants: tuple[str, ...] | None = None
+) -> Iterator[tuple[str, dict[str, Found]]]:
     """(type, {variant: what came of it}); a variant that the library cannot compute is left out."""
-    transformers.logging.set_verbosity_error()
     for kind in kinds:
         found = {}
         for variant, frequencies in variants_of(kind):
+            if variants is not None and variant not in variants:
+                continue
             try:
                 found[variant] = tried(kind, variant, frequencies)
             except Exception as error:
@@ -348,6 +354,7 @@ Why nothing is shared:
 def main(kinds: list[str]) -> None:
     """Print some types, or write the page of all."""
     results = []
+    transformers.logging.set_verbosity_error()
     for kind, found in sweep(kinds or decoders()):
         results.append((kind, found))
         for variant, one in found.items():
