@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import jsonlines
 import orjson
 import torch
 import transformers
@@ -221,15 +222,13 @@ def _finish(job: Job, trainer: Any) -> dict[str, Any] | None:
     (target / "training_args.bin").unlink(missing_ok=True)
     job.tokenizer.save_pretrained(target)
     run_folder.open_to_umask(target)
-    entries: Sequence[Any] = [
-        orjson.loads(line)
-        for line in (job.run.folder / run_folder.METRICS).read_bytes().splitlines()
-    ]
+    with jsonlines.open(job.run.folder / run_folder.METRICS, loads=orjson.loads) as lines:
+        entries: Sequence[Any] = list(lines)
     for name, image in rollouts.curves(entries).items():
         manifest.write_atomic(target / name, image)
     floored, floor = Floored(), floor_of(job.config.reward_floor, REWARD_FLOOR)
-    with open(job.run.folder / run_folder.ROLLOUTS, "rb") as stream:
-        for row in map(orjson.loads, stream):
+    with jsonlines.open(job.run.folder / run_folder.ROLLOUTS, loads=orjson.loads) as lines:
+        for row in lines:
             floored.count(row["reward"], row.get("floored"), floor)
     floored.say(floor)
     last = {f"last_{key}": value for key, value in entries[-1].items() if key != "step"}

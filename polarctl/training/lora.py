@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,11 @@ def save(wrapped: Any, folder: Path) -> None:
     """Write the adapters, with the embeddings that new tokens came into, as peft loads them."""
     wrapped.save_pretrained(folder, save_embedding_layers=True)
     (folder / "README.md").unlink(missing_ok=True)  # peft's form, to be filled in
+    # peft writes sets, in another order in every process: the same run gives the same bytes.
+    config = folder / "adapter_config.json"
+    values = json.loads(config.read_text("utf-8"))
+    values["target_modules"] = sorted(values["target_modules"])
+    config.write_text(json.dumps(values, indent=2, sort_keys=True), "utf-8")
     open_to_umask(folder)
 
 

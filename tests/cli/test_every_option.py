@@ -90,7 +90,7 @@ def records(base: str, noted: str, bad: str, changed: str = "--limit 1") -> dict
         "output": swap(base, "-o out.jsonl", "-o other.jsonl"),
         "limit": add(base, "--limit 1"),
         "shard": add(base, "--shard 1/2"),
-        "resume": Seen("test_output.py", "resume=False"),
+        "resume": Seen("storage/test_write.py", "resume=False"),
         "force": add(f"{base} {changed}", "--force", "status", before=base),
         "dry_run": add(base, "--dry-run"),
         "manifest": add(base, "--manifest elsewhere.json"),
@@ -140,7 +140,7 @@ PRETRAIN: dict[str, Case | Seen] = {
     "val_fraction": add(TRAIN, "--val-fraction 0.5"),
     "val_steps": add(TRAIN + " --val-fraction 0.5", "--val-steps 1"),
     "shuffle_window": add(TRAIN, "--shuffle-window 1"),
-    "workers": Seen("training/test_workers.py", "workers=2"),
+    "workers": Seen("training/test_encode.py", "workers=2"),
     "lora_rank": add(PLAN, "--lora-rank 1", "memory: .*"),
     "lora_alpha": add(TRAIN + " --lora-rank 2", "--lora-alpha 9"),
     "deepspeed": Seen("stages/test_resume.py", '"--deepspeed", "zero2"'),
@@ -187,8 +187,9 @@ RFT: dict[str, Case | Seen] = {
     "kl_coef": add(RFT_BASE, "--kl-coef 0.1"),
     "loss_type": add(RFT_BASE, "--loss-type nothing", "status"),
     "normalize": add(RFT_BASE, "--normalize polar-7b"),
-    "strip_thinking": Seen("test_rewards.py", "strip_thinking"),
-    "batch_tokens": Seen("test_scoring.py", "batch_tokens"),
+    "strip_thinking": Seen("scoring/test_reward_function.py", "strip_thinking"),
+    "reward_floor": Seen("stages/test_rft.py", '"--reward-floor", "-20"'),
+    "batch_tokens": Seen("scoring/test_scorer.py", "batch_tokens"),
     "save_steps": Seen("stages/test_rft.py", "--save-steps 1"),
     "device": swap(RFT_BASE, "--device cpu", "--device cuda:99", "status"),
     "dtype": add(RFT_BASE, "--dtype bfloat16"),
@@ -232,6 +233,7 @@ PAIR: dict[str, Case | Seen] = {
     "policies": add(PAIR_BASE, "--policies a --policies b"),
     "exclude_policies": add(PAIR_BASE, "--exclude-policies a"),
     "require": add(PAIR_BASE, "--require c"),
+    "equal_chosen": Seen("stages/test_pair.py", '"--equal-chosen", choice'),
 }
 
 SCORE_BASE = "score candidates.jsonl -m rm -o out.jsonl --device cpu -q"
@@ -242,7 +244,7 @@ SCORE: dict[str, Case | Seen] = {
     "seed": Seen("judging/test_asking.py", "seed"),
     "model": swap(SCORE_BASE, "-m rm", "-m other-rm"),
     "no_reference": add(SCORE_BASE, "--no-reference"),
-    "batch_tokens": Seen("test_scoring.py", "batch_tokens"),
+    "batch_tokens": Seen("scoring/test_scorer.py", "batch_tokens"),
     "device": swap(SCORE_BASE, "--device cpu", "--device cuda:99", "status"),
     "dtype": add(SCORE_BASE, "--dtype bfloat16"),
     "backend": add(SCORE_BASE, "--backend nothing", "status"),
@@ -252,16 +254,17 @@ SCORE: dict[str, Case | Seen] = {
     "server_type": add(NO_SERVER + " --server-deadline 0.1", "--server-type nothing", "status"),
     "server_model": Seen("cli/test_every_option.py", '"--server-model", "rm"'),
     "server_batch": Seen("cli/test_every_option.py", '"--server-batch", "1"'),
-    "concurrency": Seen("backends/test_server.py", '"--concurrency"'),
-    "server_deadline": Seen("backends/test_server.py", '"--server-deadline"'),
+    "concurrency": Seen("scoring/test_server.py", '"--concurrency"'),
+    "server_deadline": Seen("scoring/test_server.py", '"--server-deadline"'),
     "prompt_style": add(SCORE_BASE, "--prompt-style chat", "status"),
     "reference_in_prompt": add(SCORE_BASE, "--reference-in-prompt", "status"),
-    "orders": Seen("backends/test_principle.py", "orders="),
+    "orders": Seen("judging/test_judge.py", "orders="),
     "max_new_tokens": Seen("stages/test_score_engines.py", '"--max-new-tokens"'),
     "condition_field": swap(CONDITIONS, "--condition-field kind", "--condition-field other"),
     "conditions": swap(CONDITIONS, "conditions.yaml", "more-conditions.yaml"),
     "reference_pooling": add(SCORE_BASE, "--reference-pooling max"),
     "strip_thinking": add(SCORE_BASE, "--strip-thinking"),
+    "reward_floor": Seen("stages/test_score.py", '"--reward-floor", "-9.5"'),
     "normalize": add(SCORE_BASE, "--normalize polar-7b"),
     "details": add(SCORE_BASE, "--details"),
     "best_of_n": add(SCORE_BASE, "--best-of-n"),
@@ -276,7 +279,7 @@ EVAL: dict[str, Case | Seen] = {
     "seed": add(EVAL_BASE, "--seed 1"),
     "model": swap(WITH_MODEL, "-m rm", "-m other-rm"),
     "no_reference": add(WITH_MODEL, "--no-reference"),
-    "batch_tokens": Seen("test_scoring.py", "batch_tokens"),
+    "batch_tokens": Seen("scoring/test_scorer.py", "batch_tokens"),
     "device": swap(WITH_MODEL, "--device cpu", "--device cuda:99", "status"),
     "dtype": add(WITH_MODEL, "--dtype bfloat16"),
     "report": swap(EVAL_BASE, "--report report", ""),
@@ -298,6 +301,7 @@ CONVERT: dict[str, Case | Seen] = {
     "ranked": add(CONVERT_BASE + " --to triples", "--ranked adjacent"),
     "split": add(CONVERT_BASE, "--split test"),
     "test_share": add(CONVERT_BASE + " --split test", "--test-share 0.9"),
+    "equal_chosen": Seen("stages/test_convert.py", '"--equal-chosen", choice'),
 }
 
 # -- the others -----------------------------------------------------------------------------------
@@ -305,12 +309,15 @@ CONVERT: dict[str, Case | Seen] = {
 SERVE: dict[str, Case | Seen] = {
     **{
         name: Seen("serving/test_serve.py", f'"--{name.replace("_", "-")}"')
-        for name in "served_model_name host port end_token key_file max_body_mib max_inputs".split()
+        for name in (
+            "served_model_name host port end_token key_file max_body_mib max_inputs max_text_chars "
+            "max_chars prompt_style strip_thinking reward_floor"
+        ).split()
     },
     **voice("serve -m ./nowhere"),
     "quiet": Seen("serving/test_serve.py", "serving"),
     "model": Seen("serving/test_serve.py", '"-m"'),
-    "batch_tokens": Seen("test_scoring.py", "batch_tokens"),
+    "batch_tokens": Seen("scoring/test_scorer.py", "batch_tokens"),
     "device": swap("serve -m rm --port 0 --device cuda:99", "cuda:99", "nothing", "status"),
     "dtype": swap("serve -m ./nowhere --device cpu", "cpu", "cpu --dtype nothing", "status"),
 }

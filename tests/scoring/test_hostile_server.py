@@ -83,9 +83,6 @@ BAD_REWARDS = {
 
 @pytest.mark.parametrize("name", BAD_REWARDS)
 def test_what_is_no_reward_is_asked_for_again(name, kind, data, tiny_rm, healthy, tmp_path):
-    if name == "twice" and kind != "vllm":
-        pytest.skip("one kind is enough")
-
     def answer(handler, rewards):
         handler.reply(200, rows(kind, rewards, BAD_REWARDS[name]).encode())
 

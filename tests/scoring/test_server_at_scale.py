@@ -70,7 +70,9 @@ def test_a_hundred_thousand_records_with_five_percent_faults(tiny_rm, tmp_path):
 def test_a_killed_run_through_a_faulty_server_goes_on_to_the_same_bytes(tiny_rm, tmp_path):
     data = write(tmp_path / "in.jsonl", 5_000)
     with serving() as server:
-        assert program(data, tiny_rm, tmp_path / "whole.jsonl", server).wait() == 0
+        with program(data, tiny_rm, tmp_path / "whole.jsonl", server) as child:
+            child.communicate()
+        assert child.returncode == 0
     whole, out = (tmp_path / "whole.jsonl").read_bytes(), tmp_path / "out.jsonl"
     with serving(share=0.2) as server:
         for windows in (1, 4):
