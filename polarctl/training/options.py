@@ -114,7 +114,7 @@ class TrainConfig(Common):
         ),
     ] = None
     cut_side: Annotated[
-        Literal["right", "left"] | None,
+        Literal["left", "right"] | None,
         typer.Option(
             help="Where a long response is cut: right keeps its start, left its end; default: "
             "right, or the reward model's own."

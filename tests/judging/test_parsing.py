@@ -61,7 +61,7 @@ def test_the_thinking_is_handed_over_and_never_read_as_the_answer():
         (f'{{"answer": {GOOD},}}', "not valid JSON"),
         (f"[{GOOD[1:]}", "`scores` is missing or no object|no JSON object"),
         (judged('{"model-2": 4}'), "`model-1` is not there"),
-        (judged('{"model-1": 2, "model-2": 4, "model-3": 1}'), "`model-3`, whom nobody"),
+        (judged('{"model-1": 2, "model-2": 4, "model-3": 1}'), "`model-3`, which was not"),
         (judged('{"model-1": 2, "model-2": 4, "model-1": 5}'), "`model-1` is there twice"),
         (judged('{"model-1": 0, "model-2": 4}'), "not between 1 and 5"),
         (judged('{"model-1": 2, "model-2": 5.01}'), "not between 1 and 5"),

@@ -268,7 +268,7 @@ def test_a_prompt_that_cannot_be_used_is_named(tiny_lm, reward_model, tmp_path, 
         (["--batch-size", "10"], "not a multiple of `--num-generations 4`"),
         (["--micro-batch-size", "3"], "not a multiple of 3 rollouts"),
         (["--loss-type", "ppo"], "invalid value for `--loss-type`: `ppo` is not one of"),
-        (["--normalize", "mean"], "no normalisation `mean`"),
+        (["--normalize", "mean"], "`mean` is not one of"),
         (["-o", "-"], "writes a folder"),
     ],
 )

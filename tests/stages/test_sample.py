@@ -334,7 +334,7 @@ def test_a_bad_pool_is_one_line_with_its_place(
         (["-m", "BASE", "--samples", "0"], "samples"),
         (["-m", "BASE", "-o", "none/out.jsonl"], "none: no such folder"),
         (["-m", "BASE", "--device", "tpu"], "no such device"),
-        (["-m", "BASE", "--dtype", "int8"], "`--dtype int8`"),
+        (["-m", "BASE", "--dtype", "int8"], "`int8` is not one of"),
     ],
 )
 def test_a_bad_option_is_refused(prompts, pool, tiny_lm, capfd, arguments, said):

@@ -527,17 +527,12 @@ def test_one_compressed_block_bounds_the_rejects_kept_in_memory(quick, tmp_path,
 def test_the_input_is_said_not_to_be_the_same_when_it_became_shorter(tmp_path):
     """A pipe has no size; only its bytes can tell."""
     source = make_input(tmp_path)
-    reader = read.Reader([str(source)], None, rejects=_Ignore())
+    reader = read.Reader([str(source)], None, on_bad=lambda *row: None)
     windows = list(reader.windows(WINDOW_ROWS))
     source.write_bytes(b"".join(source.read_bytes().splitlines(keepends=True)[:6]))
-    shorter = read.Reader([str(source)], None, rejects=_Ignore())
+    shorter = read.Reader([str(source)], None, on_bad=lambda *row: None)
     with pytest.raises(UsageError, match="the input is not the one"):
         list(shorter.windows(WINDOW_ROWS, done=4, digest=windows[3].digest))
-
-
-class _Ignore:
-    def reject(self, where, reason, raw=None):
-        """Forget it."""
 
 
 def test_random_damage_never_passes_silently(quick, whole, tmp_path):
