@@ -262,6 +262,7 @@ def first_says(accelerator: Any, question: Callable[[], T]) -> T:
 def train(known: Known, folder: run_folder.Run) -> None:
     """Resume or start, take the steps, finish the folder."""
     from polarctl.model import devices
+    from polarctl.model.forward import Packed
     from polarctl.training import setup
     from polarctl.training.loop import Trainer
 
@@ -273,7 +274,8 @@ def train(known: Known, folder: run_folder.Run) -> None:
         f"{job.stage}: "
         + (f"{known.triples:,} triples, " if known.triples else "")
         + f"{plan.steps:,} steps of {plan.batch_size:,}, {known.parameters:,} parameters, "
-        f"{known.sample.saved:.0%} of the tokens shared"
+        + (f"{known.sample.saved:.0%}" if isinstance(model.module, Packed) else "none")
+        + " of the tokens shared"
     )
     start = time.monotonic()
     with devices.threads_for(model.module):
