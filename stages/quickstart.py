@@ -91,7 +91,7 @@ def _prepare(place: Path, config: Config, *, again: bool) -> None:
     import shutil
 
     from polarctl.errors import UsageError
-    from polarctl.storage import manifest, replace
+    from polarctl.storage import atomic, replace
 
     wanted = {"seed": config.seed, "fast": config.fast}
     mark = place / MARK
@@ -112,7 +112,7 @@ def _prepare(place: Path, config: Config, *, again: bool) -> None:
         )
     for part in ("zoo", "eval", "tuned"):
         (place / part).mkdir(exist_ok=True)
-    manifest.write_atomic(mark, json.dumps(wanted).encode())
+    atomic.write(mark, json.dumps(wanted).encode())
 
 
 def _tour(place: Path, target: Path, config: Config) -> str:

@@ -10,7 +10,7 @@ import orjson
 
 from polarctl.evaluation.cases import interval_of
 from polarctl.evaluation.page import Image, Report, Section, Table, format_interval, render_html
-from polarctl.storage import manifest
+from polarctl.storage import atomic
 
 FILES = ("margins.png", "accuracy.png", "report.html", "report.json")
 SCORERS = {"model": "model", "length": "longer wins", "overlap": "word overlap (F1)"}
@@ -108,8 +108,8 @@ def write(folder: str, report: Mapping[str, Any], margins: Sequence[float], sour
         skipped = [[reason, str(number)] for reason, number in report["skipped"].items()]
         sections.append(Section("Left out", table=Table(("reason", "records"), skipped)))
     page = render_html(Report(report["metric"].capitalize(), source, sections))
-    manifest.write_atomic(target / "margins.png", histogram)
-    manifest.write_atomic(target / "accuracy.png", bars)
-    manifest.write_atomic(target / "report.html", page.encode())
+    atomic.write(target / "margins.png", histogram)
+    atomic.write(target / "accuracy.png", bars)
+    atomic.write(target / "report.html", page.encode())
     options = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS
-    manifest.write_atomic(target / "report.json", orjson.dumps(dict(report), option=options))
+    atomic.write(target / "report.json", orjson.dumps(dict(report), option=options))

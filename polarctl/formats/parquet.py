@@ -12,7 +12,7 @@ from typing import Any
 
 from polarctl.config import Common
 from polarctl.errors import UsageError, need
-from polarctl.storage import manifest, replace
+from polarctl.storage import atomic, manifest, replace
 from polarctl.storage.paths import check_paths
 from polarctl.storage.write import Output
 
@@ -101,7 +101,7 @@ class VerlFile:
         with open(self._temporary, "rb") as stream:
             os.fsync(stream.fileno())
         os.replace(self._temporary, os.path.realpath(self._target))
-        manifest.sync_folder(self._target.parent)
+        atomic.sync_folder(self._target.parent)
         file = {
             "sha256": manifest.sha256(self._target),
             "bytes": self._target.stat().st_size,

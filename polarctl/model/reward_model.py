@@ -28,7 +28,7 @@ from polarctl.model.internlm2 import config as internlm2
 from polarctl.model.internlm2 import tokenizer as internlm2_tokenizer
 from polarctl.model.positions import kind_of_length, of_own_length
 from polarctl.model.template import Encoder
-from polarctl.storage.run_folder import open_to_umask
+from polarctl.storage.atomic import open_to_umask
 
 MAX_LENGTH = 16384
 SEPARATOR, REWARD_TOKEN = "<|reward|>", "[UNUSED_TOKEN_130]"

@@ -15,7 +15,7 @@ import orjson
 from polarctl.evaluation.cases import estimate, interval_of
 from polarctl.evaluation.page import Image, Report, Section, Table, format_interval, render_html
 from polarctl.quickstart.policies import Zoo
-from polarctl.storage import manifest
+from polarctl.storage import atomic
 
 DISCRIMINATION = {
     "seen": "policies seen in pre-training",
@@ -127,7 +127,7 @@ def write(folder: Path, figures: Mapping[str, Any]) -> None:
     from polarctl.evaluation import plots
 
     options = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS
-    manifest.write_atomic(folder / "figures.json", orjson.dumps(dict(figures), option=options))
+    atomic.write(folder / "figures.json", orjson.dumps(dict(figures), option=options))
     apart, preferring, mistakes, improving = tables(figures)
     bars = plots.accuracy_bars(
         [
@@ -185,7 +185,7 @@ def write(folder: Path, figures: Mapping[str, Any]) -> None:
             Section("Seconds", table=Table(("step", "seconds"), seconds)),
         ],
     )
-    manifest.write_atomic(folder / "report.html", render_html(page).encode())
+    atomic.write(folder / "report.html", render_html(page).encode())
 
 
 def _smooth(points: Sequence[tuple[float, float]], width: int = 20) -> list[tuple[float, float]]:

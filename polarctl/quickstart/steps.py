@@ -18,7 +18,7 @@ from polarctl.quickstart import policies as zoo
 from polarctl.quickstart import world
 from polarctl.quickstart.policies import Zoo
 from polarctl.quickstart.world import CARELESS
-from polarctl.storage.manifest import write_atomic
+from polarctl.storage import atomic
 from polarctl.storage.read import Reader
 
 
@@ -244,7 +244,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def write(path: Path, records: Sequence[dict[str, Any]]) -> None:
     """Write records in one step."""
-    write_atomic(path, b"".join(orjson.dumps(record) + b"\n" for record in records))
+    atomic.write(path, b"".join(orjson.dumps(record) + b"\n" for record in records))
 
 
 def _without(record: dict[str, Any], name: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from polarctl.rl.recorder import Job, Recorder
 from polarctl.scoring.answers import REWARD_FLOOR, floor_of
 from polarctl.scoring.reward_function import PolarReward
 from polarctl.scoring.scorer import Floored, load_scorer
-from polarctl.storage import checkpoint, manifest, run_folder
+from polarctl.storage import atomic, checkpoint, run_folder
 
 
 def require() -> None:
@@ -221,11 +221,11 @@ def _finish(job: Job, trainer: Any) -> dict[str, Any] | None:
         return None
     (target / "training_args.bin").unlink(missing_ok=True)
     job.tokenizer.save_pretrained(target)
-    run_folder.open_to_umask(target)
+    atomic.open_to_umask(target)
     with jsonlines.open(job.run.folder / run_folder.METRICS, loads=orjson.loads) as lines:
         entries: Sequence[Any] = list(lines)
     for name, image in rollouts.curves(entries).items():
-        manifest.write_atomic(target / name, image)
+        atomic.write(target / name, image)
     floored, floor = Floored(), floor_of(job.config.reward_floor, REWARD_FLOOR)
     with jsonlines.open(job.run.folder / run_folder.ROLLOUTS, loads=orjson.loads) as lines:
         for row in lines:

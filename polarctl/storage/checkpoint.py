@@ -23,7 +23,7 @@ import orjson
 
 from polarctl import console
 from polarctl.errors import PolarctlError
-from polarctl.storage import manifest
+from polarctl.storage import atomic, manifest
 
 _MARK = "checkpoint.json"
 _KEEP = 2
@@ -38,10 +38,10 @@ def commit(target: Path, step: int, identity: dict[str, Any], **more: Any) -> No
         identity: What must be the same for a resume.
         **more: What else a resume needs to know, as JSON.
     """
-    manifest.sync_files(target)
+    atomic.sync_files(target)
     mark = {"step": step, "identity": identity, **more, "files": manifest.folder_files(target)}
-    manifest.write_atomic(target / _MARK, orjson.dumps(mark))
-    manifest.sync_folder(target.parent)
+    atomic.write(target / _MARK, orjson.dumps(mark))
+    atomic.sync_folder(target.parent)
     others = [path for path in _by_step(target.parent) if path != target]
     # Later ones were damaged, or this run would have gone on from there.
     earlier = [path for path in others if _step(path) < step]

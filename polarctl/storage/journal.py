@@ -9,7 +9,7 @@ from typing import IO, Any
 
 import orjson
 
-from polarctl.storage import manifest
+from polarctl.storage import atomic
 
 
 def read(journal: IO[bytes]) -> list[dict[str, Any]]:
@@ -44,4 +44,4 @@ def swap(pairs: Iterable[tuple[str, str]]) -> None:
     for new, old in pairs:
         if os.path.exists(new):
             os.replace(new, old)
-            manifest.sync_folder(Path(old).parent)
+            atomic.sync_folder(Path(old).parent)

@@ -16,6 +16,7 @@ import orjson
 from polarctl import __version__, console
 from polarctl.config import Basic, Common, resolved
 from polarctl.records import SCHEMA_VERSION
+from polarctl.storage import atomic
 
 _PACKAGES = ("torch", "transformers", "accelerate", "trl", "vllm", "deepspeed")
 # What a start may cost: other weights differ everywhere, so a part of a large file tells them apart
@@ -99,38 +100,6 @@ def environment() -> dict[str, str]:
     }
 
 
-def write_atomic(path: str | Path, data: bytes) -> None:
-    """Replace a file in one step: a reader sees the old bytes or the new, never a part."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sync_files(folder: Path) -> None:
-    """Make the contents of all files in a folder durable."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with open(file, "rb") as stream:
-                os.fsync(stream.fileno())
-        else:
-            sync_folder(file)
-    sync_folder(folder)
-
-
 def write(
     path: str | Path,
     stage: str,
@@ -165,7 +134,7 @@ def write(
     }
     if fingerprint is not None:
         record["fingerprint"] = fingerprint
-    write_atomic(path, orjson.dumps(record, option=orjson.OPT_INDENT_2) + b"\n")
+    atomic.write(path, orjson.dumps(record, option=orjson.OPT_INDENT_2) + b"\n")
 
 
 def folder_files(folder: Path) -> dict[str, dict[str, Any]]:

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import orjson
 
 from polarctl.errors import UsageError
+from polarctl.storage import atomic
 
 _PREFIX = ".polarctl-next."
 _WRITTEN = frozenset({"output", "rejects", "manifest", "report"})
@@ -178,7 +179,7 @@ def exchange(new: Path, old: Path) -> None:
         os.rename(old, aside)
         os.rename(new, old)
         os.rename(aside, new)
-    _sync(old.parent)
+    atomic.sync_folder(old.parent)
 
 
 def mend(folder: Path) -> None:
@@ -203,11 +204,3 @@ def _exchanged(new: Path, old: Path) -> bool:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
         return bool(rename(at_cwd, os.fsencode(new), at_cwd, os.fsencode(old), exchange_flag) == 0)
     return False
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

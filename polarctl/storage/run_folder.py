@@ -27,7 +27,7 @@ from polarctl.config import Common, resolved
 from polarctl.errors import UsageError
 from polarctl.parallel import rank
 from polarctl.records import Record
-from polarctl.storage import checkpoint, claim, manifest, read, replace
+from polarctl.storage import atomic, checkpoint, claim, manifest, read, replace
 from polarctl.storage.fingerprint import difference, header
 from polarctl.storage.paths import check_paths
 from polarctl.storage.write import stdout
@@ -89,10 +89,10 @@ class Run:
         An old folder that this one replaces is removed only then.
         """
         part = self.checkpoints / _PART
-        manifest.sync_files(part)
+        atomic.sync_files(part)
         named = [str(file.relative_to(part)) for file in part.rglob("*") if file.is_file()]
         # Whose files these are, should this be killed before there is a manifest.
-        manifest.write_atomic(self.checkpoints / _NAMES, orjson.dumps(named))
+        atomic.write(self.checkpoints / _NAMES, orjson.dumps(named))
         for entry in sorted(part.iterdir()):
             place = self.folder / entry.name
             if place.is_dir():
@@ -322,12 +322,3 @@ def keep_lines(path: Path, count: int) -> bytes:
             last, size = line, size + len(line)
         stream.truncate(size)
     return last
-
-
-def open_to_umask(folder: Path) -> None:
-    """Give a folder's files the permissions of the umask; safetensors writes 0600."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for file in folder.iterdir():
-        if file.is_file():
-            file.chmod(0o666 & ~umask)

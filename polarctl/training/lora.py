@@ -9,7 +9,7 @@ from typing import Any
 
 from polarctl import console
 from polarctl.errors import need
-from polarctl.storage.run_folder import open_to_umask
+from polarctl.storage.atomic import open_to_umask
 
 
 def adapt(

@@ -13,7 +13,7 @@ import transformers
 from polarctl.errors import MissingError, UsageError
 from polarctl.model.internlm2 import classifier, config, layout, tokenizer
 from polarctl.model.internlm2.files import SHARD_BYTES, WeightFiles, folder_of, write_shards
-from polarctl.storage.run_folder import open_to_umask
+from polarctl.storage.atomic import open_to_umask
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
