@@ -22,7 +22,7 @@ import typer
 from polarctl.config import Common
 
 if TYPE_CHECKING:
-    from polarctl.policies.pairing import Group, Pairing
+    from polarctl.policies.pairing import Pairing, PromptGroup
     from polarctl.storage.write import Output
 
 READ_ROWS = 1024
@@ -64,7 +64,7 @@ class Config(Common):
     ] = ()
 
 
-def pair(groups: Iterable[Group], pairing: Pairing) -> Iterator[dict[str, Any]]:
+def pair(groups: Iterable[PromptGroup], pairing: Pairing) -> Iterator[dict[str, Any]]:
     """The triples of all groups, in their order. See `polarctl.policies.pairing`."""
     for group in groups:
         yield from pairing.triples(group)
@@ -114,7 +114,7 @@ def run(config: Config) -> None:
             _report(pairing, out, config)
 
 
-def _pair(groups: list[Group], pairing: Pairing, out: Output) -> None:
+def _pair(groups: list[PromptGroup], pairing: Pairing, out: Output) -> None:
     from polarctl import console
 
     with console.progress("pair", len(groups), "prompts") as bar:

@@ -100,7 +100,7 @@ def run(config: Config) -> None:
     from polarctl.policies.pool import Policy, Sampling
     from polarctl.policies.writer import Writer
     from polarctl.rl import grpo
-    from polarctl.rl.recorder import check_shape
+    from polarctl.rl.callback import check_shape
     from polarctl.scoring.reward_function import normalise
     from polarctl.storage import run_folder, windows
 
@@ -181,7 +181,7 @@ def _train(config: Config, run: Run, writer: Writer, verify: Callable[[Record], 
 def _improve(config: Config, run: Run, writer: Writer) -> None:
     from polarctl import console
     from polarctl.rl import grpo
-    from polarctl.rl.recorder import Job
+    from polarctl.rl.callback import PolicyRun
 
     chat = writer.chat
     console.choice(
@@ -190,7 +190,7 @@ def _improve(config: Config, run: Run, writer: Writer) -> None:
         f"the policy's tokenizer has {'a' if chat else 'no'} chat template",
     )
     rows = [row_of(record, chat) for record in run.records]
-    job = Job(
+    job = PolicyRun(
         config=config,
         run=run,
         rows=rows,

@@ -242,3 +242,15 @@ def test_the_repository_holds_nothing_but_its_parts():
         "stages",
         "tests",
     }
+
+
+def test_no_two_public_classes_have_one_name():
+    """`Config` is every stage's; else a name that stands twice says too little."""
+    names = [
+        node.name
+        for name, path in SOURCES
+        if not name.startswith("stages.")
+        for node in ast.parse(path.read_bytes()).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    ]
+    assert not {name for name in names if names.count(name) > 1}

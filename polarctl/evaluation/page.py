@@ -1,6 +1,6 @@
 """One report, three renderings: a self-contained HTML page, a terminal table, a formatted interval.
 
-A `Report` is plain data: sections with paragraphs, a table, images and a block of code. The page
+A `Document` is plain data: sections with paragraphs, a table, images and a block of code. The page
 fetches nothing: images are embedded, the style sheet is inline, there is no script, and a content
 security policy says so to the browser. It follows the reader's light or dark mode. Every text is
 escaped, since prompts and category names come from data files. Equal reports give equal bytes.
@@ -85,7 +85,7 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Report:
+class Document:
     """A title, a line below it, and the sections."""
 
     title: str
@@ -174,7 +174,7 @@ def _section(section: Section) -> list[str]:
     return [*lines, "</section>"]
 
 
-def render_html(report: Report) -> str:
+def render_html(report: Document) -> str:
     """The report as one HTML page; write it as UTF-8. Characters no page can hold become U+FFFD."""
     lines = [
         "<!doctype html>",

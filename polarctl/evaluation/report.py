@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from polarctl.evaluation.cases import interval_of
-from polarctl.evaluation.page import Image, Report, Section, Table, format_interval, render_html
+from polarctl.evaluation.page import Document, Image, Section, Table, format_interval, render_html
 from polarctl.storage import atomic
 
 FILES = ("margins.png", "accuracy.png", "report.html", "report.json")
@@ -107,7 +107,7 @@ def write(folder: str, report: Mapping[str, Any], margins: Sequence[float], sour
     if report["skipped"]:
         skipped = [[reason, str(number)] for reason, number in report["skipped"].items()]
         sections.append(Section("Left out", table=Table(("reason", "records"), skipped)))
-    page = render_html(Report(report["metric"].capitalize(), source, sections))
+    page = render_html(Document(report["metric"].capitalize(), source, sections))
     atomic.write(target / "margins.png", histogram)
     atomic.write(target / "accuracy.png", bars)
     atomic.write(target / "report.html", page.encode())

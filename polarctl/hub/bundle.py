@@ -19,7 +19,7 @@ import orjson
 from polarctl import console
 from polarctl.errors import RecordError, UsageError
 from polarctl.hub.cards import DataFile, last_metrics
-from polarctl.hub.intact import check_hashes, check_weights, json_object, read_manifest, refuse_link
+from polarctl.hub.checks import check_hashes, check_weights, json_object, read_manifest, refuse_link
 from polarctl.hub.scrub import find_secrets, scrub_manifest
 from polarctl.records import kind_of
 from polarctl.storage.manifest import sha256
@@ -50,7 +50,7 @@ _REASONS = (
 
 
 @dataclass(frozen=True)
-class Item:
+class HubFile:
     """A file to be published: its name there, and its content as a path or as bytes."""
 
     name: str
@@ -75,7 +75,7 @@ class Bundle:
         data: Data files.
     """
 
-    items: dict[str, Item] = field(default_factory=dict)
+    items: dict[str, HubFile] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     manifest: dict[str, Any] | None = None
@@ -84,7 +84,7 @@ class Bundle:
 
     def add(self, name: str, source: Path | bytes) -> None:
         """Add a file."""
-        self.items[name] = Item(name, source)
+        self.items[name] = HubFile(name, source)
 
 
 def tell_type(path: Path) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 from polarctl import console
 from polarctl.errors import MissingError, PolarctlError, UsageError
-from polarctl.hub.bundle import Item
+from polarctl.hub.bundle import HubFile
 from polarctl.hub.cards import MARK
 from polarctl.storage.manifest import sha256
 
@@ -60,7 +60,7 @@ def full_name(repo_id: str, token: str) -> str:
 
 
 def publish(
-    items: Mapping[str, Item],
+    items: Mapping[str, HubFile],
     repo_id: str,
     *,
     repo_type: str,
@@ -139,7 +139,7 @@ def _api(token: str, progress: bool = False) -> Any:
     return HfApi(token=token, library_name="polarctl")
 
 
-def _keeps_card(items: Mapping[str, Item], url: str, revision: str | None, token: str) -> bool:
+def _keeps_card(items: Mapping[str, HubFile], url: str, revision: str | None, token: str) -> bool:
     """The repository has a card that a person wrote, and we have a generated one."""
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -155,7 +155,7 @@ def _keeps_card(items: Mapping[str, Item], url: str, revision: str | None, token
 
 
 def _verify(
-    api: Any, items: Mapping[str, Item], repo_id: str, repo_type: str, revision: str
+    api: Any, items: Mapping[str, HubFile], repo_id: str, repo_type: str, revision: str
 ) -> None:
     """The repository holds what was sent: a `.gitignore` there, for one, drops files silently."""
     paths = list(items)
@@ -181,7 +181,7 @@ def _stored_hash(info: Any) -> str:
     return str(info.lfs.sha256 if info.lfs is not None else info.blob_id)
 
 
-def _local_hash(item: Item, large: bool) -> str:
+def _local_hash(item: HubFile, large: bool) -> str:
     if large and not isinstance(item.source, bytes):
         return sha256(item.source)
     data = item.source if isinstance(item.source, bytes) else item.source.read_bytes()

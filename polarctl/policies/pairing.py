@@ -37,7 +37,7 @@ Samples = tuple[int, int, int]  # of reference, chosen and rejected
 
 
 @dataclass
-class Group:
+class PromptGroup:
     """What was written for one prompt in one wrapper.
 
     Attributes:
@@ -76,9 +76,9 @@ class Groups:
     def __init__(self, keep: Callable[[str], bool] = lambda name: True):
         self.keep = keep
         self.policies: set[str] = set()
-        self._groups: dict[tuple[str, str], Group] = {}
+        self._groups: dict[tuple[str, str], PromptGroup] = {}
 
-    def __iter__(self) -> Iterator[Group]:
+    def __iter__(self) -> Iterator[PromptGroup]:
         return iter(self._groups.values())
 
     def add(self, record: Record) -> None:
@@ -93,7 +93,7 @@ class Groups:
             return
         found = self._groups.get((name, wrapper))
         if found is None:
-            found = Group(name, record["prompt"], wrapper, record.get("category"))
+            found = PromptGroup(name, record["prompt"], wrapper, record.get("category"))
             self._groups[name, wrapper] = found
         elif found.prompt != record["prompt"]:
             raise RecordError(f"id `{name}` already names another prompt")
@@ -125,7 +125,7 @@ class Pairing:
 
     def __init__(
         self,
-        groups: Iterable[Group],
+        groups: Iterable[PromptGroup],
         *,
         per_prompt: int = 1,
         negatives: int = 1,
@@ -144,7 +144,7 @@ class Pairing:
             second.update(each.seconds())
         self._first, self._second = first, second
 
-    def triples(self, group: Group) -> Iterator[dict[str, Any]]:
+    def triples(self, group: PromptGroup) -> Iterator[dict[str, Any]]:
         """The triples of a prompt, at most `per_prompt`.
 
         No pair of policies comes twice before all have come; no triple comes twice.
@@ -197,7 +197,7 @@ class Pairing:
         return bool(_plain(texts[samples[0]]) == _plain(texts[samples[1]]))
 
     def _draw(
-        self, group: Group, closed: set[tuple[str, str]], rng: random.Random
+        self, group: PromptGroup, closed: set[tuple[str, str]], rng: random.Random
     ) -> tuple[str, str] | None:
         """Two policies by their weights, or None when all pairs are closed."""
         firsts = group.firsts()
@@ -215,7 +215,7 @@ class Pairing:
             firsts.remove(first)
         return None
 
-    def _combinations(self, group: Group, a: str, b: str) -> Iterator[Samples]:
+    def _combinations(self, group: PromptGroup, a: str, b: str) -> Iterator[Samples]:
         """Samples (reference, chosen, rejected) in random order; equal texts are left out."""
         rng = seeding.rng(self.seed, "samples", group.id, group.wrapper, a, b)
         ours, theirs = (sorted(group.outputs[name]) for name in (a, b))
@@ -229,7 +229,7 @@ class Pairing:
                 continue
             yield i, j, k
 
-    def _triple(self, group: Group, a: str, b: str, samples: Samples) -> dict[str, Any]:
+    def _triple(self, group: PromptGroup, a: str, b: str, samples: Samples) -> dict[str, Any]:
         self._role(a)["reference"] += 1
         self._role(b)["rejected"] += 1
         reference, chosen, rejected = samples
@@ -249,7 +249,7 @@ class Pairing:
             record["negatives"] = more
         return record if group.category is None else {**record, "category": group.category}
 
-    def _further(self, group: Group, a: str, b: str, samples: Samples) -> list[Any]:
+    def _further(self, group: PromptGroup, a: str, b: str, samples: Samples) -> list[Any]:
         """Further rejected texts, of any policy but the first, in random order, none twice."""
         rng = seeding.rng(self.seed, "negatives", group.id, group.wrapper, a, b, *samples)
         others = sorted(
@@ -272,7 +272,7 @@ class Pairing:
         return self.roles.setdefault(policy, {"reference": 0, "rejected": 0})
 
 
-def _why_none(group: Group, identical: bool) -> str:
+def _why_none(group: PromptGroup, identical: bool) -> str:
     if identical:
         return "prompts with identical texts"
     if len(group.outputs) == 1:

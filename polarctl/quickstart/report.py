@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 
 from polarctl.evaluation.cases import estimate, interval_of
-from polarctl.evaluation.page import Image, Report, Section, Table, format_interval, render_html
+from polarctl.evaluation.page import Document, Image, Section, Table, format_interval, render_html
 from polarctl.quickstart.policies import Zoo
 from polarctl.storage import atomic
 
@@ -145,7 +145,7 @@ def write(folder: Path, figures: Mapping[str, Any]) -> None:
     )
     gains = (folder / "rft" / "curves.png").read_bytes()
     seconds = [[name, f"{value:.0f}"] for name, value in figures["seconds"].items()]
-    page = Report(
+    page = Document(
         "polarctl quickstart",
         "Every figure with its 95 % interval over unseen prompts",
         [

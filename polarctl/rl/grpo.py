@@ -23,7 +23,7 @@ from polarctl.model import devices, reward_model
 from polarctl.parallel import rank, stopping
 from polarctl.policies.writer import load_causal_lm
 from polarctl.rl import rollouts
-from polarctl.rl.recorder import Job, Recorder
+from polarctl.rl.callback import PolicyRun, Recorder
 from polarctl.scoring.answers import REWARD_FLOOR, floor_of
 from polarctl.scoring.reward_function import PolarReward
 from polarctl.scoring.scorer import Floored, load_scorer
@@ -37,7 +37,7 @@ def require() -> None:
             raise need(name, "rft")
 
 
-def train(job: Job) -> dict[str, Any] | None:
+def train(job: PolicyRun) -> dict[str, Any] | None:
     """Train, write the policy and its records, and give the numbers for the manifest.
 
     Returns:
@@ -108,7 +108,9 @@ def _resume(run: run_folder.Run) -> Path | None:
     return target
 
 
-def _trainer(job: Job, place: str, dtype: Any, reward: PolarReward, recorder: Recorder) -> Any:
+def _trainer(
+    job: PolicyRun, place: str, dtype: Any, reward: PolarReward, recorder: Recorder
+) -> Any:
     import huggingface_hub.constants
 
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL sends a ping otherwise
@@ -191,7 +193,7 @@ def _trainer(job: Job, place: str, dtype: Any, reward: PolarReward, recorder: Re
 
 
 @contextmanager
-def _plain_errors(job: Job) -> Iterator[None]:
+def _plain_errors(job: PolicyRun) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:
@@ -208,7 +210,7 @@ def _plain_errors(job: Job) -> Iterator[None]:
         ) from None
 
 
-def _finish(job: Job, trainer: Any) -> dict[str, Any] | None:
+def _finish(job: PolicyRun, trainer: Any) -> dict[str, Any] | None:
     """Write the policy in the precision that it came in, its tokenizer and the plots."""
     target = job.run.part()
     before = reward_model.load_config(job.policy.model)

@@ -8,8 +8,8 @@ import pytest
 from polarctl.evaluation.metrics import Interval
 from polarctl.evaluation.page import (
     PNG_SIGNATURE,
+    Document,
     Image,
-    Report,
     Section,
     Table,
     format_interval,
@@ -49,7 +49,7 @@ class Page(HTMLParser):
 def everything(text):
     table = Table(["name", text], [[text, "1"]], text)
     section = Section(text, [text], table, [Image(DOT, text)], text)
-    return Report(text, text, [section])
+    return Document(text, text, [section])
 
 
 def png_size(png):
@@ -98,7 +98,7 @@ def test_parts_come_in_order_and_absent_parts_leave_nothing():
     assert [t for t in body if t in {"h2", "p", "table", "img", "pre"}] == [
         "h2", "p", "table", "img", "pre",
     ]  # fmt: skip
-    bare = Page(render_html(Report("t", "s", [Section("h")])))
+    bare = Page(render_html(Document("t", "s", [Section("h")])))
     assert bare.tags[bare.tags.index("section") :] == ["section", "h2"]
 
 
@@ -111,7 +111,7 @@ def test_columns_of_numbers_are_aligned_right():
         ],
     )
     assert table.numeric() == [False, True, True, True, False]
-    page = Page(render_html(Report("t", "s", [Section("h", table=table)])))
+    page = Page(render_html(Document("t", "s", [Section("h", table=table)])))
     numbers = [tag for tag, name, value in page.attributes if (name, value) == ("class", "number")]
     assert numbers == ["th"] * 3 + ["td"] * 6
 
@@ -119,7 +119,7 @@ def test_columns_of_numbers_are_aligned_right():
 def test_a_table_without_rows_is_drawn():
     empty = Table(["a", "b"], [])
     assert empty.numeric() == [False, False]
-    assert Page(render_html(Report("t", "s", [Section("h", table=empty)]))).tags.count("th") == 2
+    assert Page(render_html(Document("t", "s", [Section("h", table=empty)]))).tags.count("th") == 2
 
 
 def test_a_row_of_the_wrong_width_is_refused():

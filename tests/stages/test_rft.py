@@ -167,7 +167,7 @@ class Killed(BaseException):
 def test_a_stopped_run_goes_on_to_the_same_bytes(
     how, finished, tiny_lm, reward_model, prompts, tmp_path, monkeypatch
 ):
-    from polarctl.rl.recorder import Recorder
+    from polarctl.rl.callback import Recorder
 
     folder, options = tmp_path / "stopped", ("--kl-coef", "0.05")
     on_log = Recorder.on_log
@@ -296,12 +296,12 @@ def test_without_trl_the_extra_is_named(
 
 def test_the_order_is_a_new_shuffle_for_each_epoch(tiny_lm):
     from polarctl.policies.pool import Policy
-    from polarctl.rl.recorder import Job
+    from polarctl.rl.callback import PolicyRun
     from polarctl.stages.rft import Config
 
     config = Config(model="m", reward_model="r", batch_size=8, num_generations=4, epochs=2)
     rows = [{"prompt": str(i)} for i in range(5)]
-    job = Job(
+    job = PolicyRun(
         config=config,
         run=None,
         rows=rows,
@@ -344,7 +344,7 @@ def test_a_pickle_in_a_checkpoint_is_refused_and_not_executed(
 ):
     import torch
 
-    from polarctl.rl.recorder import Recorder
+    from polarctl.rl.callback import Recorder
 
     folder, canary = tmp_path / "stopped", tmp_path / "canary"
     on_log = Recorder.on_log

@@ -38,7 +38,7 @@ def check_shape(config: Any) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class PolicyRun:
     """A training run.
 
     Attributes:
@@ -84,7 +84,7 @@ class Recorder(transformers.TrainerCallback):
 
     trainer: Any = None
 
-    def __init__(self, job: Job):
+    def __init__(self, job: PolicyRun):
         self.job = job
         self.stop = stopping.StopFlag()
         self.stopped_by = 0
