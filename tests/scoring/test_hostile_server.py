@@ -211,7 +211,7 @@ def killed(server, many, tiny_rm, out):
     )
     journal = out.with_name(out.name + ".journal")
     while child.poll() is None:
-        if journal.exists() and journal.read_bytes().count(b"\n") > 1:
+        if out.exists() and journal.read_bytes().count(b"\n") > 1:
             break
         time.sleep(0.005)
     os.kill(child.pid, signal.SIGKILL)
