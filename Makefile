@@ -39,7 +39,7 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # vLLM pins its own torch; its image and audio packages have no build for the CPU one.
 .venv-vllm/.installed: pyproject.toml
@@ -78,7 +78,7 @@ OLDEST_TESTS := tests/test_*.py tests/storage tests/cli/test_contract.py tests/s
 	tests/policies/test_decoding.py tests/training/test_loop.py
 
 test-oldest: .venv-oldest/.installed
-	.venv-oldest/bin/python -m pytest $(OLDEST_TESTS)
+	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile $(OLDEST_TESTS)
 
 bench: setup
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
