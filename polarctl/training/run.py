@@ -385,9 +385,13 @@ def _save(folder: run_folder.Run, trainer: Trainer, best: float | None) -> None:
         shutil.rmtree(target, ignore_errors=True)  # what a killed run has begun
         target.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    trainer.engine.save(target)
-    if accelerator.is_main_process:
-        checkpoint.commit(target, trainer.step, folder.identity, best=best)
+    try:
+        trainer.engine.save(target)
+        if accelerator.is_main_process:
+            checkpoint.commit(target, trainer.step, folder.identity, best=best)
+    except Exception:  # a full disk, mostly: what is left of it would only take room
+        shutil.rmtree(target, ignore_errors=True)
+        raise
     accelerator.wait_for_everyone()
 
 
