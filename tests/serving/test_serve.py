@@ -388,7 +388,9 @@ def test_a_text_of_30_mib_is_refused_before_it_is_tokenized(plain, wanted):
         said = post(plain, route, body, 413)["error"]["message"]
         assert re.search(r"31,4\d\d,\d\d\d characters; .* 262,144 \(--max-text-chars\)", said)
     assert time.monotonic() - start < 60  # to tokenize one takes longer
-    assert peak_mib(plain) - before < 400  # the bodies; tokenizing one takes more than 6,000
+    # The bodies, which old versions of starlette copy more often (540 MiB against less than 400);
+    # to tokenize one takes more than 6,000.
+    assert peak_mib(plain) - before < 800
     assert post(plain, "/score", GROUP)["rewards"] == wanted
 
 
