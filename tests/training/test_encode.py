@@ -175,7 +175,9 @@ def test_closing_ends_the_processes_in_the_middle_of_their_work():
 def parent(tmp_path, what):
     """A process with two workers that has told their ids, and the ids."""
     program = f"""
-        import sys, time
+        import signal, sys, time
+        # A shell lets its background jobs ignore Ctrl-C, and these tests with them.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
         from test_encode import Square, encoded, records
