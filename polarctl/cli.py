@@ -350,7 +350,7 @@ def run(arguments: list[str]) -> int:
         # The reader has what it wanted (`| head`). Keep Python from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
-    except Exception as error:
+    except Exception as error:  # a full disk is told by libraries in errors of their own
         why = _failed_write(error)
         if why is None:
             raise

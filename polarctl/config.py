@@ -19,6 +19,7 @@ import typer
 from polarctl.errors import UsageError
 
 COMMON = "Common options"
+KEY_VARIABLE = "POLARCTL_SERVER_KEY"  # of a server that is asked, or that `serve` is
 
 
 def shard_of(text: str) -> tuple[int, int]:

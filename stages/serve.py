@@ -20,10 +20,8 @@ from typing import Annotated
 
 import typer
 
-from polarctl.config import Bare, Device, Dtype
+from polarctl.config import KEY_VARIABLE, Bare, Device, Dtype
 from polarctl.scoring.options import PromptStyle
-
-KEY_VARIABLE = "POLARCTL_SERVER_KEY"
 
 
 @dataclass(frozen=True, kw_only=True)

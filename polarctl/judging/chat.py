@@ -12,12 +12,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from polarctl import console
+from polarctl.config import KEY_VARIABLE
 from polarctl.errors import MissingError, PolarctlError
 from polarctl.judging.parsing import Failure, Reply
 from polarctl.judging.prompting import question
 from polarctl.parallel import served
 from polarctl.parallel.http_client import (
-    KEY_VARIABLE,
     Answer,
     Fault,
     Remote,

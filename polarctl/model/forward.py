@@ -268,7 +268,7 @@ def _difference_on_weights(classifier: Any, reward_only: bool, why: str) -> str:
         return _compared(
             classifier, groups, _plain_states(classifier, groups), tolerance, reward_only
         )
-    except Exception as error:
+    except Exception as error:  # a model that cannot read these texts is not shared
         return first_line(error)
     finally:
         classifier.set_attn_implementation(before)

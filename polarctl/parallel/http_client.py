@@ -26,9 +26,9 @@ from urllib.parse import quote, urlsplit
 import httpx2 as httpx
 
 from polarctl import console
+from polarctl.config import KEY_VARIABLE
 from polarctl.errors import MissingError, PolarctlError, UsageError
 
-KEY_VARIABLE = "POLARCTL_SERVER_KEY"
 LONGEST_PAUSE_S = 10.0
 MOST_BYTES = 16 << 20
 _LONGEST_ASKED_PAUSE_S, _END_S = 60.0, 10.0

@@ -154,7 +154,7 @@ def _goes_on(model: Any, ids: Tensor, name: str, cache: Any) -> bool:
     """Whether a model can go on from its own cache."""
     try:
         out = model(input_ids=ids[:, :1], use_cache=True, **{name: cache})
-    except Exception:
+    except Exception:  # what a model's own code raises for a cache that it cannot use
         return False
     return out.logits.shape[1] == 1
 
@@ -163,7 +163,7 @@ def _takes_positions(model: Any, ids: Tensor, logits: Tensor) -> bool:
     """Whether positions count from 0: in some models from another number, or of another kind."""
     try:
         out = model(input_ids=ids, position_ids=torch.arange(2, device=ids.device)[None])
-    except Exception:
+    except Exception:  # likewise for positions
         return False
     return torch.equal(out.logits, logits)
 

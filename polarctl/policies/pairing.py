@@ -10,7 +10,7 @@ prompts is drawn more often in those that it has. Drawing first the reference's 
 other, gives both roles to everybody.
 
 Two samples of one policy are often the same text, above all where answers are short. What becomes
-of such a triple is a choice, see `EQUAL_CHOSEN`. They are kept by default: a small model learns to
+of such a triple is a choice, `equal_chosen`. They are kept by default: a small model learns to
 compare from copies (measured in docs/guides/training.md).
 """
 
@@ -29,9 +29,6 @@ from polarctl.records import Record, prompt_id
 
 # Samples of one policy and prompt that are combined; of more, a random part is taken.
 MAX_SAMPLES = 8
-# What becomes of a triple whose chosen text is its reference: it stays; it is left out; other
-# samples take its place, of the same two policies first.
-EQUAL_CHOSEN = ("keep", "drop", "resample")
 
 Samples = tuple[int, int, int]  # of reference, chosen and rejected
 
@@ -114,7 +111,9 @@ class Pairing:
         per_prompt: Triples per prompt at most.
         negatives: Rejected texts of a triple at most; those after the first go to `negatives`.
         require: Says of a policy's name whether it counts; one of the two must.
-        equal_chosen: One of `EQUAL_CHOSEN`; white space does not make texts differ.
+        equal_chosen: What becomes of a triple whose chosen text is its reference: `keep`; `drop`
+            leaves it out; `resample` takes other samples, of the same two policies first. White
+            space does not make texts differ.
         seed: The run's seed.
 
     Attributes:

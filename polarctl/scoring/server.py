@@ -15,11 +15,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from polarctl import console
+from polarctl.config import KEY_VARIABLE
 from polarctl.errors import MissingError, PolarctlError, UsageError
 from polarctl.model.template import Encoder
 from polarctl.parallel import served
 from polarctl.parallel.http_client import (
-    KEY_VARIABLE,
     Answer,
     Fault,
     Remote,

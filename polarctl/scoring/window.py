@@ -57,7 +57,7 @@ class ScoreWork:
     """Scores windows. Opens the engine at the first one, and can be pickled before that.
 
     Args:
-        config: The options of `score`.
+        config: The options of `score`, which `polarctl.scoring.engines.check` has passed.
         chat: The model reads conversations (`polarctl.scoring.engines.reads_chat`).
 
     Raises:
@@ -65,7 +65,6 @@ class ScoreWork:
     """
 
     def __init__(self, config: ScoreOptions, *, chat: bool = False):
-        engines.check(config)
         self.config, self.chat = config, chat
         default = REWARD_FLOOR if config.strip_thinking else None
         self.answers = Answers(

@@ -152,8 +152,7 @@ def prepare(job: Job, paths: list[str], rejects: reject_file.Rejects | None = No
     recipe.loss_of(config)  # options first: the data may take hours
     progress.check_trackers(config.report_to)
     place = setup.place_of(config)
-    # A plan may be made for processes that are not there.
-    world = max(place.accelerator.num_processes, config.gpus * config.nnodes)
+    world = _processes(config, place)
     source = data.Source(
         paths=paths,
         verify=job.verify,
@@ -224,7 +223,7 @@ def say_plan(known: Known) -> None:
         half=known.place.half,
         checkpointing=config.gradient_checkpointing,
         zero=known.place.zero,
-        processes=max(known.place.accelerator.num_processes, config.gpus * config.nnodes),
+        processes=_processes(config, known.place),
     )
     console.note(
         f"{known.job.stage}: options and input are good: {survey.triples:,} triples"
@@ -243,6 +242,11 @@ def say_plan(known: Known) -> None:
     )
     for line in plan.lines(known.sample, chosen, known.triples, memory):
         console.note(f"  {line}")
+
+
+def _processes(config: TrainConfig, place: Place) -> int:
+    """Processes of the run; a plan may be made for some that are not there."""
+    return max(place.accelerator.num_processes, config.gpus * config.nnodes)
 
 
 def first_says(accelerator: Any, question: Callable[[], T]) -> T:
