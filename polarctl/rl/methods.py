@@ -192,7 +192,7 @@ def _arguments(job: PolicyRun, place: str, dtype: Any) -> Any:
         "report_to": "none",
         "disable_tqdm": True,
         "log_level": "error",
-        # It would switch DeepSpeed off, which `zero.join` keeps on the CPU.
+        # It would switch DeepSpeed off, which is told otherwise to stay on the CPU.
         "use_cpu": on_cpu and config.deepspeed is None,
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
@@ -201,6 +201,7 @@ def _arguments(job: PolicyRun, place: str, dtype: Any) -> Any:
     }
     if config.deepspeed is not None:
         common["deepspeed"] = _deepspeed(config, dtype)
+        common["accelerator_config"] = {"use_configured_state": True}
     if config.method == "sft":
         arguments = trl.SFTConfig(**common, max_length=None)
     else:

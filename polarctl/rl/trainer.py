@@ -60,7 +60,7 @@ def train(job: PolicyRun) -> dict[str, Any] | None:
     place = _device(job.config.device)
     dtype = devices.dtype_of(job.config.dtype, place)
     if job.config.deepspeed is not None:
-        zero.join(cpu=place == "cpu")
+        zero.ready_for_a_trainer(cpu=place == "cpu")
     reward, judges = _reward(job, place, dtype) if job.samples else (None, [])
     recorder = Recorder(job)
     trainer = _trainer(job, place, dtype, reward, recorder)

@@ -79,6 +79,21 @@ def join(*, cpu: bool) -> str:
     return backend
 
 
+def ready_for_a_trainer(*, cpu: bool) -> None:
+    """Join the processes, and tell accelerate how: transformers' trainer cannot say it for a CPU.
+
+    Args:
+        cpu: Stay on the CPU even where there is a GPU.
+
+    Raises:
+        MissingError: DeepSpeed is not installed.
+    """
+    backend = join(cpu=cpu)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    accelerate.PartialState(backend=backend)
+
+
 def whole(module: nn.Module) -> AbstractContextManager[Any]:
     """Have the weights of a module whole on every process; all of them call it."""
     weights = list(module.parameters())
