@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from polarctl.config import Common, Device, Dtype, Needs
+from polarctl.config import Device, Dtype, Needs
+from polarctl.rl.options import RewardConfig
 
 if TYPE_CHECKING:
     from polarctl.policies.writer import Writer
     from polarctl.records import Record
+    from polarctl.rl.registry import Checker
     from polarctl.storage.run_folder import Run
 
 _FREE = frozenset({"save_steps", "micro_batch_size", "device"})
@@ -31,14 +33,13 @@ _SOURCES = ("model", "reward_model")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Common):
+class Config(RewardConfig):
     """Options of `polarctl rft`."""
 
     ABSENT = frozenset({"manifest"})  # it marks the folder as complete
     NEEDS = [Needs("epochs", lambda c: c.max_steps is None, "a run without --max-steps")]
 
     model: Annotated[str, typer.Option("--model", "-m", help="Policy: a folder or a Hub id.")]
-    reward_model: Annotated[str, typer.Option(help="Reward model: a folder or a Hub id.")]
     num_generations: Annotated[
         int, typer.Option(min=2, help="Rollouts of one prompt, compared with each other.")
     ] = 8
@@ -99,7 +100,7 @@ def run(config: Config) -> None:
     devices.show_one_gpu(config.device)  # before torch is imported by any of the others
     from polarctl.policies.pool import Policy, Sampling
     from polarctl.policies.writer import Writer
-    from polarctl.rl import grpo
+    from polarctl.rl import grpo, registry
     from polarctl.rl.callback import check_shape
     from polarctl.scoring.reward_function import normalise
     from polarctl.storage import run_folder, windows
@@ -108,6 +109,7 @@ def run(config: Config) -> None:
     normalise([], config.normalize)
     floor_of(config.reward_floor, None)
     check_shape(config)
+    registry.check_names(config)
     devices.quiet_libraries()
     name = Path(config.model).resolve().name if Path(config.model).is_dir() else config.model
     policy = Policy(
@@ -115,25 +117,24 @@ def run(config: Config) -> None:
     )
     # Nothing is written by it here: it knows what the policy can read.
     writer = Writer(policy, device="cpu", dtype=None, batch_size=1)
-    verify = verifier(writer)
+    checker = registry.Checker(config)
+    verify = verifier(writer, checker)
     paths = windows.inputs_of("rft", config)
     if config.dry_run:
         windows.dry_run("rft", config, paths, "prompt", verify=verify)
         return
-    with run_folder.opened("rft", config, paths, sources=_SOURCES, free=_FREE) as run:
+    files = registry.sources_of(config)
+    with run_folder.opened("rft", config, paths, sources=_SOURCES, free=_FREE, files=files) as run:
         if run is not None:
-            _train(config, run, writer, verify)
+            _train(config, run, writer, checker, verify)
 
 
-def verifier(writer: Writer) -> Callable[[Record], None]:
-    """A check that a record has a reference and that the policy can read and answer its prompt."""
+def verifier(writer: Writer, rewards: Callable[[Record], None]) -> Callable[[Record], None]:
+    """A check that a record can be rewarded and that the policy can read and answer its prompt."""
     from polarctl.errors import RecordError
 
     def verify(record: Record) -> None:
-        if "reference" not in record:
-            raise RecordError(
-                "missing field `reference`", hint="the POLAR reward compares with a reference"
-            )
+        rewards(record)
         (ids,) = writer.encode([record["prompt"]])
         if not isinstance(ids, list):
             raise RecordError(ids.reason)
@@ -152,7 +153,7 @@ def row_of(record: Record, chat: bool) -> dict[str, Any]:
     """A prompt as the trainer takes it: `prompt` (messages or text), `reference`, `wrapper`.
 
     Args:
-        record: A prompt with a reference.
+        record: A prompt; POLAR needs its reference.
         chat: The policy has a chat template. Without, messages are reduced to their text.
     """
     from polarctl.model.template import content_text
@@ -166,16 +167,24 @@ def row_of(record: Record, chat: bool) -> dict[str, Any]:
         prompt = [{"role": m["role"], "content": content_text([m])} for m in prompt]
     return {
         "prompt": prompt,
-        "reference": record["reference"],
+        "reference": record.get("reference"),
         "wrapper": record.get("wrapper", "sft" if chat else "pretrain"),
     }
 
 
-def _train(config: Config, run: Run, writer: Writer, verify: Callable[[Record], None]) -> None:
+def _train(
+    config: Config,
+    run: Run,
+    writer: Writer,
+    checker: Checker,
+    verify: Callable[[Record], None],
+) -> None:
     from polarctl.storage.rejects import read_all, rejects_of
 
     with rejects_of(run, config) as rejects:
-        _improve(config, read_all(run, config, "prompt", verify, rejects), writer)
+        run = read_all(run, config, "prompt", verify, rejects)
+        checker.finish()
+        _improve(config, run, writer)
 
 
 def _improve(config: Config, run: Run, writer: Writer) -> None:

@@ -22,11 +22,10 @@ from polarctl.errors import PolarctlError, UsageError, need
 from polarctl.model import devices, reward_model
 from polarctl.parallel import rank, stopping
 from polarctl.policies.writer import load_causal_lm
-from polarctl.rl import rollouts
+from polarctl.rl import registry, rollouts
 from polarctl.rl.callback import PolicyRun, Recorder
 from polarctl.scoring.answers import REWARD_FLOOR, floor_of
-from polarctl.scoring.reward_function import PolarReward
-from polarctl.scoring.scorer import Floored, load_scorer
+from polarctl.scoring.scorer import Floored
 from polarctl.storage import atomic, checkpoint, run_folder
 
 
@@ -50,18 +49,11 @@ def train(job: PolicyRun) -> dict[str, Any] | None:
     devices.quiet_libraries()
     place = _device(job.config.device)
     dtype = devices.dtype_of(job.config.dtype, place)
-    scorer = load_scorer(
-        job.config.reward_model,
+    reward = registry.open_rewards(
+        job.config,
         device=place,
         dtype=str(dtype).removeprefix("torch."),
-        batch_tokens=job.config.batch_tokens,
-    )
-    reward = PolarReward(
-        scorer,
-        normalize=job.config.normalize,
-        strip_thinking=job.config.strip_thinking,
         thinking_opened=job.thinking_opened,
-        reward_floor=floor_of(job.config.reward_floor, REWARD_FLOOR),
     )
     recorder = Recorder(job)
     trainer = _trainer(job, place, dtype, reward, recorder)
@@ -75,18 +67,14 @@ def train(job: PolicyRun) -> dict[str, Any] | None:
     )
     done = int(resume.name.rpartition("-")[2]) if resume else 0
     # Most of the time goes into decoding.
-    threads = devices.threads_for(trainer.model, scorer.model.model, under=devices.SMALL_TO_DECODE)
+    threads = devices.threads_for(trainer.model, *reward.modules, under=devices.SMALL_TO_DECODE)
     # The trainer reads as data whatever it knows of; this holds for what a launcher adds to it.
     safely = checkpoint.data_only(resume) if resume else nullcontext()
     with recorder.open(done), _plain_errors(job), threads, safely:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if trainer.state.global_step < job.steps:
         raise stopping.stopped(recorder.stopped_by, trainer.state.global_step, job.steps)
-    if reward.truncated:
-        console.warn(
-            f"{reward.truncated:,} of {reward.scored:,} rollouts were scored with an input longer "
-            "than the reward model's template, which was cut"
-        )
+    reward.close()
     return _finish(job, trainer)
 
 
@@ -109,7 +97,7 @@ def _resume(run: run_folder.Run) -> Path | None:
 
 
 def _trainer(
-    job: PolicyRun, place: str, dtype: Any, reward: PolarReward, recorder: Recorder
+    job: PolicyRun, place: str, dtype: Any, reward: registry.Rewards, recorder: Recorder
 ) -> Any:
     import huggingface_hub.constants
 
@@ -166,19 +154,20 @@ def _trainer(
     )
 
     def polar(*, prompts: Any, completions: Any, completion_ids: Any, row: Any, **more: Any) -> Any:
-        more["log_extra"]("row", row)
-        more["log_extra"]("tokens", list(map(len, completion_ids)))
-        ended = [ids[-1] in trainer.eos_token_ids for ids in completion_ids]
-        more["log_extra"]("ended", ended)
-        rows = [job.rows[number] for number in row]
-        return reward(
-            prompts,
-            completions,
-            reference=[r["reference"] for r in rows],
-            wrapper=[r["wrapper"] for r in rows],
-            ended=ended,
-            log_extra=more["log_extra"],
+        batch = registry.Batch(
+            records=[job.run.records[number] for number in row],
+            rows=[job.rows[number] for number in row],
+            prompts=prompts,
+            completions=completions,
+            tokens=list(map(len, completion_ids)),
+            ended=[ids[-1] in trainer.eos_token_ids for ids in completion_ids],
+            numbers=row,
         )
+        found = reward(batch)
+        extra = {"row": row, "tokens": batch.tokens, "ended": batch.ended, **vars(found)}
+        for name, column in extra.items():
+            more["log_extra"](name, column)
+        return found.used
 
     trainer = trl.GRPOTrainer(
         model=policy,
@@ -230,8 +219,10 @@ def _finish(job: PolicyRun, trainer: Any) -> dict[str, Any] | None:
         atomic.write(target / name, image)
     floored, floor = Floored(), floor_of(job.config.reward_floor, REWARD_FLOOR)
     with jsonlines.open(job.run.folder / run_folder.ROLLOUTS, loads=orjson.loads) as lines:
-        for row in lines:
-            floored.count(row["reward"], row.get("floored"), floor)
+        for count, row in enumerate(lines, 1):  # noqa: B007
+            by_polar = row["components"].get("polar")
+            if by_polar is not None:
+                floored.count(by_polar, row.get("floored"), floor)
     floored.say(floor)
     last = {f"last_{key}": value for key, value in entries[-1].items() if key != "step"}
-    return {"steps": len(entries), "rollouts": floored["outputs"], "floored": dict(floored), **last}
+    return {"steps": len(entries), "rollouts": count, "floored": dict(floored), **last}
