@@ -235,7 +235,7 @@ PAIR: dict[str, Case | Seen] = {
     "exclude_policies": add(PAIR_BASE, "--exclude-policies a"),
     "require": add(PAIR_BASE, "--require c"),
     "equal_chosen": Seen("stages/test_pair.py", '"--equal-chosen", choice'),
-    "from_rollouts": add("pair rollouts.jsonl -o out.jsonl -q", "--from-rollouts"),
+    "from_rollouts": add("pair rollouts.jsonl -o out.jsonl -q", "--from-rollouts", "status"),
     "label_by": add(LABEL_BASE, "--label-by other"),
     "rule": add(LABEL_BASE, "--rule rank"),
     "threshold": add(LABEL_BASE, "--threshold 2"),
