@@ -114,7 +114,7 @@ def dry_run(
     kind: str | Callable[[dict[str, Any]], str] | None,
     *,
     verify: Callable[[Record], None] | None = None,
-    check: Callable[[], None] = lambda: None,
+    check: Callable[[], Any] = lambda: None,
     **facts: Any,
 ) -> None:
     """Check every input row, name each bad one, and say what would be done; write nothing.

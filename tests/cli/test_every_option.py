@@ -240,6 +240,7 @@ SAMPLE: dict[str, Case | Seen] = {
 }
 
 PAIR_BASE = "pair trajectories.jsonl -o out.jsonl -q"
+LABEL_BASE = "pair rollouts.jsonl -o out.jsonl --from-rollouts -q"
 PAIR: dict[str, Case | Seen] = {
     **records(
         PAIR_BASE, PAIR_BASE.replace(" -q", ""), PAIR_BASE.replace("traj", "bad-traj"), "--seed 1"
@@ -251,6 +252,11 @@ PAIR: dict[str, Case | Seen] = {
     "exclude_policies": add(PAIR_BASE, "--exclude-policies a"),
     "require": add(PAIR_BASE, "--require c"),
     "equal_chosen": Seen("stages/test_pair.py", '"--equal-chosen", choice'),
+    "from_rollouts": add("pair rollouts.jsonl -o out.jsonl -q", "--from-rollouts", "status"),
+    "label_by": add(LABEL_BASE, "--label-by other"),
+    "rule": add(LABEL_BASE, "--rule rank"),
+    "threshold": add(LABEL_BASE, "--threshold 2"),
+    "min_gap": add(LABEL_BASE + " --rule rank", "--min-gap 3"),
 }
 
 SCORE_BASE = "score candidates.jsonl -m rm -o out.jsonl --device cpu -q"
@@ -407,6 +413,14 @@ REFUSED = {
     "pair": {
         "resume": "pair trajectories.jsonl --no-resume",
         "force": "pair trajectories.jsonl --force",
+        "policies": LABEL_BASE + " --policies a",
+        "exclude_policies": LABEL_BASE + " --exclude-policies a",
+        "require": LABEL_BASE + " --require a",
+        "equal_chosen": LABEL_BASE + " --rule rank --equal-chosen drop",
+        "label_by": PAIR_BASE + " --label-by check",
+        "rule": PAIR_BASE + " --rule rank",
+        "threshold": LABEL_BASE + " --rule rank --threshold 1",
+        "min_gap": LABEL_BASE + " --min-gap 1",
     },
     "pretrain": {
         "resume": "pretrain triples.jsonl -m lm --no-resume",
@@ -563,6 +577,15 @@ def world(tmp_path_factory, tiny_rm):
             for p in range(6)
             for w in "abc"
             for s in range(2)
+        ],
+        "rollouts": [
+            {
+                **{"prompt": f"p{p}", "reference": f"yes {p}", "policy": "lm", "step": s},
+                **{"output": f"{w} {s} {p}", "check": s, "other": 1 - s, "reward": p * ord(w)},
+            }
+            for p in range(6)
+            for w in "abc"
+            for s in range(3)
         ],
         "scored": [{**t, "rewards": [i % 3, 1.5 + i % 2]} for i, t in enumerate(triples)],
         "ranked": [
