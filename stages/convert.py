@@ -123,6 +123,7 @@ def to_native(row: Mapping[str, Any], config: Config) -> tuple[dict[str, Any], s
     from polarctl.formats.groups import check_native
     from polarctl.formats.rows import field_map, renamed
     from polarctl.formats.table import FORMATS, detect
+    from polarctl.formats.unused import refuse_answers
 
     fields = renamed(row, field_map(config.map))
     fields = {k: v for k, v in fields.items() if v is not None or k not in _OPTIONAL}
@@ -135,6 +136,8 @@ def to_native(row: Mapping[str, Any], config: Config) -> tuple[dict[str, Any], s
     assert read is not None, "the option was checked"
     record = read(fields, config.answer)
     check_native(record)
+    if config.to_format != "prompts":
+        refuse_answers(record)
     return record, name, reason
 
 

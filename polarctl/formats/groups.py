@@ -24,7 +24,7 @@ Shape = Literal["triple", "group", "single", "prompt"]
 Ranked = Literal["all", "adjacent", "top"]
 Part = Literal["train", "test"]
 
-_KINDS: dict[Shape, type[Struct]] = {
+SCHEMA_OF: dict[Shape, type[Struct]] = {
     "triple": Triple,
     "group": Candidate,
     "single": Candidate,
@@ -46,7 +46,7 @@ def shape_of(record: Mapping[str, Any]) -> Shape:
 
 def check_native(record: Fields) -> None:
     """Raise RecordError when the record breaks the schema of its shape."""
-    check(record, _KINDS[shape_of(record)])
+    check(record, SCHEMA_OF[shape_of(record)])
 
 
 def without(record: Mapping[str, Any], *names: str) -> Fields:
@@ -157,7 +157,7 @@ def group(record: Fields) -> Fields:
     return {**made, **without(record, "prompt", "reference", *_OF_CANDIDATES)}
 
 
-def candidate(output: Any, label: float, name: str | None = None) -> Fields:
+def candidate(output: Any, label: float | None, name: str | None = None) -> Fields:
     """One candidate of a group."""
     return {**({} if name is None else {"name": name}), "output": output, "label": label}
 

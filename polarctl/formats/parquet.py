@@ -32,10 +32,10 @@ def require_pyarrow() -> Any:
 
 
 def verl_schema(pyarrow: Any) -> Any:
-    """The columns that `polarctl.formats.table.write_verl` fills."""
+    """The columns that `polarctl.formats.tools.write_verl` fills."""
     text = pyarrow.string()
     turns = pyarrow.list_(pyarrow.struct({"role": text, "content": text}))
-    extra = {"id": text, "prompt": turns, "wrapper": text, "fields": text}
+    extra = {"split": text, "id": text, "prompt": turns, "wrapper": text, "fields": text}
     return pyarrow.schema(
         {
             "data_source": text,
