@@ -299,15 +299,8 @@ def run(config: Config) -> None:
             yield from convert(rows, config, counts)
             out.counts.update(counts)
 
-        bad = windows.BadRows(console.warn)
-
-        def reject(where: str, reason: str, raw: Any) -> None:
-            bad(where, reason, raw)
-            out.reject(where, reason, raw)
-
-        reader = windows.reader_of(config, paths, None, on_bad=reject, verify=verify, make=make)
+        reader = windows.reader_of(config, paths, None, on_bad=out.reject, verify=verify, make=make)
         windows.map_windows(out, reader, work, size=WINDOW_ROWS, title="convert")
-        bad.finish()
         summary.say(counts, out.counts["records"], config.to_format)
 
 

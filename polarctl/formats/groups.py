@@ -32,7 +32,10 @@ SCHEMA_OF: dict[Shape, type[Struct]] = {
 }
 # What belongs to a candidate or to a pair of them, not to the prompt.
 _OF_CANDIDATES = "candidates output label chosen rejected policy rejected_policy".split()
-_NO_REFERENCE = "--map reference=FIELD names the field that holds it; --to candidates needs none"
+_NO_REFERENCE = (
+    "--map reference=FIELD names a good answer to compare with; pairs alone train a model too: "
+    "--to trl, then `polarctl finetune --no-reference`"
+)
 
 
 def shape_of(record: Mapping[str, Any]) -> Shape:
