@@ -54,7 +54,9 @@ def _of_rows(config: Any) -> bool:
 
 def _of_data_sets(config: Any) -> bool:
     """Whether an input may be a data set with subsets and splits."""
-    return any(os.path.isdir(path) or not os.path.exists(path) for path in config.input)
+    from polarctl.formats.sources import hub_id
+
+    return any(os.path.isdir(path) or hub_id(path) for path in config.input)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 Every row becomes one line of JSON, so that everything behind the reader stays as it is. Memory
 does not grow with the input: an array is read entry by entry, Parquet batch by batch, a data set
-as a stream. pyarrow and datasets come with the extra `[data]` and are imported only here.
+as a stream. pyarrow and datasets come with the extra `[data]`.
 """
 
 from __future__ import annotations
@@ -243,7 +243,7 @@ def _cell(column: str, text: str) -> Any:
 
 
 def _parquet(path: str) -> Iterator[tuple[str, bytes]]:
-    pyarrow = require_pyarrow()
+    pyarrow = require_pyarrow("data")
     name, number = reading.place_of(path), 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
