@@ -59,7 +59,8 @@ def stdin_is_missing(paths: Iterable[str]) -> bool:
     return "-" in paths and (sys.stdin is None or sys.stdin.isatty())
 
 
-def _name(path: str) -> str:
+def place_of(path: str) -> str:
+    """How an input is called in messages."""
     return STDIN if path == "-" or os.path.basename(path) == STDIN else path
 
 
@@ -141,7 +142,7 @@ class Reader:
                 if record is not None:
                     window.append(record)
         if empty:
-            raise RecordError("no records", where=", ".join(map(_name, self.paths)))
+            raise RecordError("no records", where=", ".join(map(place_of, self.paths)))
         if index % self.shard[1] == mine:
             passed += 1
             yield from self._hand_out(index, window, running, passed, done, digest)
@@ -161,31 +162,38 @@ class Reader:
         """(place, line) of every row that is not blank, up to the limit, as `parse` takes them."""
         count = 0
         for path in self.paths:
-            stream = open_bytes(path)
-            try:
-                number = 0
-                while self.limit is None or count < self.limit:
-                    line = stream.readline(MAX_LINE_BYTES + 1)
-                    if not line:
-                        break
-                    number += 1
-                    if len(line) > MAX_LINE_BYTES:
-                        while line and not line.endswith(b"\n"):
-                            line = stream.readline(1 << 20)
-                        line = b""  # refused by parse
-                    elif not line.strip():
-                        continue
-                    count += 1
-                    yield f"{_name(path)}:{number}", line
-            except (EOFError, zlib.error, OSError) as error:
-                raise RecordError(f"cannot read on: {error}", where=_name(path)) from None
-            except Exception as error:
-                if type(error).__name__ != "ZstdError":
-                    raise
-                raise RecordError(f"cannot read on: {error}", where=_name(path)) from None
-            finally:
-                if path != "-":
-                    stream.close()
+            if count == self.limit:
+                return
+            for row in self.lines_of(path):
+                yield row
+                count += 1
+                if count == self.limit:
+                    return
+
+    def lines_of(self, path: str) -> Iterator[tuple[str, bytes]]:
+        """(place, line) of every row of one input that is not blank."""
+        name = place_of(path)
+        stream = open_bytes(path)
+        try:
+            number = 0
+            while line := stream.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                if len(line) > MAX_LINE_BYTES:
+                    while line and not line.endswith(b"\n"):
+                        line = stream.readline(1 << 20)
+                    line = b""  # refused by parse
+                elif not line.strip():
+                    continue
+                yield f"{name}:{number}", line
+        except (EOFError, zlib.error, OSError) as error:
+            raise RecordError(f"cannot read on: {error}", where=name) from None
+        except Exception as error:
+            if type(error).__name__ != "ZstdError":
+                raise
+            raise RecordError(f"cannot read on: {error}", where=name) from None
+        finally:
+            if path != "-":
+                stream.close()
 
     def parse(self, where: str, line: bytes) -> Record | None:
         """The row's record, or None for a bad row that was set aside.

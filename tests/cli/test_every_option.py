@@ -325,6 +325,11 @@ CONVERT: dict[str, Case | Seen] = {
     "split": add(CONVERT_BASE, "--split test"),
     "test_share": add(CONVERT_BASE + " --split test", "--test-share 0.9"),
     "equal_chosen": Seen("stages/test_convert.py", '"--equal-chosen", choice'),
+    "by": Seen("stages/test_convert.py", '"--by", "reward", "--min-margin", "1"'),
+    "min_margin": Seen("stages/test_convert.py", '"--by", "reward", "--min-margin", "1"'),
+    "best_of_n": add(CONVERT_BASE, "--best-of-n"),
+    "subset": Seen("formats/test_sources.py", '"--subset", "two"'),
+    "source_split": Seen("formats/test_sources.py", '"--source-split", "test"'),
 }
 
 # -- the others -----------------------------------------------------------------------------------
@@ -481,10 +486,15 @@ REFUSED = {
     },
     "convert": {
         "force": "convert ranked.jsonl --force",
+        "min_margin": "convert ranked.jsonl --to trl --min-margin 1",
         **{
             name: f"{CHECKPOINT} {more}"
             for name, more in {
                 "from_format": "--from trl",
+                "by": "--by reward",
+                "best_of_n": "--best-of-n",
+                "subset": "--subset a",
+                "source_split": "--source-split a",
                 "map": "--map a=b",
                 "answer": "--answer output",
                 "ranked": "--ranked top",
@@ -517,6 +527,9 @@ REFUSED_TOO = [
     "convert ranked.jsonl -o out.jsonl --seed 1",
     "convert ranked.jsonl -o out.jsonl --test-share 0.1",
     "convert ranked.jsonl -o out.jsonl --ranked top",
+    "convert ranked.jsonl -o out.jsonl --by reward",
+    "convert ranked.jsonl -o out.jsonl --subset a",
+    "convert ranked.jsonl -o out.jsonl --to trl --best-of-n --by reward --min-margin 1",
     "convert ranked.jsonl -o out.jsonl --from native --answer output",
     "convert ranked.jsonl -o out.parquet --to verl --no-resume",
     "push data.jsonl me/data --dry-run --dataset me/other",
