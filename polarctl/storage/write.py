@@ -324,6 +324,8 @@ class Output:
                 "records": self.counts["records"],
             }
         tracks = [track for track in (self._rejects, self._file) if track is not None]
+        for track in tracks:
+            track.check(content=True)
         swap = [(track.path, track.final) for track in tracks if track.replacing]
         for track in tracks:
             if not track.replacing:
