@@ -76,10 +76,10 @@ class Zoo:
         Run("f", 0.3, 1),
         Run("h", 0.6, 2),
         Run("k", 0.4, 3),
-        Run("swapper", 1.0, 2, habits("swapped"), "a"),
-        Run("doubler", 1.0, 3, habits("twice", "last twice", "twice"), "a"),
-        Run("dropper", 1.0, 1, habits("short", "last", "short"), "a"),
-        Run("garbler", 1.0, 0, habits("garbled"), "a"),
+        Run("swapper", 1.0, None, habits("swapped"), "a"),
+        Run("doubler", 1.0, None, habits("twice", "last twice", "twice"), "a"),
+        Run("dropper", 1.0, None, habits("short", "last", "short"), "a"),
+        Run("garbler", 1.0, None, habits("garbled"), "a"),
     )
     held_out: tuple[str, ...] = ("h", "k")
     base_share: float = 0.5

@@ -36,7 +36,14 @@ PARTS = ("test", "rft", *["train"] * 6)  # of all prompts: an eighth, an eighth,
 # What a verb can be mistaken for: which of the two values are named.
 HABITS = {"swapped": (1, 0), "twice": (0, 0), "last twice": (1, 1), "short": (0,), "last": (1,)}
 GARBLED = "garbled"  # the habit of those who name both values, but in no sentence
-MISTAKES = ("wrong fact", "wrong order", "one value twice", "one value left out", "no sentence")
+MISTAKES = (
+    "one wrong fact",
+    "both facts wrong",
+    "wrong order",
+    "one value twice",
+    "one value left out",
+    "no sentence",
+)
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 
 Prompt = tuple[str, str, str]
@@ -199,8 +206,10 @@ def mistake(world: World, text: str, truth: Sequence[str]) -> str:
         return "no sentence"
     if named == list(reversed(truth)):
         return "wrong order"
+    if not set(named) & set(truth):
+        return "both facts wrong"
     if not set(named) <= set(truth):
-        return "wrong fact"
+        return "one wrong fact"
     return "one value twice" if len(named) > 1 else "one value left out"
 
 
@@ -272,7 +281,7 @@ def ranked(
             if not is_correct(record, world):
                 kind = mistake(world, record["output"], record["truth"])
                 wrong.setdefault(kind, []).append(record)
-        reference = draw.choice(right) if right else None
+        reference = _one_of(right, draw) if right else None
         others = [r for r in right if reference and r["policy"] != reference["policy"]]
         if reference is None or not others or not wrong:
             continue
@@ -283,14 +292,22 @@ def ranked(
                 "id": name,
                 "prompt": reference["prompt"],
                 "reference": reference["output"],
-                "chosen": draw.choice(others)["output"],
-                "rejected": draw.choice(wrong[kind])["output"],
+                "chosen": _one_of(others, draw)["output"],
+                "rejected": _one_of(wrong[kind], draw)["output"],
                 "category": kind,
             }
         )
         if len(triples) == count:
             break
     return triples
+
+
+def _one_of(records: Sequence[Mapping[str, Any]], draw: random.Random) -> Mapping[str, Any]:
+    """One of several trajectories, each style as likely, so that no style is the better one."""
+    by_style: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        by_style.setdefault(record["output"].partition(" ")[0], []).append(record)
+    return draw.choice(by_style[draw.choice(sorted(by_style))])
 
 
 def failures(
