@@ -18,6 +18,7 @@ _TRL_METRICS = {
     "grad_norm": "grad_norm",
     "lr": "learning_rate",
     "entropy": "entropy",
+    "accuracy": "mean_token_accuracy",
     "clip_ratio": "clip_ratio/region_mean",
     "completion_length": "completions/mean_length",
     "completion_cut": "completions/clipped_ratio",
@@ -94,18 +95,27 @@ def step_entry(
         "reward_normalized_std": statistics.pstdev(used),
         "floored": statistics.fmean(bool(rollout.floored) for rollout in rollouts),
     }
+    return entry | numbers_of(trl)
+
+
+def numbers_of(trl: Mapping[str, float | None]) -> dict[str, Any]:
+    """TRL's numbers of a step under our names."""
+    found: dict[str, Any] = {}
     for name, theirs in _TRL_METRICS.items():
         value = trl.get(theirs)
         if value is not None:
-            entry[name] = value if math.isfinite(value) else str(value)
-    return entry
+            found[name] = value if math.isfinite(value) else str(value)
+    return found
 
 
 def curves(entries: Iterable[Mapping[str, Any]]) -> dict[str, bytes]:
-    """Plots by file name: the reward, and the KL where it was measured."""
+    """Plots by file name: the reward (or the loss), and the KL where it was measured."""
     entries = list(entries)
+    first = ("curves.png", "reward", "mean raw reward of a step's rollouts", "Reward")
+    if entries and "reward" not in entries[0]:
+        first = ("curves.png", "loss", "negative log-likelihood (nats per token)", "Loss")
     wanted = (
-        ("curves.png", "reward", "mean raw reward of a step's rollouts", "Reward"),
+        first,
         ("kl.png", "kl", "KL to the policy at the start (nats per token)", "KL"),
     )
     images = {}
