@@ -2,7 +2,7 @@ r"""Bring the data formats of other tools to our records, and back.
 
 Reads JSON lines, a JSON array, CSV, Parquet, a folder of these or of `save_to_disk`, or a data set
 of the Hub by its id. `--from auto` tells the format of every row by its fields; at the end it says
-what the rows were, what was written, and which fields nothing reads. A row whose answers would go
+what the rows were, what was written, and which fields it left unused. A row whose answers would go
 unused is refused. Writes prompts, triples or candidates, or rows of another format: native, trl,
 openai, sharegpt, nemo, llama-factory, verl (Parquet when the output ends in `.parquet`).
 
@@ -12,7 +12,8 @@ every ranking A > B > C gives reference A, chosen B, rejected C. The last answer
 is the reference; the candidate (`output`) if the row has a reference of its own or if `--answer
 output` says so. An answer with a `label` is always a candidate. `--split` keeps the train or the
 test part of the prompts, chosen by their text. `--by reward` compares by the rewards of `score`:
-pairs are the best and the worst of a group, `--best-of-n` keeps the best alone.
+pairs are the best and the worst of a group, `--best-of-n` keeps the best alone. `--join FIELD`
+makes a group of neighbouring rows, such as rollouts of one prompt.
 
 `convert checkpoint SRC -o DIR` writes a published InternLM2 reward model, such as POLAR-7B, as a
 plain Llama classifier without remote code; `--to internlm2` writes one of ours in its layout.
@@ -31,7 +32,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -66,7 +67,7 @@ class Config(Common):
     NEEDS = [
         Needs(
             "from_format map answer ranked split test_share limit shard resume manifest rejects "
-            "by best_of_n subset source_split",
+            "by best_of_n join subset source_split",
             _of_rows,
             "rows, not for a checkpoint",
         ),
@@ -89,14 +90,22 @@ class Config(Common):
         ),
     ]
 
+    input: Annotated[
+        tuple[str, ...],
+        typer.Argument(
+            metavar="INPUT",
+            help="Files or globs (.gz and .zst too), a data set's folder or Hub id; `-` for stdin.",
+        ),
+    ] = ("-",)
     from_format: Annotated[
         str,
         typer.Option(
             "--from",
             metavar="FORMAT",
             help="auto, native, trl, openai, sharegpt, nemo, llama-factory, llama-factory-v1, "
-            "ms-swift, verl, helpsteer, pku-saferlhf, nectar, ultrafeedback, arena, ppe, gsm8k, "
-            "gsm8k-solutions.",
+            "ms-swift, verl, helpsteer, pku-saferlhf, nectar, ultrafeedback, arena, gsm8k, "
+            "gsm8k-solutions; benchmarks: rewardbench, rewardbench2, rm-bench, judgebench, "
+            "rewardmath, rmb, ppe.",
         ),
     ] = "auto"
     to_format: Annotated[
@@ -149,6 +158,12 @@ class Config(Common):
         bool,
         typer.Option("--best-of-n", help="Keep the best candidate of a group alone, for SFT."),
     ] = False
+    join: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FIELD", help="Make one group of neighbouring rows with the same FIELD."
+        ),
+    ] = None
     subset: Annotated[
         str | None, typer.Option(metavar="NAME", help="Subset (configuration) of a data set.")
     ] = None
@@ -164,11 +179,20 @@ def to_native(row: Mapping[str, Any], config: Config) -> tuple[dict[str, Any], s
     Raises:
         RecordError: The row does not fit the format, or its fields break our schema.
     """
-    from polarctl.formats.groups import check_native
-    from polarctl.formats.rows import field_map, renamed
+    from polarctl.errors import RecordError
+    from polarctl.formats.groups import check_native, merged
+    from polarctl.formats.rows import JOINED, field_map, renamed, with_candidates
     from polarctl.formats.table import FORMATS, detect
     from polarctl.formats.unused import refuse_answers
 
+    if config.join is not None:
+        if JOINED not in row:
+            raise RecordError(f"no field `{config.join}` (--join {config.join})")
+        alone = replace(config, join=None)
+        read = [to_native(one, alone) for one in row[JOINED]]
+        record = merged([record for record, _, _ in read])
+        check_native(record)
+        return record, *read[0][1:]
     fields = renamed(row, field_map(config.map))
     fields = {k: v for k, v in fields.items() if v is not None or k not in _OPTIONAL}
     if type(fields.get("id")) is int:
@@ -176,9 +200,9 @@ def to_native(row: Mapping[str, Any], config: Config) -> tuple[dict[str, Any], s
     name, reason = config.from_format, "asked for"
     if name == "auto":
         name, reason = detect(fields)
-    read = FORMATS[name].read
-    assert read is not None, "the option was checked"
-    record = read(fields, config.answer)
+    reads = FORMATS[name].read
+    assert reads is not None, "the option was checked"
+    record = with_candidates(reads(fields, config.answer))
     check_native(record)
     if config.to_format != "prompts":
         refuse_answers(record)
@@ -243,7 +267,7 @@ def convert(
             record,
             name,
             written=bool(made),
-            drops=config.to_format in ("prompts", "verl"),
+            to=config.to_format,
             by_label=config.to_format in PAIRS and config.by == "label",
         )
         if config.to_format == "triples" and (copies := sum(map(is_copy, made))):
@@ -285,7 +309,12 @@ def run(config: Config) -> None:
             told[name] = reason
             console.choice("format", ", ".join(told), "; ".join(told.values()))
 
-    make = partial(sources.RowReader, subset=config.subset, source_split=config.source_split)
+    make = partial(
+        sources.RowReader,
+        subset=config.subset,
+        source_split=config.source_split,
+        join=config.join,
+    )
     if config.dry_run:
         windows.dry_run("convert", config, paths, None, verify=verify, make=make)
         return
@@ -332,7 +361,8 @@ def _checkpoint(config: Config) -> None:
     from polarctl.errors import UsageError
     from polarctl.model import devices
     from polarctl.model.internlm2 import convert
-    from polarctl.storage import claim, manifest, replace
+    from polarctl.storage import claim, manifest
+    from polarctl.storage import replace as replacing
     from polarctl.storage.write import stdout
 
     devices.quiet_libraries()
@@ -351,10 +381,10 @@ def _checkpoint(config: Config) -> None:
     if taken and not config.force:
         raise UsageError(f"{target}: exists already", hint="another folder, or --force")
     if taken:
-        replace.check_unused(target, {}, [source])
-        replace.check_folder(target)
-        replace.check_exchange(target)
-    place = replace.next_to(target)
+        replacing.check_unused(target, {}, [source])
+        replacing.check_folder(target)
+        replacing.check_exchange(target)
+    place = replacing.next_to(target)
     if not place.parent.is_dir():
         raise UsageError(f"{target.parent}: is no folder", hint="make it first")
     lock = claim.locked(f"{place}.lock", target)
@@ -362,7 +392,7 @@ def _checkpoint(config: Config) -> None:
         shutil.rmtree(place, ignore_errors=True)
         layouts[layout](source, place)
         manifest.write(
-            place / replace.MANIFEST,
+            place / replacing.MANIFEST,
             "convert",
             config,
             inputs=[{"path": source, "bytes": None}],
@@ -370,7 +400,7 @@ def _checkpoint(config: Config) -> None:
             counts={},
         )
         if taken:
-            replace.exchange(place, target)
+            replacing.exchange(place, target)
         else:
             place.rename(os.path.realpath(target))
     finally:

@@ -108,6 +108,17 @@ def official(folder: Path) -> None:
     (folder / "candidates.jsonl").write_text("".join(groups))
 
 
+def formats(folder: Path) -> None:
+    """Battles as CSV, pairs as a JSON array, and what `score` writes."""
+    (folder / "battles.csv").write_text(
+        'prompt,response_a,response_b,winner,model_a,model_b\n"[""Q""]","[""a""]","[""b""]",tie,x,y\n'
+    )
+    pair = {"question": "Q", "chosen": "a", "rejected": "b", "meta": {"gold": "R"}}
+    (folder / "pairs.json").write_text(json.dumps([pair], indent=2))
+    scored = {"prompt": "Q", "candidates": [{"output": "a"}, {"output": "b"}], "rewards": [0, 1]}
+    (folder / "scored.jsonl").write_text(json.dumps(scored) + "\n")
+
+
 @contextlib.contextmanager
 def baselines(folder: Path) -> Iterator[dict[str, str]]:
     """Other people's models, tiny, in folders by their names, and a judge's server."""
@@ -142,6 +153,7 @@ ELSEWHERE = ("vllm-serve", "vllm-client", "vllm-offline")
 # something open meanwhile and gives environment variables.
 FIXTURES: dict[str, Callable[[Path], Any]] = {
     "empty": empty,
+    "formats": formats,
     "baselines": baselines,
     "hub": hub,
     "library": library,

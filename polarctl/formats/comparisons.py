@@ -74,7 +74,7 @@ def read_trl(row: Mapping[str, Any], answer: Answer) -> Fields:
         text = need(row, "completion", (str, list))
         return answered(rest, asked, text, "output" if "label" in row else answer)
     chosen, rejected = (_answer_texts(row, name) for name in ("chosen", "rejected"))
-    rest = without(rest, "chosen", "rejected", *([asked_in] if asked_in else []))
+    rest = without(rest, "prompt", "chosen", "rejected", *([asked_in] if asked_in else []))
     if _many(chosen) or _many(rejected):
         if asked_in is None:
             raise RecordError("missing field `prompt`: several answers need an explicit one")
@@ -103,9 +103,8 @@ def read_trl(row: Mapping[str, Any], answer: Answer) -> Fields:
 
 def prompt_field(row: Mapping[str, Any]) -> str | None:
     """The name of the field that asks, in rows of preferences; None: it is implicit."""
-    return next(
-        (name for name in _ASKING if row.get(name) or name == "prompt" and name in row), None
-    )
+    found = next((name for name in _ASKING if row.get(name)), None)
+    return "prompt" if found is None and row.get("prompt") is not None else found
 
 
 def _answer_texts(row: Mapping[str, Any], name: str) -> Any:

@@ -1,6 +1,6 @@
 """Published preference data in the row forms of their data set cards.
 
-HelpSteer 2 and 3, PKU-SafeRLHF, Nectar, UltraFeedback, Chatbot Arena, PPE. Each reader turns a
+HelpSteer 2 and 3, PKU-SafeRLHF, Nectar, UltraFeedback, Chatbot Arena. Each reader turns a
 row's answers into candidates with labels; what it does not need stays in the record.
 """
 
@@ -138,7 +138,7 @@ def read_ultrafeedback(row: Mapping[str, Any], answer: Answer) -> Fields:
     return record_of(rest, need(row, "instruction", str), candidates=made)
 
 
-# -- Chatbot Arena, PPE --------------------------------------------------------------------------
+# -- Chatbot Arena --------------------------------------------------------------------------
 
 _ARENA_WINNERS = {"model_a": 1, "model_b": -1}
 
@@ -146,8 +146,12 @@ _ARENA_WINNERS = {"model_a": 1, "model_b": -1}
 def read_arena(row: Mapping[str, Any], answer: Answer) -> Fields:
     """A battle of two models: conversations, or a prompt and two responses; the winner.
 
+    PPE's human preferences have this form too.
+
     What both conversations begin with is the prompt; ties get the label 0.5 twice.
     """
+    if "response_1" in row:
+        return _read_battle(row)
     if "conversation_a" in row:
         talks = [_parsed(row, f"conversation_{x}") for x in "ab"]
         both = [turns_of({"conversation": t}, "conversation", "role", "content") for t in talks]
@@ -226,27 +230,12 @@ def _winner(row: Mapping[str, Any]) -> float:
     raise RecordError(f"field `winner`: unexpected {short(winner)}")
 
 
-def read_ppe(row: Mapping[str, Any], answer: Answer) -> Fields:
-    """PPE: `response_1` ... `response_K` with `scores`, or two of them with a `winner`."""
-    names = sorted(
-        (name for name in row if re.fullmatch(r"response_\d+", name)),
-        key=lambda name: int(name.rpartition("_")[2]),
+def _read_battle(row: Mapping[str, Any]) -> Fields:
+    """PPE's human preferences: two responses, their models, and the winner."""
+    fields = ("response_1", "response_2")
+    first, second = (
+        _named(need(row, field, str), row.get(f"model_{x}"))
+        for field, x in zip(fields, "ab", strict=True)
     )
-    texts = [need(row, name, str) for name in names]
-    asked = need(row, "prompt", str)
-    if "scores" not in row:
-        if len(texts) != 2:
-            raise RecordError(f"{len(texts)} responses and no `scores`")
-        first, second = (
-            _named(text, row.get(f"model_{x}")) for text, x in zip(texts, "ab", strict=True)
-        )
-        rest = without(row, "prompt", "model_a", "model_b", *names)
-        return compared(rest, asked, first, second, _winner(row))
-    scores = need(row, "scores", list)
-    if len(scores) != len(texts):
-        raise RecordError(f"{len(texts)} responses and {len(scores)} `scores`")
-    made = [
-        {"output": text, "label": int(score) if isinstance(score, bool) else number(score)}
-        for text, score in zip(texts, scores, strict=True)
-    ]
-    return record_of(without(row, "prompt", "scores", *names), asked, candidates=made)
+    rest = without(row, "prompt", "model_a", "model_b", *fields)
+    return compared(rest, need(row, "prompt", str), first, second, _winner(row))

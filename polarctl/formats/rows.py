@@ -12,6 +12,7 @@ from polarctl.errors import RecordError, UsageError
 from polarctl.formats.groups import Fields, group, shape_of, without
 
 Answer = Literal["reference", "output"]
+JOINED = "joined rows"  # the only field of a row that `--join` makes
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -195,6 +196,26 @@ def compares(record: Fields) -> bool:
     return shape_of(record) in ("triple", "group")
 
 
+def with_candidates(record: Fields) -> Fields:
+    """A record whose `candidates` may be texts, with `labels` beside them, as one of ours.
+
+    Raises:
+        RecordError: There are not as many labels as candidates.
+    """
+    texts = record.get("candidates")
+    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
+        return record
+    labels = record.get("labels")
+    if not isinstance(labels, list):
+        return {**record, "candidates": [{"output": text} for text in texts]}
+    if len(labels) != len(texts):
+        raise RecordError(f"{len(texts)} candidates and {len(labels)} `labels`")
+    made = [
+        {"output": text, "label": number(label)} for text, label in zip(texts, labels, strict=True)
+    ]
+    return {**without(record, "labels"), "candidates": made}
+
+
 def field_map(options: tuple[str, ...]) -> dict[str, str]:
     """`--map OURS=THEIRS` as `{ours: theirs}`.
 
@@ -225,19 +246,31 @@ def renamed(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     kept: dict[str, Any] = dict(row)
     moved = {}
     for ours, theirs in names.items():
-        path = [theirs] if theirs in row else theirs.split(".")
         try:
-            moved[ours] = _inner(row, path)
-        except (KeyError, IndexError, TypeError, ValueError):
+            moved[ours] = field_at(row, theirs)
+        except RecordError:
             raise RecordError(f"no field `{theirs}` to rename (--map {ours}={theirs})") from None
-        kept = _taken_out(kept, path)
+        kept = _taken_out(kept, _path(row, theirs))
     return {**moved, **without(kept, *moved)}
 
 
-def _inner(value: Any, path: list[str]) -> Any:
-    for step in path:
-        value = value[int(step)] if isinstance(value, list) else value[step]
+def field_at(row: Any, name: str) -> Any:
+    """A field by its name, or by a path: `a.b`, `a.0`. A field that is named so comes first.
+
+    Raises:
+        RecordError: There is none.
+    """
+    try:
+        value = row
+        for step in _path(row, name):
+            value = value[int(step)] if isinstance(value, list) else value[step]
+    except (KeyError, IndexError, TypeError, ValueError):
+        raise RecordError(f"no field `{name}`") from None
     return value
+
+
+def _path(row: Any, name: str) -> list[str]:
+    return [name] if name in row else name.split(".")
 
 
 def _taken_out(value: Any, path: list[str]) -> Any:

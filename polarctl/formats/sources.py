@@ -23,6 +23,7 @@ import orjson
 from polarctl import console
 from polarctl.errors import MissingError, RecordError, UsageError, need
 from polarctl.formats.parquet import require_pyarrow
+from polarctl.formats.rows import JOINED, field_at
 from polarctl.storage import read as reading
 from polarctl.storage.compression import open_bytes
 
@@ -66,13 +67,19 @@ class RowReader(reading.Reader):
     Attributes:
         subset: Configuration of a data set that has several.
         source_split: Split of a data set; None: its only one, else `train`.
+        join: Field by which neighbouring rows become one: `{JOINED: [row, row, ...]}`.
     """
 
     subset: str | None = None
     source_split: str | None = None
+    join: str | None = None
 
     def lines_of(self, path: str) -> Iterator[tuple[str, bytes]]:
         """(place, line) of every row of one input, whatever its kind."""
+        rows = self._rows_of(path)
+        return rows if self.join is None else _joined(rows, self.join)
+
+    def _rows_of(self, path: str) -> Iterator[tuple[str, bytes]]:
         if os.path.isdir(path) or not (path == "-" or os.path.exists(path)):
             return self._dataset(path)
         if os.path.isfile(path):
@@ -88,6 +95,41 @@ class RowReader(reading.Reader):
         data = open_dataset(path, self.subset, self.source_split)
         for number, row in enumerate(data, 1):
             yield f"{path}:{number}", _line(row, f"{path}:{number}")
+
+
+def _joined(rows: Iterable[tuple[str, bytes]], name: str) -> Iterator[tuple[str, bytes]]:
+    """Rows that follow each other with the same value of a field as one row, their places' first.
+
+    What is no object or lacks the field stays as it is, for whoever parses it to refuse.
+    """
+    lines: list[bytes] = []
+    place, last, size = "", None, 0
+
+    def whole() -> bytes:
+        return b'{"%s":[%s]}' % (JOINED.encode(), b",".join(lines))
+
+    for where, line in rows:
+        text = line.removeprefix(codecs.BOM_UTF8).strip()
+        try:
+            key = field_at(orjson.loads(text), name)
+        except (orjson.JSONDecodeError, RecordError):
+            if lines:
+                yield place, whole()
+                lines = []
+            yield where, line
+            continue
+        if lines and (key != last or size + len(text) > reading.MAX_LINE_BYTES - 100):
+            if key == last:
+                limit = reading.MAX_LINE_BYTES >> 20
+                raise RecordError(f"the rows to join are longer than {limit} MiB", where=place)
+            yield place, whole()
+            lines = []
+        if not lines:
+            place, size = where, 0
+        lines.append(text)
+        last, size = key, size + len(text) + 1
+    if lines:
+        yield place, whole()
 
 
 def _starts_array(path: str) -> bool:

@@ -9,12 +9,17 @@ from typing import Any
 from polarctl import console
 from polarctl.formats.groups import Fields, labelled, shape_of
 from polarctl.formats.unused import unused
+from polarctl.records import outputs_of
 
 # Rows; rows of the other part of a split; rows without two candidates to compare; triples whose
-# chosen text is the reference; rows whose candidates were left out; candidates without a label.
-FIXED = ("rows", "other_part", "no_pair", "equal_chosen", "left_out", "unlabelled")
+# chosen text is the reference; rows whose candidates were left out; candidates without a label;
+# groups with other labels than 1 and 0; rows whose messages became their text.
+FIXED = (
+    *("rows", "other_part", "no_pair", "equal_chosen"),
+    *("left_out", "unlabelled", "graded", "as_text"),
+)
 _COUNTED = ("format.", "read.", "unused.")
-_MOST_FIELDS = 64
+_MOST_NUMBERS = 100
 _SHOWN_FIELDS = 12
 _SHAPES = {
     "triple": "triples",
@@ -32,7 +37,7 @@ def resumed(counts: Mapping[str, Any]) -> Counter[str]:
 
 
 def count(
-    counts: Counter[str], record: Fields, name: str, *, written: bool, drops: bool, by_label: bool
+    counts: Counter[str], record: Fields, name: str, *, written: bool, to: str, by_label: bool
 ) -> None:
     """Count a record.
 
@@ -41,22 +46,27 @@ def count(
         record: As it was read.
         name: The format that it was read as.
         written: Whether it gave any row.
-        drops: Whether candidates are left out of what is written.
-        by_label: Whether candidates without a label are.
+        to: The format that is written.
+        by_label: Whether only the order of the labels is written, as pairs or ranks.
     """
     shape = shape_of(record)
     kind = "referenced" if shape == "prompt" and "reference" in record else shape
     counts[f"format.{name}"] += 1
     counts[f"read.{kind}"] += 1
     counts["no_pair"] += not written
-    if drops:
+    if to in ("prompts", "verl"):
         counts["left_out"] += shape != "prompt"
+    if to == "verl":
+        counts["as_text"] += isinstance(record.get("reference"), list)
+    elif to == "llama-factory":
+        texts = outputs_of(record) if shape != "prompt" else [record.get("reference")]
+        counts["as_text"] += any(isinstance(text, list) for text in texts)
     if by_label and shape == "group":
-        counts["unlabelled"] += len(record["candidates"]) - len(labelled(record))
-    known = sum(key.startswith("unused.") for key in counts)
+        known = labelled(record)
+        counts["unlabelled"] += len(record["candidates"]) - len(known)
+        counts["graded"] += not {one["label"] for one in known} <= {0, 1}
     for field in unused(record):
-        if f"unused.{field}" in counts or known < _MOST_FIELDS:
-            known += f"unused.{field}" not in counts
+        if f"unused.{field}" in counts or len(counts) < _MOST_NUMBERS:
             counts[f"unused.{field}"] += 1
 
 
@@ -73,6 +83,8 @@ def say(counts: Counter[str], records: int, to: str) -> None:
         ("no_pair", "rows have no candidates that differ enough to compare"),
         ("left_out", "rows had candidates, which are left out"),
         ("unlabelled", "candidates without a label are left out"),
+        ("as_text", "rows have answers as messages, of which the text is written"),
+        ("graded", "groups have grades, of which only the order is written"),
     ):
         if counts[key]:
             parts.append(f"{counts[key]:,} {text}")
@@ -84,7 +96,7 @@ def say(counts: Counter[str], records: int, to: str) -> None:
         names = list(fields)
         more = f" and {len(names) - _SHOWN_FIELDS} more" if len(names) > _SHOWN_FIELDS else ""
         shown = ", ".join(f"`{name}`" for name in names[:_SHOWN_FIELDS])
-        console.note(f"convert: kept, but read by no stage: {shown}{more}")
+        console.note(f"convert: left unused, but kept: {shown}{more}")
 
 
 def _named(counts: Counter[str], prefix: str) -> dict[str, int]:

@@ -17,7 +17,9 @@
     nectar           prompt, answers: [{answer, model, rank}]                   x
     ultrafeedback    instruction, completions: [{response, fine-grained_score}] x
     arena            conversation_a, conversation_b | response_a, ..., winner   x
-    ppe              prompt, response_1, ..., scores | winner                   x
+
+Benchmarks, only read: rewardbench (and the multilingual one), rewardbench2, rm-bench, judgebench,
+rewardmath, rmb, ppe; see `polarctl.formats.benchmarks`.
 
 `trl` also reads preferences whose prompt is named `question`, `input` and the like, with `system`
 before it, and `openai` its preference form (`input`, `preferred_output`, `non_preferred_output`).
@@ -32,9 +34,19 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from polarctl.errors import RecordError, UsageError
+from polarctl.formats.benchmarks import (
+    read_judgebench,
+    read_ppe,
+    read_rewardbench,
+    read_rewardbench2,
+    read_rewardmath,
+    read_rm_bench,
+    read_rmb,
+)
 from polarctl.formats.comparisons import (
     prompt_field,
     read_llama_factory,
@@ -52,10 +64,9 @@ from polarctl.formats.published import (
     read_helpsteer,
     read_nectar,
     read_pku,
-    read_ppe,
     read_ultrafeedback,
 )
-from polarctl.formats.rows import Answer, need, number, record_of
+from polarctl.formats.rows import Answer, need, record_of
 from polarctl.formats.tools import (
     read_llama_factory_v1,
     read_openai,
@@ -70,17 +81,8 @@ from polarctl.records import prompt_id
 
 
 def read_native(row: Mapping[str, Any], answer: Answer) -> Fields:
-    """Our own record as it is; `candidates` may be texts, with `labels` beside them."""
-    texts = row.get("candidates")
-    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
-        return dict(row)
-    made: list[Fields] = [{"output": text} for text in texts]
-    if "labels" in row:
-        labels = need(row, "labels", list)
-        if len(labels) != len(texts):
-            raise RecordError(f"{len(texts)} candidates and {len(labels)} `labels`")
-        made = [candidate(text, number(n)) for text, n in zip(texts, labels, strict=True)]
-    return {**without(row, "labels" if "labels" in row else ""), "candidates": made}
+    """Our own record as it is."""
+    return dict(row)
 
 
 def write_native(record: Fields) -> list[Fields]:
@@ -158,10 +160,23 @@ FORMATS: dict[str, Format] = {
         ],
     ),
     "pku-saferlhf": Format(read_pku, None, [("response_0", "response_1", "better_response_id")]),
-    "ppe": Format(
-        read_ppe,
+    "ppe": Format(read_ppe, None, [("prompt", "response_1", "scores")]),
+    "rewardbench": Format(
+        read_rewardbench,
         None,
-        [("prompt", "response_1", "scores"), ("prompt", "response_1", "response_2", "winner")],
+        [
+            (*_TWO, "chosen_model", "rejected_model", "subset"),
+            (*_TWO, "chosen_model", "rejected_model", "source", "language"),
+        ],
+    ),
+    "rewardbench2": Format(read_rewardbench2, None, [(*_TWO, "num_correct", "subset")]),
+    "rm-bench": Format(read_rm_bench, None),
+    "judgebench": Format(read_judgebench, None, [("response_A", "response_B", "label")]),
+    "rewardmath": Format(read_rewardmath, None, [("problem", "eval_solution", "solution_type")]),
+    "rmb": Format(
+        read_rmb,
+        None,
+        [("conversation_input", "chosen", "reject"), ("conversation_input", "bon_best")],
     ),
     "arena": Format(
         read_arena,
@@ -170,10 +185,19 @@ FORMATS: dict[str, Format] = {
             ("conversation_a", "conversation_b"),
             ("response_a", "response_b", "winner"),
             ("response_a", "response_b", "winner_model_a"),
+            ("prompt", "response_1", "response_2", "winner"),
         ],
     ),
     "nectar": Format(read_nectar, None, [("prompt", "answers", "num_responses")]),
     "verl": Format(read_verl, write_verl, [("prompt", "data_source", "reward_model")]),
+    "gsm8k-solutions": Format(read_gsm8k_solutions, None, [("question", "ground_truth")]),
+    "gsm8k": Format(read_gsm8k, None, [("question", "answer")]),
+    "native": Format(
+        read_native,
+        write_native,
+        [("prompt", "reference", *_TWO), ("prompt", "candidates"), ("prompt", "output")],
+    ),
+    "trl": Format(read_trl, write_trl, [_TWO, ("prompt", "completion")]),
     "ms-swift": Format(
         read_swift,
         None,
@@ -184,14 +208,6 @@ FORMATS: dict[str, Format] = {
             ("query", "response"),
         ],
     ),
-    "gsm8k-solutions": Format(read_gsm8k_solutions, None, [("question", "ground_truth")]),
-    "gsm8k": Format(read_gsm8k, None, [("question", "answer")]),
-    "native": Format(
-        read_native,
-        write_native,
-        [("prompt", "reference", *_TWO), ("prompt", "candidates"), ("prompt", "output")],
-    ),
-    "trl": Format(read_trl, write_trl, [_TWO, ("prompt", "completion")]),
     "openai": Format(
         read_openai, write_openai, [("preferred_output", "non_preferred_output"), ("messages",)]
     ),
@@ -204,16 +220,19 @@ def detect(row: Mapping[str, Any]) -> tuple[str, str]:
     Raises:
         RecordError: Nothing fits.
     """
+    name, signs = _format_of(frozenset(row))
+    if name is None:
+        raise RecordError("no known format", hint=f"--from with one of: {', '.join(readable())}")
+    return name, f"rows have {' and '.join(f'`{sign}`' for sign in signs)}{_asks(row, signs)}"
+
+
+@lru_cache(maxsize=1024)  # the rows of a file have few sets of fields
+def _format_of(fields: frozenset[str]) -> tuple[str | None, tuple[str, ...]]:
     for name, known in FORMATS.items():
         for signs in known.signs:
-            if all(sign in row for sign in signs):
-                return (
-                    name,
-                    f"rows have {' and '.join(f'`{sign}`' for sign in signs)}{_asks(row, signs)}",
-                )
-    if "prompt" in row:
-        return "native", "rows have `prompt`"
-    raise RecordError("no known format", hint=f"--from with one of: {', '.join(readable())}")
+            if fields.issuperset(signs):
+                return name, signs
+    return ("native", ("prompt",)) if "prompt" in fields else (None, ())
 
 
 def _asks(row: Mapping[str, Any], signs: tuple[str, ...]) -> str:

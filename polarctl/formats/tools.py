@@ -89,6 +89,10 @@ def _swift_turns(row: Mapping[str, Any]) -> tuple[list[Fields], Fields]:
     if "messages" in row:
         return turns_of(row, "messages", "role", "content"), without(row, "messages")
     turns: list[Fields] = []
+    talk = row.get("conversation")
+    if isinstance(talk, list) and talk and isinstance(talk[0], dict) and "role" in talk[0]:
+        turns = turns_of(row, "conversation", "role", "content")
+        return with_system(turns, row.get("system")), without(row, "system", "conversation")
     if "conversation" in row:
         rounds = [
             (turn.get("human"), turn.get("assistant")) if isinstance(turn, dict) else (None, None)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import msgspec
 
 from polarctl.errors import RecordError
-from polarctl.formats.groups import SCHEMA_OF, Fields, shape_of
+from polarctl.formats.groups import SCHEMA_OF, Fields, Shape, shape_of
 
 # `response`, `response_1`, `response_a`, `completions`, `chosen_response`, `conversation_a`, ...
 _ANSWER = re.compile(
@@ -18,21 +19,33 @@ _ANSWER = re.compile(
     r"(?:answer|response|completion|output|generation|candidate|conversation|reply|chosen|rejected"
     r"|preferred|trajectory)(?:s|_messages?|_text)?_?(?:\d+|[a-f])?"
 )
+_RIVAL = re.compile(r"chosen|rejected|preferred|non_preferred|better|worse")
 # One of these may be the known result beside a reference, which verifiers read.
 _RESULT = re.compile(r"answers?|solutions?|ground_truth|target|gold")
 
 
 def unused(record: Mapping[str, Any]) -> list[str]:
     """The fields that no stage reads: those that the schema of the record's shape has not."""
-    known = {field.encode_name for field in msgspec.structs.fields(SCHEMA_OF[shape_of(record)])}
+    known = _known(shape_of(record))
     return [name for name in record if name not in known]
 
 
+@cache
+def _known(shape: Shape) -> frozenset[str]:
+    return frozenset(field.encode_name for field in msgspec.structs.fields(SCHEMA_OF[shape]))
+
+
 def refuse_answers(record: Fields) -> None:
-    """Raise RecordError for a record without a candidate that leaves answers in unknown fields."""
-    if shape_of(record) != "prompt":
+    """Raise RecordError for a record that leaves answers in fields that no stage reads.
+
+    That is one without a candidate, or with a single one and its rival in such a field.
+    """
+    shape = shape_of(record)
+    if shape not in ("prompt", "single"):
         return
     found = [name for name in unused(record) if _is_answer(name, record)]
+    if shape == "single":
+        found = [name for name in found if _RIVAL.match(name.lower())]
     if not found:
         return
     named = ", ".join(f"`{name}`" for name in found[:4]) + (", ..." if len(found) > 4 else "")
@@ -57,6 +70,8 @@ def _hint(record: Fields, found: list[str]) -> str:
     if len(found) > 1:
         return f"--map chosen={found[0]} --map rejected={found[1]}, if these are; {leave}"
     name = found[0]
+    if "output" in record:
+        return f"--map chosen=output --map rejected={name} makes a pair; {leave}"
     if isinstance(record[name], list):
         return f"--map candidates={name} reads a list of texts; {leave}"
     if "reference" in record:

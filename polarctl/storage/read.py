@@ -31,6 +31,7 @@ MAX_LINE_BYTES = 64 << 20
 MAX_WINDOW_BYTES = 64 << 20
 MAX_DEPTH = 128  # orjson writes 254 levels, and what a stage writes wraps a record into some more
 _DEEP = f"nested deeper than {MAX_DEPTH} levels"
+_CONVERT = "`polarctl convert` reads it"
 STDIN = "<stdin>"  # in messages; a file of this name is a copy of it
 
 _KEY, _ESCAPED = re.compile(rb'"[ \t\r\n]*:'), re.compile(rb'\\"[ \t\r\n]*:')
@@ -266,6 +267,8 @@ def decode(line: bytes, where: str, kind: str | Callable[[dict[str, Any]], str] 
         fields = orjson.loads(line.removeprefix(codecs.BOM_UTF8))
     except orjson.JSONDecodeError as error:
         raise RecordError(_problem(line, error), where=where) from None
+    if isinstance(fields, list) and all(isinstance(entry, dict) for entry in fields):
+        raise RecordError(f"one JSON array, not one object a line: {_CONVERT}", where=where)
     if not isinstance(fields, dict):
         raise RecordError("not a JSON object", where=where)
     try:
@@ -351,6 +354,10 @@ def _refuse_encoding(first: bytes, name: str) -> None:
 
 
 def _problem(line: bytes, error: orjson.JSONDecodeError) -> str:
+    if line.lstrip(codecs.BOM_UTF8).strip() == b"[":
+        return f"one JSON array, not one object a line: {_CONVERT}"
+    if line.startswith(b"PAR1"):
+        return f"a Parquet file: {_CONVERT}"
     try:
         line.decode()
     except UnicodeDecodeError as wrong:

@@ -328,6 +328,7 @@ CONVERT: dict[str, Case | Seen] = {
     "by": Seen("stages/test_convert.py", '"--by", "reward", "--min-margin", "1"'),
     "min_margin": Seen("stages/test_convert.py", '"--by", "reward", "--min-margin", "1"'),
     "best_of_n": add(CONVERT_BASE, "--best-of-n"),
+    "join": Seen("stages/test_convert.py", '"--join", "prompt"'),
     "subset": Seen("formats/test_sources.py", '"--subset", "two"'),
     "source_split": Seen("formats/test_sources.py", '"--source-split", "test"'),
 }
@@ -493,6 +494,7 @@ REFUSED = {
                 "from_format": "--from trl",
                 "by": "--by reward",
                 "best_of_n": "--best-of-n",
+                "join": "--join id",
                 "subset": "--subset a",
                 "source_split": "--source-split a",
                 "map": "--map a=b",

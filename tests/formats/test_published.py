@@ -243,22 +243,8 @@ SHAPES = {
             "winner_tie": "0",
         },
     ),
-    "ppe best of k": (
-        "ppe",
-        {"question_id": "1", "prompt": "Q", "response_1": "a", "response_2": "b"}
-        | {"response_10": "c", "scores": [True, False, True]},
-        {
-            "prompt": "Q",
-            "candidates": [
-                {"output": "a", "label": 1},
-                {"output": "b", "label": 0},
-                {"output": "c", "label": 1},
-            ],
-            "question_id": "1",
-        },
-    ),
     "ppe human preference": (
-        "ppe",
+        "arena",
         {"prompt": "Q", "response_1": "a", "response_2": "b", "winner": "model_a"}
         | {"model_a": "m1", "model_b": "m2"},
         {
@@ -329,6 +315,20 @@ SHAPES = {
                 {"output": [said("b")], "label": 0},
             ],
         },
+    ),
+    "pair whose export has empty columns": (
+        "trl",
+        {"prompt": None, "input": "Q", "chosen": "a", "rejected": "b", "conversation": []},
+        {
+            "prompt": "Q",
+            "candidates": [{"output": "a", "label": 1}, {"output": "b", "label": 0}],
+            "conversation": [],
+        },
+    ),
+    "chat log": (
+        "ms-swift",
+        {"conversation_id": "x", "conversation": [user("Q"), said("A")], "model": "m"},
+        {"prompt": [user("Q")], "reference": [said("A")], "conversation_id": "x", "model": "m"},
     ),
     "openai preference": (
         "openai",
@@ -513,6 +513,11 @@ LEFT = [
     ({"prompt": "Q", "chosen-response": "a", "rejected-response": "b"}, "`chosen-r", "--map"),
     ({"prompt": "Q", "answer": "42"}, "`answer` looks like an answer", "--map reference=answer"),
     ({"messages": [user("Q")], "completion": "a"}, "`completion`", "--map"),
+    (
+        {"prompt": "Q", "output": "a", "rejected_response": "b"},
+        "`rejected_response`",
+        "--map chosen=output",
+    ),
 ]
 
 
@@ -558,8 +563,11 @@ BROKEN = [
         {"conversation_a": [user("P")], "conversation_b": [user("Q")], "winner": "tie"},
         "share no beginning",
     ),
-    ("ppe", {"prompt": "Q", "response_1": "a", "scores": [True, False]}, "1 responses and 2"),
-    ("ppe", {"prompt": "Q", "response_1": "a"}, "no `scores`"),
+    (
+        "arena",
+        {"prompt": "Q", "response_1": "a", "winner": "model_a"},
+        "missing field `response_2`",
+    ),
     ("openai", {"preferred_output": [said("a")], "input": "Q"}, "field `input`"),
     ("ms-swift", {"messages": [user("Q")], "rejected_response": "b"}, "without a chosen one"),
     (
@@ -574,7 +582,6 @@ BROKEN = [
         "share no beginning",
     ),
     ("verl", {"prompt": "Q", "reward_model": {"ground_truth": {"a": 1}}}, "ground_truth"),
-    ("native", {"prompt": "Q", "candidates": ["a"], "labels": [1, 0]}, "1 candidates and 2"),
     ("trl", {"chosen": "\n\nHuman: Q\n\nAssistant: a", "rejected": "\n\nHuman: Q"}, "does not end"),
     ("trl", {"chosen": ["a"], "rejected": ["b"]}, "missing field `prompt`"),
 ]
@@ -584,6 +591,18 @@ BROKEN = [
 def test_a_broken_row_says_what_it_lacks(name, row, message):
     with pytest.raises(RecordError, match=message):
         check(FORMATS[name].read(row, "reference"), Candidate)
+
+
+def test_texts_as_candidates_have_a_label_each_or_none():
+    with pytest.raises(RecordError, match="1 candidates and 2 `labels`"):
+        auto({"prompt": "Q", "candidates": ["a"], "labels": [1, 0]})
+    # Whatever the other fields are: here the row of a curated UltraFeedback.
+    row = {"instruction": "Q", "generations": ["a", "b"], "ratings": ["4", "2.5"]}
+    record, name = auto(row, map=("candidates=generations", "labels=ratings"))
+    assert (name, record) == (
+        "llama-factory",
+        {"prompt": "Q", "candidates": [{"output": "a", "label": 4}, {"output": "b", "label": 2.5}]},
+    )
 
 
 def test_our_rows_come_back_from_verl_whole():

@@ -201,7 +201,7 @@ def test_it_says_what_the_rows_were_and_what_nothing_reads(capfd):
     err = capfd.readouterr().err
     assert "format: trl (rows have `chosen` and `rejected`; `question` is the prompt)" in err
     assert "3 rows gave 3 records; read as trl: 2 groups of candidates, 1 candidates" in err
-    assert "kept, but read by no stage: `n`, `from`" in err
+    assert "left unused, but kept: `n`, `from`" in err
     counts = json.load(open("out.jsonl.manifest.json"))["counts"]
     assert (counts["unused.n"], counts["read.group"], counts["read.single"]) == (2, 2, 1)
     assert [record["prompt"] for record in get("out.jsonl")[:2]] == [
@@ -214,6 +214,18 @@ def test_what_is_left_out_is_said(capfd):
     put("in.jsonl", unlabelled)
     assert cli.run(["convert", "in.jsonl", "--to", "trl"]) == 0
     assert "; 1 candidates without a label are left out" in capfd.readouterr().err
+    put(
+        "in.jsonl",
+        {**GROUP, "candidates": [{"output": w, "label": n} for n, w in enumerate("abc")]},
+    )
+    for target in ("trl", "nemo", "triples"):
+        assert cli.run(["convert", "in.jsonl", "--to", target]) == 0
+        assert "; 1 groups have grades, of which only the order" in capfd.readouterr().err
+    talk = [{"role": "assistant", "content": "a"}]
+    put("in.jsonl", {**PREFERENCE, "chosen": talk, "reference": talk, "rejected": "b"})
+    for target in ("llama-factory", "verl"):
+        assert cli.run(["convert", "in.jsonl", "--to", target, "--from", "native"]) == 0
+        assert "; 1 rows have answers as messages" in capfd.readouterr().err
     for target in ("prompts", "verl"):
         assert cli.run(["convert", "in.jsonl", "--to", target]) == 0
         assert "; 1 rows had candidates, which are left out" in capfd.readouterr().err
@@ -358,3 +370,70 @@ def test_pairs_that_do_not_differ_enough_are_counted(capfd):
     assert cli.run(["convert", "in.jsonl", *options]) == 0
     assert "1 rows have no candidates that differ enough" in capfd.readouterr().err
     assert len(get("out.jsonl")) == 1
+
+
+# -- neighbouring rows -----------------------------------------------------------------------------
+
+
+def test_neighbouring_rows_of_one_prompt_become_a_group(capfd):
+    rating = {"prompt": "Q", "response": "a", "helpfulness": 3, "verbosity": 1}
+    put(
+        "ratings.jsonl",
+        rating,
+        {**rating, "response": "b", "helpfulness": 1},
+        {**rating, "prompt": "P", "response": "c"},
+        {**rating, "response": "d"},  # the same prompt, but no neighbour
+    )
+    assert cli.run(["convert", "ratings.jsonl", "--join", "prompt", "-o", "out.jsonl"]) == 0
+    assert "3 rows gave 3 records; read as helpsteer: groups" in capfd.readouterr().err
+    first, second, third = get("out.jsonl")
+    assert first == {
+        "prompt": "Q",
+        "verbosity": 1,
+        "candidates": [{"output": "a", "label": 3}, {"output": "b", "label": 1}],
+    }
+    assert [len(record["candidates"]) for record in (second, third)] == [1, 1]
+    assert cli.run(["convert", "ratings.jsonl", "--join", "prompt", "--limit", "1"]) == 0
+    assert json.loads(capfd.readouterr().out) == first
+
+
+def test_rollouts_become_pairs_by_their_rewards():
+    rows = [
+        {"prompt": p, "reference": "R", "id": p, "output": f"{p}{s}", "policy": "me"}
+        | {"sample": s, "step": 1, "reward": reward}
+        for p in "QP"
+        for s, reward in enumerate([0.5, -1.0, 2.0])
+    ]
+    put("rollouts.jsonl", *rows)
+    options = ["--join", "id", "--by", "reward", "--to", "trl", "-o", "dpo.jsonl"]
+    assert cli.run(["convert", "rollouts.jsonl", *options]) == 0
+    assert get("dpo.jsonl")[1] == {
+        "prompt": "P",
+        "reference": "R",
+        "chosen": "P2",
+        "rejected": "P1",
+        "policy": "me",
+        "rejected_policy": "me",
+        "score_chosen": 2.0,
+        "score_rejected": -1.0,
+        "id": "P",
+        "step": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("rows", "status", "message"),
+    [
+        ([{"prompt": "Q", "output": "a"}], 3, "in.jsonl:1: no field `key` (--join key)"),
+        ([{"prompt": "Q", "reference": "a", "key": 1}], 3, "has no single answer"),
+        (
+            [{"prompt": p, "output": "a", "key": 1} for p in "QP"],
+            3,
+            "in.jsonl:1: rows to join differ in their `prompt`",
+        ),
+        ([[1]], 3, "in.jsonl:1: not a JSON object"),
+    ],
+)
+def test_rows_that_cannot_be_joined_are_refused(rows, status, message, capfd):
+    assert cli.run(["convert", put("in.jsonl", *rows), "--join", "key"]) == status
+    assert message in capfd.readouterr().err

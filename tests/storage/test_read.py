@@ -421,3 +421,15 @@ def test_rows_that_are_passed_over_are_not_parsed_again(tmp_path):
 
 def test_every_error_of_this_module_is_one_of_ours():
     assert issubclass(RecordError, PolarctlError) and issubclass(UsageError, PolarctlError)
+
+
+def test_files_that_are_not_json_lines_name_the_command_that_reads_them(tmp_path):
+    path = tmp_path / "rows"
+    for data, kind in (
+        (b'[\n {"prompt": "Q"}\n]', "one JSON array"),
+        (b'\xef\xbb\xbf[{"prompt": "Q"}]', "one JSON array"),
+        (b"PAR1\x15\x04\x15", "a Parquet file"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(RecordError, match=f"rows:1: {kind}.* `polarctl convert` reads it"):
+            list(Reader([str(path)], None))
