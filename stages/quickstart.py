@@ -49,11 +49,11 @@ def run(config: Config) -> None:
     import shutil
 
     from polarctl import console
-    from polarctl.rl import grpo
+    from polarctl.rl import trainer
     from polarctl.storage import replace, run_folder
     from polarctl.storage.write import stdout
 
-    grpo.require()
+    trainer.require()
     target = Path(config.output)
     replace.check_unused(target, {}, [config.config] if config.config else [])
     if config.dry_run:
