@@ -16,6 +16,7 @@ polarctl rft prompts.jsonl -m models/policy --reward-model runs/rm -o runs/bette
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,16 +178,17 @@ def run(config: Config) -> None:
     )
     # Nothing is written by it here: it knows what the policy can read.
     writer = Writer(policy, device="cpu", dtype=None, batch_size=1)
-    checker = registry.Checker(config)
-    verify = verifier(writer, checker, config.method)
-    paths = windows.inputs_of("rft", config)
-    if config.dry_run:
-        windows.dry_run("rft", config, paths, "prompt", verify=verify)
-        return
-    files = registry.sources_of(config)
-    with run_folder.opened("rft", config, paths, sources=_SOURCES, free=_FREE, files=files) as run:
-        if run is not None:
-            _train(config, run, writer, checker, verify)
+    paths, files = windows.inputs_of("rft", config), registry.sources_of(config)
+    with contextlib.closing(registry.Checker(config)) as checker:
+        verify = verifier(writer, checker, config.method)
+        if config.dry_run:
+            windows.dry_run("rft", config, paths, "prompt", verify=verify)
+            return
+        with run_folder.opened(
+            "rft", config, paths, sources=_SOURCES, free=_FREE, files=files
+        ) as run:
+            if run is not None:
+                _train(config, run, writer, checker, verify)
 
 
 def check_method(config: Config) -> None:

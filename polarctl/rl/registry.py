@@ -297,6 +297,12 @@ class Rewards:
                 raise PolarctlError(f"{where}: {error}", hint=error.hint) from None
         return result
 
+    def served(self) -> dict[str, Any]:
+        """What tells the model of a server from another, for a run's identity."""
+        polar = self.parts.get("polar")
+        served = getattr(polar.reward.scorer, "served", None) if isinstance(polar, _Polar) else None
+        return served() if served is not None else {}
+
     def close(self) -> None:
         """Give back what the rewards hold, and say what there is to say of them."""
         for part in self.parts.values():
@@ -420,14 +426,18 @@ class Checker:
                 hint="the field that a verifier looks at, such as `answer`",
             )
 
-    def finish(self) -> None:
-        """End the verifiers.
-
-        Raises:
-            UsageError: One of them applied to no record at all.
-        """
+    def close(self) -> None:
+        """End the verifiers."""
         for verifier in self.verifiers.values():
             verifier.close()
+
+    def finish(self) -> None:
+        """All records were looked at.
+
+        Raises:
+            UsageError: A verifier applied to none of them.
+        """
+        self.close()
         unused = [name for name in self.verifiers if name not in self.used]
         if unused:
             raise UsageError(

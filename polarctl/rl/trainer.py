@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +61,28 @@ def train(job: PolicyRun) -> dict[str, Any] | None:
     dtype = devices.dtype_of(job.config.dtype, place)
     if job.config.deepspeed is not None:
         zero.ready_for_a_trainer(cpu=place == "cpu")
-    reward = None
-    if job.samples:
-        reward = registry.open_rewards(
-            job.config,
-            device=place,
-            dtype=str(dtype).removeprefix("torch."),
-            thinking_opened=job.thinking_opened,
-        )
+    with ExitStack() as held:
+        reward = None
+        if job.samples:
+            reward = registry.open_rewards(
+                job.config,
+                device=place,
+                dtype=str(dtype).removeprefix("torch."),
+                thinking_opened=job.thinking_opened,
+            )
+            held.callback(reward.close)
+            known = job.run.identity | reward.served()
+            job = replace(job, run=replace(job.run, identity=known))
+        if job.check is not None:
+            held.callback(job.check.verifier.close)
+        trainer = _trained(job, place, dtype, reward)
+    if job.check is not None:
+        job.check.restore(trainer)
+    return _finish(job, trainer)
+
+
+def _trained(job: PolicyRun, place: str, dtype: Any, reward: registry.Rewards | None) -> Any:
+    """The trainer after its last step."""
     recorder = Recorder(job)
     trainer = _trainer(job, place, dtype, reward, recorder)
     recorder.trainer = trainer
@@ -93,12 +108,7 @@ def train(job: PolicyRun) -> dict[str, Any] | None:
             raise
     if trainer.state.global_step < job.steps and not recorder.early:
         raise stopping.stopped(recorder.stopped_by, trainer.state.global_step, job.steps)
-    if reward is not None:
-        reward.close()
-    if job.check is not None:
-        job.check.verifier.close()
-        job.check.restore(trainer)
-    return _finish(job, trainer)
+    return trainer
 
 
 def _device(name: str) -> str:
