@@ -162,18 +162,17 @@ RFT_BASE = (
     "rft prompts.jsonl -m lm --reward-model rm -o made --device cpu --max-steps 1 --batch-size 4 "
     "--num-generations 2 --max-new-tokens 4 --lr 1e-3 -q"
 )
-RFT_TWO = RFT_BASE + " --reward polar --reward length:9"
 RFT_PROGRAM = RFT_BASE.replace(" --reward-model rm", "") + " --reward 'command:sleep 0.5'"
 RFT_REWARDS: dict[str, Case | Seen] = {
     "reward": add(RFT_BASE, "--reward polar --reward length:9"),
     "reward_model": swap(RFT_BASE, "--reward-model rm", "--reward-model other-rm"),
-    "combine": add(RFT_TWO, "--combine zsum"),
-    "reward_weights": add(RFT_TWO, "--reward-weights 1 --reward-weights 2"),
-    "overlong_buffer": add(RFT_BASE, "--overlong-buffer 3"),
+    "combine": Seen("rl/test_rft_rewards.py", "--combine zsum"),
+    "reward_weights": Seen("rl/test_rft_rewards.py", "--reward-weights 0.5"),
+    "overlong_buffer": Seen("rl/test_rft_rewards.py", "--overlong-buffer 4"),
     "verifier_timeout": add(RFT_PROGRAM, "--verifier-timeout 0.1", "more than 0.1 s"),
     "verifier_memory": Seen("verifiers/test_programs.py", "memory_gib=0.5"),
     "check": add(RFT_BASE, "--check exact"),
-    "check_prompts": add(RFT_BASE + " --check exact", "--check-prompts more-prompts.jsonl"),
+    "check_prompts": Seen("rl/test_rft_check.py", '"--check-prompts", str(held)'),
     "check_steps": Seen("rl/test_rft_check.py", '"--check-steps", "3"'),
     "patience": Seen("rl/test_rft_check.py", '"--patience", "3"'),
     "server": Seen("rl/test_rft_rewards.py", '"--server", server.url'),
