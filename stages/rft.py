@@ -16,6 +16,7 @@ polarctl rft prompts.jsonl -m models/policy --reward-model runs/rm -o runs/bette
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +24,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from polarctl.config import Common, Device, Dtype, Needs
+from polarctl.config import Device, Dtype, Needs
+from polarctl.rl.options import RewardConfig
 
 if TYPE_CHECKING:
     from polarctl.policies.writer import Writer
     from polarctl.records import Record
+    from polarctl.rl.registry import Checker
     from polarctl.storage.run_folder import Run
 
 _FREE = frozenset({"save_steps", "micro_batch_size", "device", "gpus", "nnodes"})
@@ -35,7 +38,7 @@ _SOURCES = ("model", "reward_model")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Common):
+class Config(RewardConfig):
     """Options of `polarctl rft`."""
 
     ABSENT = frozenset({"manifest"})  # it marks the folder as complete
@@ -44,19 +47,21 @@ class Config(Common):
         Needs("loss_type", lambda c: c.method == "grpo", "--method grpo"),
         Needs("kl_coef", lambda c: c.method in ("grpo", "rloo"), "--method grpo and rloo"),
         Needs(
-            "reward_model normalize strip_thinking reward_floor batch_tokens temperature top_p "
-            "max_new_tokens rollouts",
+            "reward reward_model server overlong_buffer normalize reward_floor batch_tokens "
+            "rollouts",
             lambda c: c.method != "sft",
             "methods with rollouts: --method sft writes and scores none",
+        ),
+        Needs(
+            "strip_thinking temperature top_p max_new_tokens",
+            lambda c: c.method != "sft" or c.check is not None,
+            "methods with rollouts, or --check: --method sft writes nothing else",
         ),
         Needs("lora_alpha", lambda c: c.lora_rank or c.preset == "laptop", "a run with LoRA"),
         Needs("vllm_server", lambda c: c.rollouts == "vllm-server", "--rollouts vllm-server"),
     ]
 
     model: Annotated[str, typer.Option("--model", "-m", help="Policy: a folder or a Hub id.")]
-    reward_model: Annotated[
-        str | None, typer.Option(help="Reward model: a folder or a Hub id.")
-    ] = None
     num_generations: Annotated[
         int, typer.Option(min=2, help="Rollouts of one prompt, compared with each other.")
     ] = 8
@@ -154,7 +159,7 @@ def run(config: Config) -> None:
     devices.show_one_gpu(config.device)  # before torch is imported by any of the others
     from polarctl.policies.pool import Policy, Sampling
     from polarctl.policies.writer import Writer
-    from polarctl.rl import presets, trainer
+    from polarctl.rl import presets, registry, trainer
     from polarctl.rl.callback import check_shape
     from polarctl.scoring.reward_function import normalise
     from polarctl.storage import run_folder, windows
@@ -165,6 +170,7 @@ def run(config: Config) -> None:
     normalise([], config.normalize)
     floor_of(config.reward_floor, None)
     check_shape(config)
+    registry.check_names(config)
     devices.quiet_libraries()
     name = Path(config.model).resolve().name if Path(config.model).is_dir() else config.model
     policy = Policy(
@@ -172,25 +178,23 @@ def run(config: Config) -> None:
     )
     # Nothing is written by it here: it knows what the policy can read.
     writer = Writer(policy, device="cpu", dtype=None, batch_size=1)
-    verify = verifier(writer, config.method)
-    paths = windows.inputs_of("rft", config)
-    if config.dry_run:
-        windows.dry_run("rft", config, paths, "prompt", verify=verify)
-        return
-    with run_folder.opened("rft", config, paths, sources=_SOURCES, free=_FREE) as run:
-        if run is not None:
-            _train(config, run, writer, verify)
+    paths, files = windows.inputs_of("rft", config), registry.sources_of(config)
+    with contextlib.closing(registry.Checker(config)) as checker:
+        verify = verifier(writer, checker, config.method)
+        if config.dry_run:
+            windows.dry_run("rft", config, paths, "prompt", verify=verify)
+            return
+        with run_folder.opened(
+            "rft", config, paths, sources=_SOURCES, free=_FREE, files=files
+        ) as run:
+            if run is not None:
+                _train(config, run, writer, checker, verify)
 
 
 def check_method(config: Config) -> None:
     """Raise UsageError for a method without what it needs, or with what it cannot use."""
     from polarctl.errors import UsageError
 
-    if config.method != "sft" and config.reward_model is None:
-        raise UsageError(
-            f"`--method {config.method}` needs `--reward-model`",
-            hint="--method sft learns from the references alone",
-        )
     if config.rollouts == "vllm-server" and config.vllm_server is None:
         raise UsageError(
             "`--rollouts vllm-server` needs `--vllm-server URL`",
@@ -200,21 +204,21 @@ def check_method(config: Config) -> None:
         raise UsageError("`float16` does not train with ZeRO", hint="--dtype bfloat16 or float32")
 
 
-def verifier(writer: Writer, method: str = "grpo") -> Callable[[Record], None]:
-    """A check that a record has a reference and that the policy can read and answer its prompt.
+def verifier(
+    writer: Writer, rewards: Callable[[Record], None], method: str = "grpo"
+) -> Callable[[Record], None]:
+    """A check that a record can be rewarded and that the policy can read and answer its prompt.
 
     Args:
         writer: Knows what the policy can read.
+        rewards: Raises RecordError for a record that cannot be rewarded.
         method: For `sft` the reference is the answer.
     """
     from polarctl.errors import RecordError
     from polarctl.model.template import content_text
 
     def verify(record: Record) -> None:
-        if "reference" not in record:
-            raise RecordError(
-                "missing field `reference`", hint="the POLAR reward compares with a reference"
-            )
+        rewards(record)
         (ids,) = writer.encode([record["prompt"]])
         if not isinstance(ids, list):
             raise RecordError(ids.reason)
@@ -236,7 +240,7 @@ def row_of(record: Record, chat: bool) -> dict[str, Any]:
     """A prompt as the trainer takes it: `prompt` (messages or text), `reference`, `wrapper`.
 
     Args:
-        record: A prompt with a reference.
+        record: A prompt; POLAR needs its reference.
         chat: The policy has a chat template. Without, messages are reduced to their text.
     """
     from polarctl.model.template import content_text
@@ -250,21 +254,29 @@ def row_of(record: Record, chat: bool) -> dict[str, Any]:
         prompt = [{"role": m["role"], "content": content_text([m])} for m in prompt]
     return {
         "prompt": prompt,
-        "reference": record["reference"],
+        "reference": record.get("reference"),
         "wrapper": record.get("wrapper", "sft" if chat else "pretrain"),
     }
 
 
-def _train(config: Config, run: Run, writer: Writer, verify: Callable[[Record], None]) -> None:
+def _train(
+    config: Config,
+    run: Run,
+    writer: Writer,
+    checker: Checker,
+    verify: Callable[[Record], None],
+) -> None:
     from polarctl.storage.rejects import read_all, rejects_of
 
     with rejects_of(run, config) as rejects:
-        _improve(config, read_all(run, config, "prompt", verify, rejects), writer)
+        run = read_all(run, config, "prompt", verify, rejects)
+        checker.finish()
+        _improve(config, run, writer)
 
 
 def _improve(config: Config, run: Run, writer: Writer) -> None:
     from polarctl import console
-    from polarctl.rl import trainer
+    from polarctl.rl import check, trainer
     from polarctl.rl.callback import PolicyRun
 
     chat = writer.chat
@@ -273,6 +285,8 @@ def _improve(config: Config, run: Run, writer: Writer) -> None:
         "chat" if chat else "text",
         f"the policy's tokenizer has {'a' if chat else 'no'} chat template",
     )
+    opened = chat and _opens_thinking(writer, run.records[0]["prompt"])
+    run, watch = check.prepared(config, run, writer, lambda own: verifier(writer, own), opened)
     rows = [row_of(record, chat) for record in run.records]
     job = PolicyRun(
         config=config,
@@ -280,7 +294,8 @@ def _improve(config: Config, run: Run, writer: Writer) -> None:
         rows=rows,
         policy=writer.policy,
         tokenizer=writer.tokenizer,
-        thinking_opened=chat and _opens_thinking(writer, rows[0]["prompt"]),
+        thinking_opened=opened,
+        check=watch,
     )
     counts = trainer.train(job)
     if counts is not None:

@@ -43,7 +43,7 @@ class BestOfN(trl.GRPOTrainer):
         batch = super()._generate_and_score_completions(inputs)
         taken = best_of(
             list(self._logs["advantages"]),
-            list(self._logs["extra"]["polar_floored"]),
+            list(self._logs["extra"]["floored"]),
             self.num_generations,
         )
         # What the records show: 1 for a rollout that is learned from, else 0.

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import orjson
@@ -135,6 +137,7 @@ def opened(
     *,
     sources: tuple[str, ...],
     free: frozenset[str],
+    files: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[Run | None]:
     """The output folder, held alone: a run to be done and finished, or None when it is complete.
 
@@ -146,6 +149,7 @@ def opened(
         paths: The inputs.
         sources: Options that name a model or a tokenizer; their contents count.
         free: Options that may differ at a resume: where and how often, not what.
+        files: Further files and model folders whose contents count, by a name for each.
 
     Raises:
         UsageError: The folder is taken, or a resume does not fit.
@@ -158,7 +162,7 @@ def opened(
         if rank.is_first():
             check_paths(dataclasses.replace(config, output="-"), paths)
             held.enter_context(locked(folder))
-        identity = _identity(stage, config, paths, sources, free)
+        identity = _identity(stage, config, paths, sources, free, files)
         done = (folder / replace.MANIFEST).exists()
         place = folder
         if done and config.force:
@@ -198,11 +202,19 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _identity(
-    stage: str, config: Common, paths: list[str], names: tuple[str, ...], free: frozenset[str]
+    stage: str,
+    config: Common,
+    paths: list[str],
+    names: tuple[str, ...],
+    free: frozenset[str],
+    files: Mapping[str, str],
 ) -> dict[str, Any]:
     sources = {
         name: manifest.folder_identity(path) for name in names if (path := getattr(config, name))
     }
+    for name, path in files.items():
+        of = manifest.file_identity if Path(path).is_file() else manifest.folder_identity
+        sources[name] = of(path)
     plain = header(stage, config, read.sizes(paths), sources)
     dropped = free | set(names)
     kept = {key: value for key, value in plain.items() if key not in dropped or key in sources}
@@ -302,6 +314,14 @@ def _prepare(place: Path, folder: Path, config: Common, identity: dict[str, Any]
         shutil.rmtree(place, ignore_errors=True)
     # It was complete but for the exchange: its last steps are done again.
     (place / replace.MANIFEST).unlink(missing_ok=True)
+
+
+def first_lines(path: Path, count: int) -> list[dict[str, Any]]:
+    """The first records of a file of lines, as many as there are up to `count`."""
+    if not count or not path.exists():
+        return []
+    with open(path, "rb") as stream:
+        return [orjson.loads(line) for line in itertools.islice(stream, count)]
 
 
 def keep_lines(path: Path, count: int) -> bytes:

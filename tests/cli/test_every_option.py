@@ -162,7 +162,29 @@ RFT_BASE = (
     "rft prompts.jsonl -m lm --reward-model rm -o made --device cpu --max-steps 1 --batch-size 4 "
     "--num-generations 2 --max-new-tokens 4 --lr 1e-3 -q"
 )
+RFT_TWO = RFT_BASE + " --reward polar --reward length:9"
+RFT_PROGRAM = RFT_BASE.replace(" --reward-model rm", "") + " --reward 'command:sleep 0.5'"
+RFT_REWARDS: dict[str, Case | Seen] = {
+    "reward": add(RFT_BASE, "--reward polar --reward length:9"),
+    "reward_model": swap(RFT_BASE, "--reward-model rm", "--reward-model other-rm"),
+    "combine": add(RFT_TWO, "--combine zsum"),
+    "reward_weights": add(RFT_TWO, "--reward-weights 1 --reward-weights 2"),
+    "overlong_buffer": add(RFT_BASE, "--overlong-buffer 3"),
+    "verifier_timeout": add(RFT_PROGRAM, "--verifier-timeout 0.1", "more than 0.1 s"),
+    "verifier_memory": Seen("verifiers/test_programs.py", "memory_gib=0.5"),
+    "check": add(RFT_BASE, "--check exact"),
+    "check_prompts": add(RFT_BASE + " --check exact", "--check-prompts more-prompts.jsonl"),
+    "check_steps": Seen("rl/test_rft_check.py", '"--check-steps", "3"'),
+    "patience": Seen("rl/test_rft_check.py", '"--patience", "3"'),
+    "server": Seen("rl/test_rft_rewards.py", '"--server", server.url'),
+    "server_type": Seen("rl/test_rft_rewards.py", '"--server-type", "vllm"'),
+    "server_model": Seen("rl/test_rft_rewards.py", '"--server-model", "rm"'),
+    "server_batch": Seen("rl/test_rft_rewards.py", '"--server-batch", "2"'),
+    "concurrency": Seen("scoring/test_server.py", '"--concurrency"'),
+    "server_deadline": Seen("rl/test_rft_rewards.py", '"--server-deadline", "0.2"'),
+}
 RFT: dict[str, Case | Seen] = {
+    **RFT_REWARDS,
     **voice(RFT_BASE, RFT_BASE.replace(" -q", " --dry-run")),
     "input": swap(RFT_BASE, "prompts.jsonl", "more-prompts.jsonl"),
     "output": swap(RFT_BASE, "-o made", "-o other"),
@@ -174,7 +196,6 @@ RFT: dict[str, Case | Seen] = {
     "dry_run": add(RFT_BASE, "--dry-run"),
     "rejects": add(RFT_BASE.replace("prompts", "bad-prompts"), "--rejects r.jsonl", "status"),
     "model": swap(RFT_BASE, "-m lm", "-m chat"),
-    "reward_model": swap(RFT_BASE, "--reward-model rm", "--reward-model other-rm"),
     "num_generations": swap(RFT_BASE, "--num-generations 2", "--num-generations 4"),
     "batch_size": swap(RFT_BASE, "--batch-size 4", "--batch-size 2"),
     "micro_batch_size": add(RFT_BASE, "--micro-batch-size 3", "status"),
@@ -384,6 +405,7 @@ TABLE: dict[str, dict[str, Case | Seen]] = {
     "validate": VALIDATE,
 }
 
+RFT_VERIFIED = "rft prompts.jsonl -m lm -o made --reward exact"
 # A command for each option that some mode does not use; the option comes last.
 JUDGE = "score candidates.jsonl -m rm --backend principle"
 SERVER = "score candidates.jsonl -m rm --server http://127.0.0.1:9"
@@ -438,6 +460,23 @@ REFUSED = {
         "dtype": "eval scored.jsonl --dtype float32",
     },
     "rft": {
+        "reward_model": RFT_VERIFIED + " --reward-model rm",
+        "normalize": RFT_VERIFIED + " --normalize polar-7b",
+        "reward_floor": RFT_VERIFIED + " --reward-floor 0",
+        "batch_tokens": RFT_VERIFIED + " --batch-tokens 9",
+        "server": RFT_VERIFIED + " --server http://127.0.0.1:9",
+        "server_type": RFT_BASE + " --server-type vllm",
+        "server_model": RFT_BASE + " --server-model rm",
+        "server_batch": RFT_BASE + " --server-batch 9",
+        "concurrency": RFT_BASE + " --concurrency 9",
+        "server_deadline": RFT_BASE + " --server-deadline 9",
+        "combine": RFT_BASE + " --combine zsum",
+        "reward_weights": RFT_BASE + " --reward-weights 2",
+        "check_prompts": RFT_BASE + " --check-prompts prompts.jsonl",
+        "check_steps": RFT_BASE + " --check-steps 9",
+        "patience": RFT_BASE + " --patience 9",
+        "verifier_timeout": RFT_BASE + " --verifier-timeout 9",
+        "verifier_memory": RFT_BASE + " --verifier-memory 9",
         "resume": RFT_BASE.replace("-o made", "") + " --no-resume",
         "force": RFT_BASE.replace("-o made", "") + " --force",
         "epochs": RFT_BASE + " --epochs 2",
