@@ -165,8 +165,8 @@ def run(config: Config) -> None:
     from polarctl.storage import run_folder, windows
 
     config = presets.applied(config)
-    trainer.require(config)
     check_method(config)
+    trainer.require(config)
     normalise([], config.normalize)
     floor_of(config.reward_floor, None)
     check_shape(config)

@@ -34,10 +34,12 @@ def check_shape(config: Any) -> None:
     one = group if config.method == "sft" else 1
     texts = config.batch_size // one
     micro = (config.micro_batch_size or max(1, texts // processes)) * processes
-    kind = "references" if config.method == "sft" else "rollouts"
+    at_a_time = f"{micro} rollouts"
+    if one > 1:
+        at_a_time = f"`--num-generations {group}` x {micro} references"
     for part, what in (
         (group, f"`--num-generations {group}`"),
-        (micro * one, f"{micro} {kind} at a time (`--micro-batch-size` on {processes} processes)"),
+        (micro * one, f"{at_a_time} at a time (`--micro-batch-size` on {processes} processes)"),
     ):
         if config.batch_size % part:
             raise UsageError(

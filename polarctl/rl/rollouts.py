@@ -24,6 +24,8 @@ _TRL_METRICS = {
     "completion_cut": "completions/clipped_ratio",
     "equal_groups": "frac_reward_zero_std",
     "tokens": "num_tokens",
+    # How far the trainer's log-probabilities of the sampled tokens are from vLLM's.
+    "sampling_gap": "sampling/sampling_logp_difference/mean",
 }
 
 

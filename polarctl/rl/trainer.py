@@ -18,7 +18,7 @@ import orjson
 import torch
 
 from polarctl import console
-from polarctl.errors import PolarctlError, UsageError, need
+from polarctl.errors import MissingError, PolarctlError, UsageError, need
 from polarctl.model import devices, reward_model
 from polarctl.parallel import rank, stopping
 from polarctl.policies.writer import load_causal_lm
@@ -59,7 +59,14 @@ def train(job: PolicyRun) -> dict[str, Any] | None:
     devices.quiet_libraries()
     place = _device(job.config.device)
     dtype = devices.dtype_of(job.config.dtype, place)
+    if job.config.rollouts == "vllm-server" and place == "cpu":
+        raise MissingError(
+            "a vLLM server gets the policy's weights by NCCL, which needs a GPU",
+            hint="--rollouts vllm or transformers",
+        )
     if job.config.deepspeed is not None:
+        # A bad config is said before DeepSpeed has started.
+        zero.config_of(job.config.deepspeed, dtype=str(dtype).removeprefix("torch."), clip=1.0)
         zero.ready_for_a_trainer(cpu=place == "cpu")
     with ExitStack() as held:
         reward = None
@@ -165,7 +172,14 @@ def _trainer(
             more["log_extra"](name, column)
         return found.used
 
-    trainer = methods.sampling(made, recorder.guarded(polar))
+    try:
+        trainer = methods.sampling(made, recorder.guarded(polar))
+    except ConnectionError as error:
+        raise MissingError(
+            f"{job.config.vllm_server}: no vLLM server there: {reward_model.first_line(error)}",
+            hint=f"vllm serve {job.policy.model} --weight-transfer-config "
+            """'{"backend": "nccl"}'""",
+        ) from None
     return trainer
 
 

@@ -211,6 +211,15 @@ RFT: dict[str, Case | Seen] = {
     "reward_floor": Seen("stages/test_rft.py", '"--reward-floor", "-20"'),
     "batch_tokens": Seen("scoring/test_scorer.py", "batch_tokens"),
     "save_steps": Seen("stages/test_rft.py", "--save-steps 1"),
+    "method": add(RFT_BASE, "--method rloo"),
+    "preset": Seen("stages/test_rft_methods.py", '"--preset", "laptop"'),
+    "rollouts": Seen("engines/test_vllm_rollouts.py", '"--rollouts", "vllm"'),
+    "vllm_server": add(RFT_BASE + " --rollouts vllm-server", "--vllm-server http://x", "status"),
+    "lora_rank": add(RFT_BASE, "--lora-rank 2"),
+    "lora_alpha": add(RFT_BASE + " --lora-rank 2", "--lora-alpha 64"),
+    "deepspeed": Seen("stages/test_rft_methods.py", "--deepspeed zero2"),
+    "gpus": Seen("stages/test_rft_methods.py", "--gpus 2"),
+    "nnodes": add(RFT_BASE, "--nnodes 2", "status"),
     "device": swap(RFT_BASE, "--device cpu", "--device cuda:99", "status"),
     "dtype": add(RFT_BASE, "--dtype bfloat16"),
 }
@@ -470,6 +479,24 @@ REFUSED = {
         "resume": RFT_BASE.replace("-o made", "") + " --no-resume",
         "force": RFT_BASE.replace("-o made", "") + " --force",
         "epochs": RFT_BASE + " --epochs 2",
+        "loss_type": RFT_BASE + " --method rloo --loss-type dapo",
+        "kl_coef": RFT_BASE + " --method distill --kl-coef 0",
+        "lora_alpha": RFT_BASE + " --lora-alpha 2",
+        "vllm_server": RFT_BASE + " --vllm-server http://x",
+        "reward_model": RFT_BASE + " --method sft",
+        **{
+            name: f"rft prompts.jsonl -m lm -o made --method sft {more}"
+            for name, more in {
+                "normalize": "--normalize none",
+                "strip_thinking": "--strip-thinking",
+                "reward_floor": "--reward-floor none",
+                "batch_tokens": "--batch-tokens 9",
+                "temperature": "--temperature 1",
+                "top_p": "--top-p 1",
+                "max_new_tokens": "--max-new-tokens 9",
+                "rollouts": "--rollouts transformers",
+            }.items()
+        },
     },
     "convert": {
         "force": "convert ranked.jsonl --force",
