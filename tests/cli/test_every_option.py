@@ -459,10 +459,6 @@ REFUSED = {
         "dtype": "eval scored.jsonl --dtype float32",
     },
     "rft": {
-        "reward_model": RFT_VERIFIED + " --reward-model rm",
-        "normalize": RFT_VERIFIED + " --normalize polar-7b",
-        "reward_floor": RFT_VERIFIED + " --reward-floor 0",
-        "batch_tokens": RFT_VERIFIED + " --batch-tokens 9",
         "server": RFT_VERIFIED + " --server http://127.0.0.1:9",
         "server_type": RFT_BASE + " --server-type vllm",
         "server_model": RFT_BASE + " --server-model rm",
@@ -495,6 +491,8 @@ REFUSED = {
                 "top_p": "--top-p 1",
                 "max_new_tokens": "--max-new-tokens 9",
                 "rollouts": "--rollouts transformers",
+                "reward": "--reward length:9",
+                "overlong_buffer": "--overlong-buffer 2",
             }.items()
         },
     },
@@ -521,6 +519,10 @@ REFUSED = {
 }
 # Further modes of the same options.
 REFUSED_TOO = [
+    RFT_VERIFIED + " --reward-model rm",
+    RFT_VERIFIED + " --normalize polar-7b",
+    RFT_VERIFIED + " --reward-floor 0",
+    RFT_VERIFIED + " --batch-tokens 9",
     JUDGE + " --batch-tokens 9",
     JUDGE + " --prompt-style chat",
     SERVER + " --device cpu",
