@@ -8,7 +8,7 @@ anything else  a verifier (`polarctl.verifiers.named`)
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -40,7 +40,7 @@ class Batch:
         completions: Texts or messages.
         tokens: Tokens of each completion.
         ended: Whether the policy ended it itself.
-        numbers: A number for each prompt; equal ones that follow each other are a group.
+        numbers: A number for each prompt.
     """
 
     records: Sequence[Record]
@@ -279,8 +279,7 @@ class Rewards:
 
     def _combined(self, batch: Batch, values: dict[str, Values], scale: str) -> list[float]:
         result: list[float] = []
-        for _, group in itertools.groupby(range(len(batch.numbers)), batch.numbers.__getitem__):
-            places = list(group)
+        for places in self._groups(batch.numbers):
             columns = {
                 name: [getattr(values[name], scale)[i] for i in places] for name in self.parts
             }
@@ -296,6 +295,16 @@ class Rewards:
                 where = batch.records[places[0]].where
                 raise PolarctlError(f"{where}: {error}", hint=error.hint) from None
         return result
+
+    def _groups(self, numbers: Sequence[int]) -> Iterator[list[int]]:
+        """Places of the rollouts that are compared with each other."""
+        size = self.config.num_generations
+        if len(numbers) % size == 0:  # also where a prompt is followed by itself
+            yield from (list(range(i, i + size)) for i in range(0, len(numbers), size))
+            return
+        # A group is dealt to several processes.
+        for _, group in itertools.groupby(range(len(numbers)), numbers.__getitem__):
+            yield list(group)
 
     def served(self) -> dict[str, Any]:
         """What tells the model of a server from another, for a run's identity."""
