@@ -33,10 +33,12 @@ from polarctl.rl.registry import OVERLONG, answers_of, limits_of, texts_for
 from polarctl.scoring.answers import Answers
 from polarctl.storage import atomic, windows
 from polarctl.storage.run_folder import Run
+from polarctl.verifiers import named
 from polarctl.verifiers.named import Verifier, open_verifier
 
 START = "check_start"
 _MOST = 200  # prompts that are set aside
+_FELL = 0.1  # of a verifier's mean over the rollouts: more than a step's noise
 
 
 class Check:
@@ -308,10 +310,12 @@ def alarms(entries: Sequence[Mapping[str, Any]], window: int, prompts: int) -> d
     """Signs that a policy exploits its reward, in words; empty when there are none.
 
     A reward is said to rise when its mean over the last `window` steps is above that over the
-    `window` steps up to the one that it is compared with. Then two things are wrong:
+    `window` steps up to the one that it is compared with. Then three things are wrong:
 
     check: The value is below the best one by more than two standard errors of the difference of
         two shares, sqrt(p (1 - p) / n + q (1 - q) / n). Compared with the best step.
+    form: A verifier's mean over the rollouts (as a reward, also of weight 0, or as `accuracy`) has
+        fallen by more than 0.1 since the first `window` steps.
     words: `distinct_2` is less than half of what it was in the first `window` steps.
 
     Args:
@@ -320,7 +324,7 @@ def alarms(entries: Sequence[Mapping[str, Any]], window: int, prompts: int) -> d
         prompts: Held-out prompts; 0 where there is no check.
 
     Returns:
-        `check` or `words` to what is wrong, with the numbers.
+        `check`, `form` or `words` to what is wrong, with the numbers.
     """
     found: dict[str, str] = {}
     now = entries[-1]
@@ -338,27 +342,46 @@ def alarms(entries: Sequence[Mapping[str, Any]], window: int, prompts: int) -> d
                 "prompts): the policy may be exploiting the reward"
             )
     if len(entries) > window:
-        before, after = (
-            _mean(part, "distinct_2") for part in (entries[:window], entries[-window:])
-        )
-        rise = _rise(entries, window, window)
-        if before is not None and after is not None and after < before / 2 and rise:
-            found["words"] = (
-                f"{rise} since the first {window:,} steps while the share of different pairs of "
-                f"words in a rollout fell from {before:.3f} to {after:.3f}: the policy repeats "
-                "itself"
-            )
+        found |= _since_the_first(entries, window)
     return found
 
 
-def _rise(entries: Sequence[Mapping[str, Any]], step: int, window: int) -> str:
+def _since_the_first(entries: Sequence[Mapping[str, Any]], window: int) -> dict[str, str]:
+    """What has fallen from the first steps to the last ones while a reward rose."""
+    found: dict[str, str] = {}
+    first, last = entries[:window], entries[-window:]
+    since = f"since the first {window:,} steps while"
+    verifiers = [name for name in _rewards(last) if named.is_verifier(name.partition("/")[2])]
+    for name in (*verifiers, "accuracy"):
+        before, after = _mean(first, name), _mean(last, name)
+        rise = _rise(entries, window, window, but=name)
+        if before is not None and after is not None and after < before - _FELL and rise:
+            found["form"] = (
+                f"{rise} {since} `{name.removeprefix('reward/')}` of the rollouts fell from "
+                f"{before:.3f} to {after:.3f}: the policy may be exploiting the reward"
+            )
+    before, after = _mean(first, "distinct_2"), _mean(last, "distinct_2")
+    rise = _rise(entries, window, window)
+    if before is not None and after is not None and after < before / 2 and rise:
+        found["words"] = (
+            f"{rise} {since} the share of different pairs of words in a rollout fell from "
+            f"{before:.3f} to {after:.3f}: the policy repeats itself"
+        )
+    return found
+
+
+def _rewards(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys of the rewards; the penalty of length is none."""
+    keys = dict.fromkeys(key for entry in entries for key in entry if key.startswith("reward/"))
+    return [key for key in keys if key != f"reward/{OVERLONG}"]
+
+
+def _rise(entries: Sequence[Mapping[str, Any]], step: int, window: int, but: str = "") -> str:
     """Which reward has risen since a step, and by how much; empty when none has."""
-    skipped = f"reward/{OVERLONG}"  # a matter of length
-    names = [key for key in entries[-1] if key.startswith("reward/") and key != skipped]
-    for name in names:
+    for name in _rewards(entries[-window:]):
         before = _mean(entries[max(0, step - window) : step], name)
         after = _mean(entries[-window:], name)
-        if before is not None and after is not None and after > before:
+        if name != but and before is not None and after is not None and after > before:
             return f"`{name.partition('/')[2]}` rose from {before:.3f} to {after:.3f}"
     return ""
 

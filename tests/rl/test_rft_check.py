@@ -287,6 +287,26 @@ def test_a_rising_reward_with_repeated_words_raises_the_alarm():
     assert alarms(unchecked[:2], 2, 0) == {}
 
 
+def test_a_rising_reward_with_a_falling_verifier_raises_the_alarm():
+    rewards, forms = [1.0, 2.0, 3.0, 4.0], [1.0, 0.8, 0.8, 0.7]  # means 1.5, 3.5 and 0.9, 0.75
+    made = [
+        {"step": i, "reward/polar": r, "reward/length:9": f}
+        for i, (r, f) in enumerate(zip(rewards, forms, strict=True), 1)
+    ]
+    assert alarms(made, 2, 0) == {
+        "form": "`polar` rose from 1.500 to 3.500 since the first 2 steps while `length:9` of the "
+        "rollouts fell from 0.900 to 0.750: the policy may be exploiting the reward"
+    }
+    assert alarms([{**e, "reward/polar": -e["step"]} for e in made], 2, 0) == {}
+    less = [{**e, "reward/length:9": f} for e, f in zip(made, [1, 0.8, 0.8, 0.84], strict=True)]
+    assert alarms(less, 2, 0) == {}  # 0.9 to 0.82
+    seen = [
+        {"step": e["step"], "reward/polar": e["reward/polar"], "accuracy": e["reward/length:9"]}
+        for e in made
+    ]
+    assert set(alarms(seen, 2, 0)) == {"form"}
+
+
 def test_a_reward_that_is_exploited_is_told_of(tiny_lm, prompts, held, tmp_path, capsys):
     """The reward wants no letters, the check wants them."""
     folder = tmp_path / "out"
@@ -295,7 +315,7 @@ def test_a_reward_that_is_exploited_is_told_of(tiny_lm, prompts, held, tmp_path,
     assert checked(prompts, tiny_lm, folder, held, *options) == 0
     said = capsys.readouterr().err
     assert "`regex:^[^a-z]*$` rose from" in said and "while the check fell from" in said
-    told = [e["step"] for e in lines(folder / "metrics.jsonl") if e.get("alarms") == ["check"]]
+    told = [e["step"] for e in lines(folder / "metrics.jsonl") if "check" in e.get("alarms", ())]
     assert told
     assert said.count("while the check fell") == 1  # once, not at every check
     counts = json.loads((folder / "manifest.json").read_text())["counts"]
