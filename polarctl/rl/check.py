@@ -25,7 +25,7 @@ import torch
 from accelerate.utils import gather_object
 
 from polarctl import console, seeding
-from polarctl.errors import RecordError, UsageError
+from polarctl.errors import PolarctlError, RecordError, UsageError
 from polarctl.policies.pool import Sampling
 from polarctl.policies.writer import Writer
 from polarctl.records import Record, prompt_id
@@ -112,6 +112,8 @@ class Check:
         mine = slice(place.process_index, None, place.num_processes)
         found = self._answered(policy, self.records[mine], self.prompts[mine], self.seeds[mine])
         parts = gather_object(found) if place.num_processes > 1 else found
+        if not parts:
+            raise PolarctlError(f"`--check {self.config.check}` applies to no held-out prompt")
         self.values[step] = math.fsum(parts) / len(parts)
         if self.best == step and place.is_main_process:
             self._keep(policy, step)

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import math
+import shlex
+import sys
 
 import orjson
 import pytest
@@ -190,6 +192,21 @@ def test_a_run_whose_best_policy_is_gone_does_not_go_on(
         assert "`check_prompts` was" in capsys.readouterr().err
     finally:
         held.write_bytes(b"".join(held.read_bytes().splitlines(keepends=True)[:-1]))
+
+
+def test_two_processes_find_what_one_finds(finished, tiny_lm, prompts, held, tmp_path):
+    folder = tmp_path / "two"
+    options = ["--gpus", "2", "--max-steps", "1"]
+    assert checked(prompts, tiny_lm, folder, held, *options) == 0
+    assert values(folder)[0] == values(finished)[0] and set(values(folder)) == {0, 1}
+    assert len(lines(folder / "rollouts.jsonl")) == BATCH
+
+
+def test_a_check_without_an_answer_is_an_error(tiny_lm, prompts, held, tmp_path, capsys):
+    program = "command:" + shlex.join([sys.executable, "-S", "-c", "print('null')"])
+    assert checked(prompts, tiny_lm, tmp_path / "out", held, "--check", program) == 1
+    said = capsys.readouterr().err
+    assert "applies to no held-out prompt" in said and "Traceback" not in said
 
 
 def test_supervised_fine_tuning_is_checked_too(tiny_lm, tmp_path):
