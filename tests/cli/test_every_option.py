@@ -484,7 +484,6 @@ REFUSED = {
         "kl_coef": RFT_BASE + " --method distill --kl-coef 0",
         "lora_alpha": RFT_BASE + " --lora-alpha 2",
         "vllm_server": RFT_BASE + " --vllm-server http://x",
-        "reward_model": RFT_BASE + " --method sft",
         **{
             name: f"rft prompts.jsonl -m lm -o made --method sft {more}"
             for name, more in {
