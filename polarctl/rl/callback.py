@@ -228,7 +228,6 @@ class Recorder(transformers.TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Save and stop when asked to; save nothing at the end, where the policy is written."""
-        self.before = _state_of(state)
         accelerator = self.trainer.accelerator
         several = accelerator.num_processes > 1
         asked = self.stop.agreed(accelerator.reduce if several else None, args.device)
@@ -241,6 +240,7 @@ class Recorder(transformers.TrainerCallback):
         elif asked:
             self.stopped_by = asked
             control.should_save = control.should_training_stop = True
+        self.before = _state_of(state)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Mark the checkpoint as whole, once all that was written before it is durable."""

@@ -42,7 +42,7 @@ class BestOfN(trl.GRPOTrainer):
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         batch = super()._generate_and_score_completions(inputs)
         taken = best_of(
-            list(self._logs["advantages"]),
+            list(self._logs["extra"]["used"]),
             list(self._logs["extra"]["floored"]),
             self.num_generations,
         )
@@ -98,7 +98,7 @@ def best_of(rewards: Sequence[float], floored: Sequence[str], group: int) -> lis
     """1 for the best of each group, 0 for the others and for all of a group without an answer.
 
     Args:
-        rewards: Of the rollouts, group after group, on a scale that is the same within a group.
+        rewards: Of the rollouts, group after group.
         floored: Why a rollout has no answer; empty: it has one.
         group: Rollouts of a group.
     """

@@ -224,7 +224,7 @@ def _identity(
 
 def input_digest(paths: list[str]) -> list[str | None]:
     """What tells the input from another: a hash of each file, None for a pipe."""
-    return [None if path == "-" else manifest.file_identity(path) for path in paths]
+    return [None if read.is_pipe(path) else manifest.file_identity(path) for path in paths]
 
 
 def _is_complete(folder: Path, config: Common, identity: dict[str, Any]) -> bool:
@@ -284,11 +284,12 @@ def _same_result(folder: Path, mark: Path, config: Common, identity: dict[str, A
     except (ValueError, KeyError, TypeError, AttributeError):
         replace.refuse(folder, f"{mark} is no manifest")
     # By how many processes it was made does not matter once it is there.
-    unknown = {"processes"} | ({"input_digest"} if "-" in config.input else set())
+    piped = None in identity["input_digest"]
+    unknown = {"processes"} | ({"input_digest"} if piped else set())
     why = difference(
         *({k: v for k, v in x.items() if k not in unknown} for x in (before, identity))
     )
-    if not why and "-" in config.input:
+    if not why and piped:
         why = "and whether the piped input is the same cannot be known"
     # All bytes are read: seconds for a large model, and what follows builds on them.
     for name, facts in outputs.items() if not why else ():

@@ -252,6 +252,7 @@ SAMPLE: dict[str, Case | Seen] = {
 }
 
 PAIR_BASE = "pair trajectories.jsonl -o out.jsonl -q"
+LABEL_BASE = "pair rollouts.jsonl -o out.jsonl --from-rollouts -q"
 PAIR: dict[str, Case | Seen] = {
     **records(
         PAIR_BASE, PAIR_BASE.replace(" -q", ""), PAIR_BASE.replace("traj", "bad-traj"), "--seed 1"
@@ -263,6 +264,11 @@ PAIR: dict[str, Case | Seen] = {
     "exclude_policies": add(PAIR_BASE, "--exclude-policies a"),
     "require": add(PAIR_BASE, "--require c"),
     "equal_chosen": Seen("stages/test_pair.py", '"--equal-chosen", choice'),
+    "from_rollouts": add("pair rollouts.jsonl -o out.jsonl -q", "--from-rollouts", "status"),
+    "label_by": add(LABEL_BASE, "--label-by other"),
+    "rule": add(LABEL_BASE, "--rule rank"),
+    "threshold": add(LABEL_BASE, "--threshold 2"),
+    "min_gap": add(LABEL_BASE + " --rule rank", "--min-gap 3"),
 }
 
 SCORE_BASE = "score candidates.jsonl -m rm -o out.jsonl --device cpu -q"
@@ -331,6 +337,11 @@ CONVERT: dict[str, Case | Seen] = {
     "split": add(CONVERT_BASE, "--split test"),
     "test_share": add(CONVERT_BASE + " --split test", "--test-share 0.9"),
     "equal_chosen": Seen("stages/test_convert.py", '"--equal-chosen", choice'),
+    "by": Seen("stages/test_convert.py", '"--by", "reward", "--min-margin", "1"'),
+    "min_margin": Seen("stages/test_convert.py", '"--by", "reward", "--min-margin", "1"'),
+    "best_of_n": add(CONVERT_BASE, "--best-of-n"),
+    "subset": Seen("formats/test_sources.py", '"--subset", "two"'),
+    "source_split": Seen("formats/test_sources.py", '"--source-split", "test"'),
 }
 
 # -- the others -----------------------------------------------------------------------------------
@@ -419,6 +430,14 @@ REFUSED = {
     "pair": {
         "resume": "pair trajectories.jsonl --no-resume",
         "force": "pair trajectories.jsonl --force",
+        "policies": LABEL_BASE + " --policies a",
+        "exclude_policies": LABEL_BASE + " --exclude-policies a",
+        "require": LABEL_BASE + " --require a",
+        "equal_chosen": LABEL_BASE + " --rule rank --equal-chosen drop",
+        "label_by": PAIR_BASE + " --label-by check",
+        "rule": PAIR_BASE + " --rule rank",
+        "threshold": LABEL_BASE + " --rule rank --threshold 1",
+        "min_gap": LABEL_BASE + " --min-gap 1",
     },
     "pretrain": {
         "resume": "pretrain triples.jsonl -m lm --no-resume",
@@ -479,7 +498,6 @@ REFUSED = {
         "kl_coef": RFT_BASE + " --method distill --kl-coef 0",
         "lora_alpha": RFT_BASE + " --lora-alpha 2",
         "vllm_server": RFT_BASE + " --vllm-server http://x",
-        "reward_model": RFT_BASE + " --method sft",
         **{
             name: f"rft prompts.jsonl -m lm -o made --method sft {more}"
             for name, more in {
@@ -498,10 +516,15 @@ REFUSED = {
     },
     "convert": {
         "force": "convert ranked.jsonl --force",
+        "min_margin": "convert ranked.jsonl --to trl --min-margin 1",
         **{
             name: f"{CHECKPOINT} {more}"
             for name, more in {
                 "from_format": "--from trl",
+                "by": "--by reward",
+                "best_of_n": "--best-of-n",
+                "subset": "--subset a",
+                "source_split": "--source-split a",
                 "map": "--map a=b",
                 "answer": "--answer output",
                 "ranked": "--ranked top",
@@ -538,6 +561,9 @@ REFUSED_TOO = [
     "convert ranked.jsonl -o out.jsonl --seed 1",
     "convert ranked.jsonl -o out.jsonl --test-share 0.1",
     "convert ranked.jsonl -o out.jsonl --ranked top",
+    "convert ranked.jsonl -o out.jsonl --by reward",
+    "convert ranked.jsonl -o out.jsonl --subset a",
+    "convert ranked.jsonl -o out.jsonl --to trl --best-of-n --by reward --min-margin 1",
     "convert ranked.jsonl -o out.jsonl --from native --answer output",
     "convert ranked.jsonl -o out.parquet --to verl --no-resume",
     "push data.jsonl me/data --dry-run --dataset me/other",
@@ -598,6 +624,15 @@ def world(tmp_path_factory, tiny_rm):
             for p in range(6)
             for w in "abc"
             for s in range(2)
+        ],
+        "rollouts": [
+            {
+                **{"prompt": f"p{p}", "reference": f"yes {p}", "policy": "lm", "step": s},
+                **{"output": f"{w} {s} {p}", "check": s, "other": 1 - s, "reward": p * ord(w)},
+            }
+            for p in range(6)
+            for w in "abc"
+            for s in range(3)
         ],
         "scored": [{**t, "rewards": [i % 3, 1.5 + i % 2]} for i, t in enumerate(triples)],
         "ranked": [

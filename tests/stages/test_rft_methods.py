@@ -6,11 +6,13 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 
 import orjson
 import pytest
 import torch
 from safetensors.torch import load_file
+from scoring.faulty_server import serving
 from tiny import build_rm, with_options
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -179,32 +181,45 @@ def test_a_loss_that_is_not_finite_leaves_no_policy(method, run, tmp_path, capsy
     assert not (out / "model.safetensors").exists()
 
 
-def test_a_failed_reward_loses_no_step(run, tmp_path, monkeypatch, capsys):
-    from polarctl.errors import MissingError
-    from polarctl.scoring.reward_function import PolarReward
+def dying(fault, after):
+    """A scoring server that answers some requests and then fails at every one."""
+    answered = []
 
+    def reply(handler, rewards):
+        answered.append(1)
+        if len(answered) <= after:
+            rows = [{"index": i, "probs": [r]} for i, r in enumerate(rewards)]
+            handler.reply(200, {"data": rows, "model": "rm"})
+        elif fault == "hangs":
+            time.sleep(2)
+            handler.close_connection = True
+        else:
+            handler.reply(*{"fails": (500, b"oops"), "garbage": (200, {"hello": 1})}[fault])
+
+    return serving(hostile=reply, always=True)
+
+
+@pytest.mark.parametrize("fault", ["fails", "hangs", "garbage"])
+def test_a_server_that_dies_stops_the_run_and_no_step_is_lost(fault, run, tmp_path, capsys):
     whole, out = tmp_path / "whole", tmp_path / "out"
-    options = ("--max-steps", "4", "--kl-coef", "0.1")
-    assert run(whole, *options) == 0
-    score, calls = PolarReward.__call__, []
 
-    def fail(self, *given, **more):
-        calls.append(1)
-        if len(calls) == 3:
-            raise MissingError("the server is gone", hint="start it")
-        return score(self, *given, **more)
+    def go(folder, server):
+        options = f"--method distill --max-steps 4 --server {server.url} --server-deadline 0.5"
+        return run(folder, *options.split())
 
-    with monkeypatch.context() as patch:
-        patch.setattr(PolarReward, "__call__", fail)
-        assert run(out, *options) == 4
-        said = capsys.readouterr().err
-        assert "polarctl: the server is gone" in said and "Traceback" not in said
-        assert [p.parent.name for p in out.glob("checkpoints/*/checkpoint.json")] == [
-            "checkpoint-2"
-        ]
-        calls[:] = [1, 1]  # still gone: nothing more is lost
-        assert run(out, *options) == 4
-    assert run(out, *options) == 0
+    with serving() as server:
+        assert go(whole, server) == 0
+        a_step = (server.seen["requests"] - 1) // 4  # the first one asks who is there
+    with dying(fault, after=2 * a_step) as server:
+        assert go(out, server) in (1, 4)
+    said = capsys.readouterr().err
+    assert "polarctl: " in said and server.url in said and "Traceback" not in said
+    saved = [path.parent.name for path in out.glob("checkpoints/*/checkpoint.json")]
+    assert saved == ["checkpoint-2"]
+    with dying(fault, after=0) as server:  # still gone: nothing more is lost
+        assert go(out, server) in (1, 4)
+    with serving() as server:
+        assert go(out, server) == 0
     for name in ("model.safetensors", "metrics.jsonl", "rollouts.jsonl"):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
 
@@ -272,11 +287,6 @@ def test_what_does_not_fit_is_refused(options, text, run, tmp_path, capsys):
     assert run(tmp_path / "out", *options.split()) == 2
     assert text in capsys.readouterr().err
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
-
-
-def test_a_method_that_scores_needs_a_reward_model(prompts, tiny_lm, tmp_path, capsys):
-    assert cli.run(["rft", str(prompts), "-m", str(tiny_lm), "-o", str(tmp_path / "out")]) == 2
-    assert "`--method grpo` needs `--reward-model`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
