@@ -478,6 +478,7 @@ REFUSED = {
         "dtype": "eval scored.jsonl --dtype float32",
     },
     "rft": {
+        "reward_model": RFT_VERIFIED + " --reward-model rm",
         "server": RFT_VERIFIED + " --server http://127.0.0.1:9",
         "server_type": RFT_BASE + " --server-type vllm",
         "server_model": RFT_BASE + " --server-model rm",
@@ -542,7 +543,6 @@ REFUSED = {
 }
 # Further modes of the same options.
 REFUSED_TOO = [
-    RFT_VERIFIED + " --reward-model rm",
     RFT_VERIFIED + " --normalize polar-7b",
     RFT_VERIFIED + " --reward-floor 0",
     RFT_VERIFIED + " --batch-tokens 9",
