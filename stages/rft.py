@@ -16,6 +16,7 @@ polarctl rft prompts.jsonl -m models/policy --reward-model runs/rm -o runs/bette
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,10 +47,15 @@ class Config(RewardConfig):
         Needs("loss_type", lambda c: c.method == "grpo", "--method grpo"),
         Needs("kl_coef", lambda c: c.method in ("grpo", "rloo"), "--method grpo and rloo"),
         Needs(
-            "reward reward_model server normalize strip_thinking reward_floor overlong_buffer "
-            "batch_tokens temperature top_p max_new_tokens rollouts",
+            "reward reward_model server overlong_buffer normalize reward_floor batch_tokens "
+            "rollouts",
             lambda c: c.method != "sft",
             "methods with rollouts: --method sft writes and scores none",
+        ),
+        Needs(
+            "strip_thinking temperature top_p max_new_tokens",
+            lambda c: c.method != "sft" or c.check is not None,
+            "methods with rollouts, or --check: --method sft writes nothing else",
         ),
         Needs("lora_alpha", lambda c: c.lora_rank or c.preset == "laptop", "a run with LoRA"),
         Needs("vllm_server", lambda c: c.rollouts == "vllm-server", "--rollouts vllm-server"),
@@ -159,13 +165,12 @@ def run(config: Config) -> None:
     from polarctl.storage import run_folder, windows
 
     config = presets.applied(config)
-    trainer.require(config)
     check_method(config)
+    trainer.require(config)
     normalise([], config.normalize)
     floor_of(config.reward_floor, None)
     check_shape(config)
-    if config.method != "sft":
-        registry.check_names(config)
+    registry.check_names(config)
     devices.quiet_libraries()
     name = Path(config.model).resolve().name if Path(config.model).is_dir() else config.model
     policy = Policy(
@@ -173,16 +178,17 @@ def run(config: Config) -> None:
     )
     # Nothing is written by it here: it knows what the policy can read.
     writer = Writer(policy, device="cpu", dtype=None, batch_size=1)
-    checker = registry.Checker(config)
-    verify = verifier(writer, checker, config.method)
-    paths = windows.inputs_of("rft", config)
-    if config.dry_run:
-        windows.dry_run("rft", config, paths, "prompt", verify=verify)
-        return
-    files = registry.sources_of(config)
-    with run_folder.opened("rft", config, paths, sources=_SOURCES, free=_FREE, files=files) as run:
-        if run is not None:
-            _train(config, run, writer, checker, verify)
+    paths, files = windows.inputs_of("rft", config), registry.sources_of(config)
+    with contextlib.closing(registry.Checker(config)) as checker:
+        verify = verifier(writer, checker, config.method)
+        if config.dry_run:
+            windows.dry_run("rft", config, paths, "prompt", verify=verify)
+            return
+        with run_folder.opened(
+            "rft", config, paths, sources=_SOURCES, free=_FREE, files=files
+        ) as run:
+            if run is not None:
+                _train(config, run, writer, checker, verify)
 
 
 def check_method(config: Config) -> None:
@@ -205,17 +211,14 @@ def verifier(
 
     Args:
         writer: Knows what the policy can read.
-        rewards: Checks what the rewards need of a record.
+        rewards: Raises RecordError for a record that cannot be rewarded.
         method: For `sft` the reference is the answer.
     """
     from polarctl.errors import RecordError
     from polarctl.model.template import content_text
 
     def verify(record: Record) -> None:
-        if method != "sft":
-            rewards(record)
-        elif "reference" not in record:
-            raise RecordError("missing field `reference`", hint="the answer to learn from")
+        rewards(record)
         (ids,) = writer.encode([record["prompt"]])
         if not isinstance(ids, list):
             raise RecordError(ids.reason)
@@ -267,14 +270,13 @@ def _train(
 
     with rejects_of(run, config) as rejects:
         run = read_all(run, config, "prompt", verify, rejects)
-        if config.method != "sft":
-            checker.finish()
+        checker.finish()
         _improve(config, run, writer)
 
 
 def _improve(config: Config, run: Run, writer: Writer) -> None:
     from polarctl import console
-    from polarctl.rl import trainer
+    from polarctl.rl import check, trainer
     from polarctl.rl.callback import PolicyRun
 
     chat = writer.chat
@@ -283,6 +285,8 @@ def _improve(config: Config, run: Run, writer: Writer) -> None:
         "chat" if chat else "text",
         f"the policy's tokenizer has {'a' if chat else 'no'} chat template",
     )
+    opened = chat and _opens_thinking(writer, run.records[0]["prompt"])
+    run, watch = check.prepared(config, run, writer, lambda own: verifier(writer, own), opened)
     rows = [row_of(record, chat) for record in run.records]
     job = PolicyRun(
         config=config,
@@ -290,7 +294,8 @@ def _improve(config: Config, run: Run, writer: Writer) -> None:
         rows=rows,
         policy=writer.policy,
         tokenizer=writer.tokenizer,
-        thinking_opened=chat and _opens_thinking(writer, rows[0]["prompt"]),
+        thinking_opened=opened,
+        check=watch,
     )
     counts = trainer.train(job)
     if counts is not None:

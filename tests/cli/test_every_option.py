@@ -162,16 +162,19 @@ RFT_BASE = (
     "rft prompts.jsonl -m lm --reward-model rm -o made --device cpu --max-steps 1 --batch-size 4 "
     "--num-generations 2 --max-new-tokens 4 --lr 1e-3 -q"
 )
-RFT_TWO = RFT_BASE + " --reward polar --reward length:9"
 RFT_PROGRAM = RFT_BASE.replace(" --reward-model rm", "") + " --reward 'command:sleep 0.5'"
 RFT_REWARDS: dict[str, Case | Seen] = {
     "reward": add(RFT_BASE, "--reward polar --reward length:9"),
     "reward_model": swap(RFT_BASE, "--reward-model rm", "--reward-model other-rm"),
-    "combine": add(RFT_TWO, "--combine zsum"),
-    "reward_weights": add(RFT_TWO, "--reward-weights 1 --reward-weights 2"),
-    "overlong_buffer": add(RFT_BASE, "--overlong-buffer 3"),
+    "combine": Seen("rl/test_rft_rewards.py", "--combine zsum"),
+    "reward_weights": Seen("rl/test_rft_rewards.py", "--reward-weights 0.5"),
+    "overlong_buffer": Seen("rl/test_rft_rewards.py", "--overlong-buffer 4"),
     "verifier_timeout": add(RFT_PROGRAM, "--verifier-timeout 0.1", "more than 0.1 s"),
     "verifier_memory": Seen("verifiers/test_programs.py", "memory_gib=0.5"),
+    "check": add(RFT_BASE, "--check exact"),
+    "check_prompts": Seen("rl/test_rft_check.py", '"--check-prompts", str(held)'),
+    "check_steps": Seen("rl/test_rft_check.py", '"--check-steps", "3"'),
+    "patience": Seen("rl/test_rft_check.py", '"--patience", "3"'),
     "server": Seen("rl/test_rft_rewards.py", '"--server", server.url'),
     "server_type": Seen("rl/test_rft_rewards.py", '"--server-type", "vllm"'),
     "server_model": Seen("rl/test_rft_rewards.py", '"--server-model", "rm"'),
@@ -208,6 +211,15 @@ RFT: dict[str, Case | Seen] = {
     "reward_floor": Seen("stages/test_rft.py", '"--reward-floor", "-20"'),
     "batch_tokens": Seen("scoring/test_scorer.py", "batch_tokens"),
     "save_steps": Seen("stages/test_rft.py", "--save-steps 1"),
+    "method": add(RFT_BASE, "--method rloo"),
+    "preset": Seen("stages/test_rft_methods.py", '"--preset", "laptop"'),
+    "rollouts": Seen("engines/test_vllm_rollouts.py", '"--rollouts", "vllm"'),
+    "vllm_server": add(RFT_BASE + " --rollouts vllm-server", "--vllm-server http://x", "status"),
+    "lora_rank": add(RFT_BASE, "--lora-rank 2"),
+    "lora_alpha": add(RFT_BASE + " --lora-rank 2", "--lora-alpha 64"),
+    "deepspeed": Seen("stages/test_rft_methods.py", "--deepspeed zero2"),
+    "gpus": Seen("stages/test_rft_methods.py", "--gpus 2"),
+    "nnodes": add(RFT_BASE, "--nnodes 2", "status"),
     "device": swap(RFT_BASE, "--device cpu", "--device cuda:99", "status"),
     "dtype": add(RFT_BASE, "--dtype bfloat16"),
 }
@@ -468,9 +480,6 @@ REFUSED = {
     },
     "rft": {
         "reward_model": RFT_VERIFIED + " --reward-model rm",
-        "normalize": RFT_VERIFIED + " --normalize polar-7b",
-        "reward_floor": RFT_VERIFIED + " --reward-floor 0",
-        "batch_tokens": RFT_VERIFIED + " --batch-tokens 9",
         "server": RFT_VERIFIED + " --server http://127.0.0.1:9",
         "server_type": RFT_BASE + " --server-type vllm",
         "server_model": RFT_BASE + " --server-model rm",
@@ -479,11 +488,33 @@ REFUSED = {
         "server_deadline": RFT_BASE + " --server-deadline 9",
         "combine": RFT_BASE + " --combine zsum",
         "reward_weights": RFT_BASE + " --reward-weights 2",
+        "check_prompts": RFT_BASE + " --check-prompts prompts.jsonl",
+        "check_steps": RFT_BASE + " --check-steps 9",
+        "patience": RFT_BASE + " --patience 9",
         "verifier_timeout": RFT_BASE + " --verifier-timeout 9",
         "verifier_memory": RFT_BASE + " --verifier-memory 9",
         "resume": RFT_BASE.replace("-o made", "") + " --no-resume",
         "force": RFT_BASE.replace("-o made", "") + " --force",
         "epochs": RFT_BASE + " --epochs 2",
+        "loss_type": RFT_BASE + " --method rloo --loss-type dapo",
+        "kl_coef": RFT_BASE + " --method distill --kl-coef 0",
+        "lora_alpha": RFT_BASE + " --lora-alpha 2",
+        "vllm_server": RFT_BASE + " --vllm-server http://x",
+        **{
+            name: f"rft prompts.jsonl -m lm -o made --method sft {more}"
+            for name, more in {
+                "normalize": "--normalize none",
+                "strip_thinking": "--strip-thinking",
+                "reward_floor": "--reward-floor none",
+                "batch_tokens": "--batch-tokens 9",
+                "temperature": "--temperature 1",
+                "top_p": "--top-p 1",
+                "max_new_tokens": "--max-new-tokens 9",
+                "rollouts": "--rollouts transformers",
+                "reward": "--reward length:9",
+                "overlong_buffer": "--overlong-buffer 2",
+            }.items()
+        },
     },
     "convert": {
         "force": "convert ranked.jsonl --force",
@@ -514,6 +545,9 @@ REFUSED = {
 }
 # Further modes of the same options.
 REFUSED_TOO = [
+    RFT_VERIFIED + " --normalize polar-7b",
+    RFT_VERIFIED + " --reward-floor 0",
+    RFT_VERIFIED + " --batch-tokens 9",
     JUDGE + " --batch-tokens 9",
     JUDGE + " --prompt-style chat",
     SERVER + " --device cpu",

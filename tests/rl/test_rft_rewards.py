@@ -118,6 +118,30 @@ def test_z_scores_are_taken_within_a_prompts_rollouts(tiny_lm, tiny_rm, prompts,
     advantages_follow(rollouts)
 
 
+def test_a_prompt_that_follows_itself_is_two_groups():
+    """As at the border of two epochs."""
+    from polarctl.records import Record
+    from polarctl.rl.registry import Batch, open_rewards
+    from polarctl.stages.rft import Config
+
+    names = ("length:1", "regex:a")
+    config = Config(model="m", reward=names, combine="zsum", num_generations=2, batch_size=4)
+    texts = ["a", "bb", "a", "b"]
+    batch = Batch(
+        records=[Record({"prompt": "p"})] * 4,
+        rows=[{"wrapper": "sft"}] * 4,
+        prompts=["p"] * 4,
+        completions=texts,
+        tokens=[1] * 4,
+        ended=[True] * 4,
+        numbers=[5] * 4,
+    )
+    found = open_rewards(config, device="cpu", dtype="float32")(batch)
+    # length 1, 0 and 1, 1: z 1, -1 and 0, 0; the letter 1, 0 and 1, 0: z 1, -1 and 1, -1
+    assert found.raw == found.used == [2.0, -2.0, 1.0, -1.0]
+    assert found.components[1] == {"length:1": 0.0, "regex:a": 0.0}
+
+
 def test_verifiers_alone_need_no_reward_model(tiny_lm, prompts, tmp_path):
     folder = tmp_path / "out"
     program = shlex.join(
@@ -152,6 +176,36 @@ def test_a_faulty_server_gives_the_rewards_of_a_good_one(tiny_lm, tiny_rm, promp
     for r in lines(tmp_path / "0.0" / "rollouts.jsonl"):
         ids = encoder.encode(r["prompt"], r["reference"], r["output"], r["wrapper"])
         assert r["components"]["polar"] == r["reward"] == pytest.approx(reward_of(ids))
+
+
+def test_a_run_does_not_go_on_with_another_model_on_the_server(
+    tiny_lm, tiny_rm, prompts, tmp_path, monkeypatch, capsys
+):
+    from polarctl.rl.callback import Recorder
+
+    class Killed(BaseException):
+        pass
+
+    folder, real = tmp_path / "out", Recorder.on_save
+
+    def call(self, *given, **more):
+        real(self, *given, **more)
+        raise Killed
+
+    def go(server, *more):
+        options = ["--reward-model", tiny_rm, "--server", server.url, "--save-steps", "1"]
+        return run(prompts, tiny_lm, folder, *options, *more)
+
+    with monkeypatch.context() as patch, serving() as server:
+        patch.setattr(Recorder, "on_save", call)
+        with pytest.raises(Killed):
+            go(server)
+    with serving(shift=1.0) as server:
+        assert go(server) == 2
+    assert "`served_" in capsys.readouterr().err
+    with serving() as server:  # at another address, which does not matter
+        assert go(server) == 0
+        assert go(server) == 0  # complete already
 
 
 def test_a_dead_server_stops_the_run(tiny_lm, tiny_rm, prompts, tmp_path, capsys):
