@@ -6,8 +6,14 @@ their rewards), `metrics.jsonl` (a line a step) and `curves.png`. Prints the fol
 A policy with a chat template gets a text prompt as a user's message; one without continues the
 text. --kl-coef 0, the default, loads no reference model, and then no KL is measured.
 
+--engine verl and --engine openrlhf train nothing: the folder gets what these trainers need for PPO
+on several machines (data, launch.sh, a README.md of what to start where), with the paper's settings
+where none are given.
+
 \b
 polarctl rft prompts.jsonl -m models/policy --reward-model runs/rm -o runs/better
+polarctl rft prompts.jsonl -m models/policy --reward-model runs/rm -o runs/ppo \
+  --engine verl --server http://scorer:8000
 """
 
 from __future__ import annotations
@@ -35,7 +41,10 @@ class Config(Common):
     """Options of `polarctl rft`."""
 
     ABSENT = frozenset({"manifest"})  # it marks the folder as complete
-    NEEDS = [Needs("epochs", lambda c: c.max_steps is None, "a run without --max-steps")]
+    NEEDS = [
+        Needs("epochs", lambda c: c.max_steps is None, "a run without --max-steps"),
+        Needs("server", lambda c: c.engine != "trl", "--engine verl and --engine openrlhf"),
+    ]
 
     model: Annotated[str, typer.Option("--model", "-m", help="Policy: a folder or a Hub id.")]
     reward_model: Annotated[str, typer.Option(help="Reward model: a folder or a Hub id.")]
@@ -89,6 +98,15 @@ class Config(Common):
     save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100
     device: Device = "auto"
     dtype: Dtype = "auto"
+    # -- who trains --
+    engine: Annotated[
+        Literal["trl", "verl", "openrlhf"],
+        typer.Option(help="Train here, or write what verl or OpenRLHF need to train elsewhere."),
+    ] = "trl"
+    server: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Where the reward model will be, for --engine."),
+    ] = None
 
 
 def run(config: Config) -> None:
@@ -99,15 +117,18 @@ def run(config: Config) -> None:
     devices.show_one_gpu(config.device)  # before torch is imported by any of the others
     from polarctl.policies.pool import Policy, Sampling
     from polarctl.policies.writer import Writer
-    from polarctl.rl import grpo
+    from polarctl.rl import engines, grpo
     from polarctl.rl.callback import check_shape
     from polarctl.scoring.reward_function import normalise
     from polarctl.storage import run_folder, windows
 
-    grpo.require()
     normalise([], config.normalize)
     floor_of(config.reward_floor, None)
-    check_shape(config)
+    if config.engine != "trl":
+        engines.check_options("rft", config)
+    else:
+        grpo.require()
+        check_shape(config)
     devices.quiet_libraries()
     name = Path(config.model).resolve().name if Path(config.model).is_dir() else config.model
     policy = Policy(
@@ -115,10 +136,14 @@ def run(config: Config) -> None:
     )
     # Nothing is written by it here: it knows what the policy can read.
     writer = Writer(policy, device="cpu", dtype=None, batch_size=1)
+    engines.check_policy(config, writer)
     verify = verifier(writer)
     paths = windows.inputs_of("rft", config)
     if config.dry_run:
-        windows.dry_run("rft", config, paths, "prompt", verify=verify)
+        facts: dict[str, Any] = {}
+        if config.engine != "trl":
+            facts["writes"] = engines.plan(config)
+        windows.dry_run("rft", config, paths, "prompt", verify=verify, **facts)
         return
     with run_folder.opened("rft", config, paths, sources=_SOURCES, free=_FREE) as run:
         if run is not None:
@@ -172,10 +197,16 @@ def row_of(record: Record, chat: bool) -> dict[str, Any]:
 
 
 def _train(config: Config, run: Run, writer: Writer, verify: Callable[[Record], None]) -> None:
+    from polarctl.rl import engines
     from polarctl.storage.rejects import read_all, rejects_of
 
     with rejects_of(run, config) as rejects:
-        _improve(config, read_all(run, config, "prompt", verify, rejects), writer)
+        run = read_all(run, config, "prompt", verify, rejects)
+        if config.engine == "trl":
+            _improve(config, run, writer)
+        else:
+            counts = engines.write(engines.Job(config, run.records, writer), run)
+            run.finish("rft", config, counts)
 
 
 def _improve(config: Config, run: Run, writer: Writer) -> None:

@@ -162,6 +162,10 @@ RFT_BASE = (
     "rft prompts.jsonl -m lm --reward-model rm -o made --device cpu --max-steps 1 --batch-size 4 "
     "--num-generations 2 --max-new-tokens 4 --lr 1e-3 -q"
 )
+ELSEWHERE = (
+    "rft prompts.jsonl -m lm --reward-model rm -o made --max-new-tokens 4 -q --engine openrlhf "
+    "--server http://scorer:8000"
+)
 RFT: dict[str, Case | Seen] = {
     **voice(RFT_BASE, RFT_BASE.replace(" -q", " --dry-run")),
     "input": swap(RFT_BASE, "prompts.jsonl", "more-prompts.jsonl"),
@@ -193,6 +197,8 @@ RFT: dict[str, Case | Seen] = {
     "save_steps": Seen("stages/test_rft.py", "--save-steps 1"),
     "device": swap(RFT_BASE, "--device cpu", "--device cuda:99", "status"),
     "dtype": add(RFT_BASE, "--dtype bfloat16"),
+    "engine": swap(ELSEWHERE, "--engine openrlhf", "--engine verl", "status"),
+    "server": swap(ELSEWHERE, "scorer", "other"),
 }
 
 # -- records --------------------------------------------------------------------------------------
@@ -446,6 +452,7 @@ REFUSED = {
         "resume": RFT_BASE.replace("-o made", "") + " --no-resume",
         "force": RFT_BASE.replace("-o made", "") + " --force",
         "epochs": RFT_BASE + " --epochs 2",
+        "server": RFT_BASE + " --server http://127.0.0.1:9",
     },
     "convert": {
         "force": "convert ranked.jsonl --force",
@@ -488,6 +495,8 @@ REFUSED_TOO = [
     "convert ranked.jsonl -o out.jsonl --from native --answer output",
     "convert ranked.jsonl -o out.parquet --to verl --no-resume",
     "push data.jsonl me/data --dry-run --dataset me/other",
+    ELSEWHERE + " --save-steps 5 --batch-tokens 9",
+    ELSEWHERE + " --dtype float32",
 ]
 
 
