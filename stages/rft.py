@@ -117,7 +117,7 @@ def run(config: Config) -> None:
     devices.show_one_gpu(config.device)  # before torch is imported by any of the others
     from polarctl.policies.pool import Policy, Sampling
     from polarctl.policies.writer import Writer
-    from polarctl.rl import engines, grpo
+    from polarctl.rl import grpo, other_trainers
     from polarctl.rl.callback import check_shape
     from polarctl.scoring.reward_function import normalise
     from polarctl.storage import run_folder, windows
@@ -125,7 +125,7 @@ def run(config: Config) -> None:
     normalise([], config.normalize)
     floor_of(config.reward_floor, None)
     if config.engine != "trl":
-        engines.check_options("rft", config)
+        other_trainers.check_options("rft", config)
     else:
         grpo.require()
         check_shape(config)
@@ -136,13 +136,13 @@ def run(config: Config) -> None:
     )
     # Nothing is written by it here: it knows what the policy can read.
     writer = Writer(policy, device="cpu", dtype=None, batch_size=1)
-    engines.check_policy(config, writer)
+    other_trainers.check_policy(config, writer)
     verify = verifier(writer)
     paths = windows.inputs_of("rft", config)
     if config.dry_run:
         facts: dict[str, Any] = {}
         if config.engine != "trl":
-            facts["writes"] = engines.plan(config)
+            facts["writes"] = other_trainers.plan(config)
         windows.dry_run("rft", config, paths, "prompt", verify=verify, **facts)
         return
     with run_folder.opened("rft", config, paths, sources=_SOURCES, free=_FREE) as run:
@@ -197,7 +197,7 @@ def row_of(record: Record, chat: bool) -> dict[str, Any]:
 
 
 def _train(config: Config, run: Run, writer: Writer, verify: Callable[[Record], None]) -> None:
-    from polarctl.rl import engines
+    from polarctl.rl import other_trainers
     from polarctl.storage.rejects import read_all, rejects_of
 
     with rejects_of(run, config) as rejects:
@@ -205,7 +205,7 @@ def _train(config: Config, run: Run, writer: Writer, verify: Callable[[Record], 
         if config.engine == "trl":
             _improve(config, run, writer)
         else:
-            counts = engines.write(engines.Job(config, run.records, writer), run)
+            counts = other_trainers.write(other_trainers.Job(config, run.records, writer), run)
             run.finish("rft", config, counts)
 
 

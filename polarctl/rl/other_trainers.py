@@ -1,7 +1,7 @@
 """What verl and OpenRLHF need to train a policy with the POLAR reward: data, script, instructions.
 
 PPO on several machines is theirs. The settings are the paper's where `rft` does not name others:
-`polarctl.rl.engines.PAPER`, actor and critic at 1e-6 and 1e-5, gamma = lambda = 1, clip 0.2.
+`polarctl.rl.other_trainers.PAPER`, actor and critic at 1e-6 and 1e-5, gamma = lambda = 1, clip 0.2.
 """
 
 from __future__ import annotations
