@@ -205,7 +205,7 @@ def _train(config: Config, run: Run, writer: Writer, verify: Callable[[Record], 
         if config.engine == "trl":
             _improve(config, run, writer)
         else:
-            counts = other_trainers.write(other_trainers.Job(config, run.records, writer), run)
+            counts = other_trainers.write(other_trainers.Handover(config, run.records, writer), run)
             run.finish("rft", config, counts)
 
 

@@ -94,7 +94,7 @@ def _value(config: Any, name: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Job:
+class Handover:
     """What is to be written.
 
     Attributes:
@@ -134,7 +134,7 @@ class Job:
         return [tokenizer.decode([one]) for one in dict.fromkeys(ids) if one is not None]
 
 
-def write(job: Job, run: run_folder.Run) -> dict[str, Any]:
+def write(job: Handover, run: run_folder.Run) -> dict[str, Any]:
     """Write the folder's files, and give the numbers for the manifest.
 
     Raises:
@@ -151,7 +151,7 @@ def write(job: Job, run: run_folder.Run) -> dict[str, Any]:
     return (_verl if job.config.engine == "verl" else _openrlhf)(job, target)
 
 
-def _script(target: Path, job: Job, module: str, reward: str, arguments: list[str]) -> None:
+def _script(target: Path, job: Handover, module: str, reward: str, arguments: list[str]) -> None:
     """`arguments` stand in the script as they are: those with `$` are put in double quotes."""
     lines = "".join(f"  {argument} \\\n" for argument in arguments)
     text = _SHELL.format(
@@ -173,7 +173,7 @@ def _place(name: str) -> str:
 # -- verl -----------------------------------------------------------------------------------------
 
 
-def _verl(job: Job, target: Path) -> dict[str, Any]:
+def _verl(job: Handover, target: Path) -> dict[str, Any]:
     config = job.config
     order = sorted(
         range(len(job.records)),
@@ -197,7 +197,7 @@ def _verl(job: Job, target: Path) -> dict[str, Any]:
     return {**counts, "read by verl": checked}
 
 
-def _verl_arguments(job: Job, prompt: int) -> list[str]:
+def _verl_arguments(job: Handover, prompt: int) -> list[str]:
     config, step = job.config, job.prompts_per_step
     policy, tokens = _place(config.model), prompt + config.max_new_tokens
     values: dict[str, Any] = {
@@ -298,7 +298,7 @@ with tempfile.TemporaryDirectory() as cache:
 """
 
 
-def _verl_page(job: Job, counts: dict[str, Any]) -> str:
+def _verl_page(job: Handover, counts: dict[str, Any]) -> str:
     config = job.config
     return f"""# PPO by verl {VERSIONS["verl"]} with the POLAR reward
 
@@ -341,7 +341,7 @@ command goes on after the last checkpoint in `trained/` (every {config.save_step
 # -- OpenRLHF -------------------------------------------------------------------------------------
 
 
-def _openrlhf(job: Job, target: Path) -> dict[str, Any]:
+def _openrlhf(job: Handover, target: Path) -> dict[str, Any]:
     config, chat = job.config, job.writer.chat
     with open(target / "train.jsonl", "wb") as stream:
         for record in job.records:
@@ -385,7 +385,7 @@ def _openrlhf_row(record: Record, chat: bool) -> dict[str, Any]:
     return {"prompt": turns, "label": label}
 
 
-def _openrlhf_arguments(job: Job) -> list[str]:
+def _openrlhf_arguments(job: Handover) -> list[str]:
     config, step, policy = job.config, job.prompts_per_step, _place(job.config.model)
     batch = _value(config, "batch_size")
     values: dict[str, Any] = {
@@ -443,7 +443,7 @@ def _option(name: str, value: Any) -> str:
     return f"--{name} {value if str(value)[:1] == chr(34) else shlex.quote(str(value))}"
 
 
-def _openrlhf_page(job: Job, ends: list[str]) -> str:
+def _openrlhf_page(job: Handover, ends: list[str]) -> str:
     config = job.config
     told = " ".join(f"--end-token {shlex.quote(end)}" for end in ends)
     more = " --strip-thinking" if config.strip_thinking else ""
