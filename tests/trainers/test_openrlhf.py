@@ -134,10 +134,8 @@ def test_a_server_that_is_not_there_is_an_error_at_the_start(folder):
         SingleTurnAgentExecutor([str(file)])
 
 
-def test_a_reward_that_fails_amid_the_run_is_none_and_that_stops_openrlhf(
-    rows, folder, served, tokenizer
-):
-    """It logs the failure and goes on without a reward; where rewards are used, none is an error."""
+def test_a_reward_that_fails_amid_the_run_is_never_a_number(rows, folder, served, tokenizer):
+    """OpenRLHF logs it and has no reward. Its trainer asks for one that is there, and stops."""
     from openrlhf.utils.agent import SingleTurnAgentExecutor
 
     executor = SingleTurnAgentExecutor([f"{served}/get_reward"])
