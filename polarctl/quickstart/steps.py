@@ -17,7 +17,6 @@ from polarctl.model.devices import quiet_libraries
 from polarctl.quickstart import policies as zoo
 from polarctl.quickstart import world
 from polarctl.quickstart.policies import Zoo
-from polarctl.quickstart.world import CARELESS
 from polarctl.storage import atomic
 from polarctl.storage.read import Reader
 
@@ -37,7 +36,10 @@ class Sizes:
         scratch: Options of `finetune` from random weights.
         rft: Options of `rft`; its prompts are `rft_prompts`.
         rft_prompts: Prompts of `rft` and of the supervised run beside it.
-        sft_lr: Learning rate of that run.
+        rft_steps: Steps of `rft` in one round.
+        rounds: Rounds of reinforcement; after each but the last the reward model is mended.
+        failures: Triples that are made of a round's rollouts.
+        sft_lr: Learning rate of the supervised run.
     """
 
     train: int = 2000
@@ -46,10 +48,13 @@ class Sizes:
     labels: int = 250
     seeds: int = 3
     pretrain: tuple[str, ...] = ("--lr", "1e-3", "--batch-size", "64", "--max-steps", "400")
-    tune: tuple[str, ...] = ("--lr", "2e-4", "--batch-size", "32", "--max-steps", "50")
+    tune: tuple[str, ...] = ("--lr", "2e-4", "--batch-size", "32", "--epochs", "6")
     scratch: tuple[str, ...] = ("--lr", "2e-3", "--batch-size", "32", "--max-steps", "150")
-    rft: tuple[str, ...] = ("--lr", "1e-3", "--batch-size", "256", "--max-steps", "80")
+    rft: tuple[str, ...] = ("--lr", "1e-3", "--batch-size", "256")
     rft_prompts: int = 2560
+    rft_steps: int = 60
+    rounds: int = 3
+    failures: int = 500
     sft_lr: float = 5e-3
 
 
@@ -60,10 +65,13 @@ FAST = Sizes(
     labels=120,
     seeds=3,
     pretrain=("--lr", "2e-3", "--batch-size", "48", "--max-steps", "80"),
-    tune=("--lr", "2e-4", "--batch-size", "32", "--max-steps", "10"),
+    tune=("--lr", "2e-4", "--batch-size", "32", "--epochs", "3"),
     scratch=("--lr", "2e-3", "--batch-size", "32", "--max-steps", "20"),
-    rft=("--lr", "1e-3", "--batch-size", "64", "--max-steps", "6"),
+    rft=("--lr", "1e-3", "--batch-size", "64"),
     rft_prompts=48,
+    rft_steps=3,
+    rounds=2,
+    failures=20,
 )
 
 
@@ -154,15 +162,13 @@ class Tour:
     def pretrain(self) -> None:
         """Triples from the policies that are not held out; the reward model."""
         held = [f"{run}-*" for run in self.zoo.held_out]
-        careless = ("--exclude-policies", f"{CARELESS}*")
         exclude = [word for glob in held for word in ("--exclude-policies", glob)]
-        exclude += careless
         require = [word for glob in held for word in ("--require", glob)]
         train, test = self.path("samples-train.jsonl"), self.path("samples-test.jsonl")
         many = ("--triples-per-prompt", str(self.sizes.triples))
         self.polarctl("pair", train, *exclude, *many, "-o", self.path("triples.jsonl"))
         self.polarctl("pair", test, *exclude, "-o", self.path("test-seen.jsonl"))
-        self.polarctl("pair", test, *require, *careless, "-o", self.path("test-held-out.jsonl"))
+        self.polarctl("pair", test, *require, "-o", self.path("test-held-out.jsonl"))
         self.polarctl(
             "pretrain",
             self.path("triples.jsonl"),
@@ -205,28 +211,17 @@ class Tour:
                 self.evaluate("ranked-test.jsonl", f"tuned/{name}", name, *reference)
 
     def improve(self) -> None:
-        """RFT of an unsure policy with the reward model; a supervised run beside it."""
+        """An unsure policy, improved in several ways; what they answer to unseen prompts."""
         start = self.path(f"zoo/mix-{self.zoo.run_steps[-1]}")
-        self.polarctl(
-            "rft",
-            self.path("prompts-rft.jsonl"),
-            *("-m", start, "--reward-model", self.path("tuned/pretrained-0"), *self.sizes.rft),
-            *("--max-new-tokens", "12", "-o", self.path("rft")),
-        )
-        if not (self.folder / "sft" / "config.json").exists():
-            console.note("supervised training of the same policy on the same references")
-            rows = read(self.folder / "prompts-rft.jsonl")
-            self.timed(
-                "sft", lambda: zoo.supervise(start, rows, self.path("sft"), self.sizes.sft_lr)
-            )
-        pool = [
-            {"policy": name, "model": model}
-            for name, model in (
-                ("untouched", start),
-                ("sft", self.path("sft")),
-                ("rft", self.path("rft")),
-            )
-        ]
+        policies = {
+            "untouched": start,
+            "sft": self.supervise(start),
+            "rounds": self.rounds(start),
+            "long": self.reinforce(
+                "long", start, "tuned/pretrained-0", self.sizes.rounds * self.sizes.rft_steps
+            ),
+        }
+        pool = [{"policy": name, "model": model} for name, model in policies.items()]
         write(self.folder / "pool-final.jsonl", pool)
         self.polarctl(
             "sample",
@@ -235,6 +230,48 @@ class Tour:
             *("--max-new-tokens", "12", "--top-p", "1", "--top-k", "0"),
             *("-o", self.path("samples-final.jsonl")),
         )
+
+    def supervise(self, start: str) -> str:
+        """The policy trained on the references; its folder."""
+        target = self.folder / "rft" / "sft"
+        if not (target / "config.json").exists():
+            console.note("supervised training of the same policy on the same references")
+            rows = read(self.folder / "prompts-rft.jsonl")
+            self.timed("sft", lambda: zoo.supervise(start, rows, str(target), self.sizes.sft_lr))
+        return str(target)
+
+    def reinforce(self, name: str, start: str, judge: str, steps: int) -> str:
+        """A policy improved with a reward model; its folder."""
+        self.polarctl(
+            "rft",
+            self.path("prompts-rft.jsonl"),
+            *("-m", start, "--reward-model", self.path(judge), *self.sizes.rft),
+            *("--max-steps", str(steps), "--max-new-tokens", "12"),
+            *("-o", self.path(f"rft/{name}")),
+        )
+        return self.path(f"rft/{name}")
+
+    def rounds(self, start: str) -> str:
+        """The policy improved round by round; its folder.
+
+        After a round the policy's own failures become labels, and the reward model learns them.
+        """
+        policy, judge = start, "tuned/pretrained-0"
+        labels = [self.path("ranked-train.jsonl")]
+        here = self.zoo.world()
+        for number in range(1, self.sizes.rounds + 1):
+            # Another seed, so that a round does not begin with the prompts of the one before.
+            tour = replace(self, seed=self.seed + number)
+            if number > 1:
+                rollouts = read(self.folder / f"rft/round-{number - 1}/rollouts.jsonl")
+                found = world.failures(rollouts, here, self.sizes.failures, tour.seed)
+                labels.append(self.path(f"rft/failures-{number - 1}.jsonl"))
+                write(Path(labels[-1]), found)
+                judge = f"rft/judge-{number}"
+                options = ("-m", self.path("rm"), *self.sizes.tune)
+                tour.polarctl("finetune", *labels, *options, "-o", self.path(judge))
+            policy = tour.reinforce(f"round-{number}", policy, judge, self.sizes.rft_steps)
+        return policy
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from polarctl.evaluation import plots
@@ -18,6 +18,7 @@ _TRL_METRICS = {
     "grad_norm": "grad_norm",
     "lr": "learning_rate",
     "entropy": "entropy",
+    "accuracy": "mean_token_accuracy",
     "clip_ratio": "clip_ratio/region_mean",
     "completion_length": "completions/mean_length",
     "completion_cut": "completions/clipped_ratio",
@@ -40,6 +41,7 @@ class Rollout:
         normalized: The reward that was trained on.
         advantage: How much better than its group, in the group's standard deviations.
         floored: Why its reward is the floor; empty: the reward model gave it.
+        components: Reward name to raw value; None: not applicable.
     """
 
     row: int
@@ -51,6 +53,7 @@ class Rollout:
     normalized: float
     advantage: float
     floored: str = ""
+    components: Mapping[str, float | None] = field(default_factory=dict)
 
 
 def record_of(
@@ -70,8 +73,23 @@ def record_of(
         "reward": rollout.reward,
         "reward_normalized": rollout.normalized,
         "advantage": rollout.advantage,
+        "components": dict(rollout.components),
         **({"floored": rollout.floored} if rollout.floored else {}),
     }
+
+
+def distinct(text: str, n: int) -> float | None:
+    """The share of a text's n-grams of words that are different from each other, 0 to 1.
+
+    "Distinct-n" of Li et al. (arXiv 1510.03055), within one text, so that it falls when a policy
+    repeats itself and not when all rollouts of a prompt agree. Words stand between blank space.
+
+    Returns:
+        None for a text of fewer than `n` words.
+    """
+    words = text.split()
+    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else None
 
 
 def step_entry(
@@ -94,18 +112,35 @@ def step_entry(
         "reward_normalized_std": statistics.pstdev(used),
         "floored": statistics.fmean(bool(rollout.floored) for rollout in rollouts),
     }
+    for name in rollouts[0].components:
+        given = [v for r in rollouts if (v := r.components[name]) is not None]
+        if given:
+            entry[f"reward/{name}"] = statistics.fmean(given)
+    for n in (1, 2):
+        shares = [share for r in rollouts if (share := distinct(r.output, n)) is not None]
+        if shares:
+            entry[f"distinct_{n}"] = statistics.fmean(shares)
+    return entry | numbers_of(trl)
+
+
+def numbers_of(trl: Mapping[str, float | None]) -> dict[str, Any]:
+    """TRL's numbers of a step under our names."""
+    found: dict[str, Any] = {}
     for name, theirs in _TRL_METRICS.items():
         value = trl.get(theirs)
         if value is not None:
-            entry[name] = value if math.isfinite(value) else str(value)
-    return entry
+            found[name] = value if math.isfinite(value) else str(value)
+    return found
 
 
 def curves(entries: Iterable[Mapping[str, Any]]) -> dict[str, bytes]:
-    """Plots by file name: the reward, and the KL where it was measured."""
+    """Plots by file name: the reward (or the loss), and the KL where it was measured."""
     entries = list(entries)
+    first = ("curves.png", "reward", "mean raw reward of a step's rollouts", "Reward")
+    if entries and "reward" not in entries[0]:
+        first = ("curves.png", "loss", "negative log-likelihood (nats per token)", "Loss")
     wanted = (
-        ("curves.png", "reward", "mean raw reward of a step's rollouts", "Reward"),
+        first,
         ("kl.png", "kl", "KL to the policy at the start (nats per token)", "KL"),
     )
     images = {}

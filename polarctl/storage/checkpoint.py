@@ -25,7 +25,7 @@ from polarctl import console
 from polarctl.errors import PolarctlError
 from polarctl.storage import atomic, manifest
 
-_MARK = "checkpoint.json"
+MARK = "checkpoint.json"
 _KEEP = 2
 
 
@@ -40,7 +40,7 @@ def commit(target: Path, step: int, identity: dict[str, Any], **more: Any) -> No
     """
     atomic.sync_files(target)
     mark = {"step": step, "identity": identity, **more, "files": manifest.folder_files(target)}
-    atomic.write(target / _MARK, orjson.dumps(mark))
+    atomic.write(target / MARK, orjson.dumps(mark))
     atomic.sync_folder(target.parent)
     others = [path for path in _by_step(target.parent) if path != target]
     # Later ones were damaged, or this run would have gone on from there.
@@ -70,10 +70,10 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 def _valid(target: Path) -> dict[str, Any] | None:
     try:
-        mark: dict[str, Any] = orjson.loads((target / _MARK).read_bytes())
-        files = {k: v for k, v in manifest.folder_files(target).items() if k != _MARK}
+        mark: dict[str, Any] = orjson.loads((target / MARK).read_bytes())
+        files = {k: v for k, v in manifest.folder_files(target).items() if k != MARK}
         return mark if files == mark["files"] else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (PolarctlError, OSError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -166,7 +166,25 @@ ELSEWHERE = (
     "rft prompts.jsonl -m lm --reward-model rm -o made --max-new-tokens 4 -q --engine openrlhf "
     "--server http://scorer:8000"
 )
+RFT_TWO = RFT_BASE + " --reward polar --reward length:9"
+RFT_PROGRAM = RFT_BASE.replace(" --reward-model rm", "") + " --reward 'command:sleep 0.5'"
+RFT_REWARDS: dict[str, Case | Seen] = {
+    "reward": add(RFT_BASE, "--reward polar --reward length:9"),
+    "reward_model": swap(RFT_BASE, "--reward-model rm", "--reward-model other-rm"),
+    "combine": add(RFT_TWO, "--combine zsum"),
+    "reward_weights": add(RFT_TWO, "--reward-weights 1 --reward-weights 2"),
+    "overlong_buffer": add(RFT_BASE, "--overlong-buffer 3"),
+    "verifier_timeout": add(RFT_PROGRAM, "--verifier-timeout 0.1", "more than 0.1 s"),
+    "verifier_memory": Seen("verifiers/test_programs.py", "memory_gib=0.5"),
+    "server": Seen("rl/test_rft_rewards.py", '"--server", server.url'),
+    "server_type": Seen("rl/test_rft_rewards.py", '"--server-type", "vllm"'),
+    "server_model": Seen("rl/test_rft_rewards.py", '"--server-model", "rm"'),
+    "server_batch": Seen("rl/test_rft_rewards.py", '"--server-batch", "2"'),
+    "concurrency": Seen("scoring/test_server.py", '"--concurrency"'),
+    "server_deadline": Seen("rl/test_rft_rewards.py", '"--server-deadline", "0.2"'),
+}
 RFT: dict[str, Case | Seen] = {
+    **RFT_REWARDS,
     **voice(RFT_BASE, RFT_BASE.replace(" -q", " --dry-run")),
     "input": swap(RFT_BASE, "prompts.jsonl", "more-prompts.jsonl"),
     "output": swap(RFT_BASE, "-o made", "-o other"),
@@ -178,7 +196,6 @@ RFT: dict[str, Case | Seen] = {
     "dry_run": add(RFT_BASE, "--dry-run"),
     "rejects": add(RFT_BASE.replace("prompts", "bad-prompts"), "--rejects r.jsonl", "status"),
     "model": swap(RFT_BASE, "-m lm", "-m chat"),
-    "reward_model": swap(RFT_BASE, "--reward-model rm", "--reward-model other-rm"),
     "num_generations": swap(RFT_BASE, "--num-generations 2", "--num-generations 4"),
     "batch_size": swap(RFT_BASE, "--batch-size 4", "--batch-size 2"),
     "micro_batch_size": add(RFT_BASE, "--micro-batch-size 3", "status"),
@@ -198,7 +215,6 @@ RFT: dict[str, Case | Seen] = {
     "device": swap(RFT_BASE, "--device cpu", "--device cuda:99", "status"),
     "dtype": add(RFT_BASE, "--dtype bfloat16"),
     "engine": swap(ELSEWHERE, "--engine openrlhf", "--engine verl", "status"),
-    "server": swap(ELSEWHERE, "scorer", "other"),
 }
 
 # -- records --------------------------------------------------------------------------------------
@@ -314,6 +330,11 @@ CONVERT: dict[str, Case | Seen] = {
     "split": add(CONVERT_BASE, "--split test"),
     "test_share": add(CONVERT_BASE + " --split test", "--test-share 0.9"),
     "equal_chosen": Seen("stages/test_convert.py", '"--equal-chosen", choice'),
+    "by": Seen("stages/test_convert.py", '"--by", "reward", "--min-margin", "1"'),
+    "min_margin": Seen("stages/test_convert.py", '"--by", "reward", "--min-margin", "1"'),
+    "best_of_n": add(CONVERT_BASE, "--best-of-n"),
+    "subset": Seen("formats/test_sources.py", '"--subset", "two"'),
+    "source_split": Seen("formats/test_sources.py", '"--source-split", "test"'),
 }
 
 # -- the others -----------------------------------------------------------------------------------
@@ -387,6 +408,7 @@ TABLE: dict[str, dict[str, Case | Seen]] = {
     "validate": VALIDATE,
 }
 
+RFT_VERIFIED = "rft prompts.jsonl -m lm -o made --reward exact"
 # A command for each option that some mode does not use; the option comes last.
 JUDGE = "score candidates.jsonl -m rm --backend principle"
 SERVER = "score candidates.jsonl -m rm --server http://127.0.0.1:9"
@@ -449,17 +471,35 @@ REFUSED = {
         "dtype": "eval scored.jsonl --dtype float32",
     },
     "rft": {
+        "reward_model": RFT_VERIFIED + " --reward-model rm",
+        "normalize": RFT_VERIFIED + " --normalize polar-7b",
+        "reward_floor": RFT_VERIFIED + " --reward-floor 0",
+        "batch_tokens": RFT_VERIFIED + " --batch-tokens 9",
+        "server": RFT_VERIFIED + " --server http://127.0.0.1:9",
+        "server_type": RFT_BASE + " --server-type vllm",
+        "server_model": RFT_BASE + " --server-model rm",
+        "server_batch": RFT_BASE + " --server-batch 9",
+        "concurrency": RFT_BASE + " --concurrency 9",
+        "server_deadline": RFT_BASE + " --server-deadline 9",
+        "combine": RFT_BASE + " --combine zsum",
+        "reward_weights": RFT_BASE + " --reward-weights 2",
+        "verifier_timeout": RFT_BASE + " --verifier-timeout 9",
+        "verifier_memory": RFT_BASE + " --verifier-memory 9",
         "resume": RFT_BASE.replace("-o made", "") + " --no-resume",
         "force": RFT_BASE.replace("-o made", "") + " --force",
         "epochs": RFT_BASE + " --epochs 2",
-        "server": RFT_BASE + " --server http://127.0.0.1:9",
     },
     "convert": {
         "force": "convert ranked.jsonl --force",
+        "min_margin": "convert ranked.jsonl --to trl --min-margin 1",
         **{
             name: f"{CHECKPOINT} {more}"
             for name, more in {
                 "from_format": "--from trl",
+                "by": "--by reward",
+                "best_of_n": "--best-of-n",
+                "subset": "--subset a",
+                "source_split": "--source-split a",
                 "map": "--map a=b",
                 "answer": "--answer output",
                 "ranked": "--ranked top",
@@ -492,11 +532,16 @@ REFUSED_TOO = [
     "convert ranked.jsonl -o out.jsonl --seed 1",
     "convert ranked.jsonl -o out.jsonl --test-share 0.1",
     "convert ranked.jsonl -o out.jsonl --ranked top",
+    "convert ranked.jsonl -o out.jsonl --by reward",
+    "convert ranked.jsonl -o out.jsonl --subset a",
+    "convert ranked.jsonl -o out.jsonl --to trl --best-of-n --by reward --min-margin 1",
     "convert ranked.jsonl -o out.jsonl --from native --answer output",
     "convert ranked.jsonl -o out.parquet --to verl --no-resume",
     "push data.jsonl me/data --dry-run --dataset me/other",
     ELSEWHERE + " --save-steps 5 --batch-tokens 9",
     ELSEWHERE + " --dtype float32",
+    ELSEWHERE + " --gpus 2",
+    ELSEWHERE + " --server-type vllm",
 ]
 
 

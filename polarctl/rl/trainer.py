@@ -1,4 +1,4 @@
-"""GRPO by TRL's trainer, made to keep our promises about output folders, resume and silence.
+"""A trainer of TRL, made to keep our promises about output folders, resume and silence.
 
 The order of the prompts over all epochs is laid out beforehand, so that the trainer walks one
 fixed list and a resume only has to know the step.
@@ -15,26 +15,34 @@ from typing import Any
 import jsonlines
 import orjson
 import torch
-import transformers
 
-from polarctl import console, seeding
+from polarctl import console
 from polarctl.errors import PolarctlError, UsageError, need
 from polarctl.model import devices, reward_model
 from polarctl.parallel import rank, stopping
 from polarctl.policies.writer import load_causal_lm
-from polarctl.rl import rollouts
+from polarctl.rl import references, registry, rollouts
 from polarctl.rl.callback import PolicyRun, Recorder
 from polarctl.scoring.answers import REWARD_FLOOR, floor_of
-from polarctl.scoring.reward_function import PolarReward
-from polarctl.scoring.scorer import Floored, load_scorer
+from polarctl.scoring.scorer import Floored
 from polarctl.storage import atomic, checkpoint, run_folder
+from polarctl.training import lora, zero
 
 
-def require() -> None:
-    """Raise MissingError when a package that this needs is not installed."""
-    for name in ("trl", "datasets"):
+def require(config: Any = None) -> None:
+    """Raise MissingError when a package that this needs is not installed.
+
+    Args:
+        config: The options of `polarctl rft`; None: what every run needs.
+    """
+    wanted = {"trl": "rft", "datasets": "rft"}
+    if config is not None:
+        wanted |= {"peft": "lora"} if config.lora_rank is not None else {}
+        wanted |= {"deepspeed": "deepspeed"} if config.deepspeed is not None else {}
+        wanted |= {"vllm": "vllm"} if config.rollouts != "transformers" else {}
+    for name, extra in wanted.items():
         if importlib.util.find_spec(name) is None:
-            raise need(name, "rft")
+            raise need(name, extra)
 
 
 def train(job: PolicyRun) -> dict[str, Any] | None:
@@ -50,43 +58,37 @@ def train(job: PolicyRun) -> dict[str, Any] | None:
     devices.quiet_libraries()
     place = _device(job.config.device)
     dtype = devices.dtype_of(job.config.dtype, place)
-    scorer = load_scorer(
-        job.config.reward_model,
-        device=place,
-        dtype=str(dtype).removeprefix("torch."),
-        batch_tokens=job.config.batch_tokens,
-    )
-    reward = PolarReward(
-        scorer,
-        normalize=job.config.normalize,
-        strip_thinking=job.config.strip_thinking,
-        thinking_opened=job.thinking_opened,
-        reward_floor=floor_of(job.config.reward_floor, REWARD_FLOOR),
-    )
+    if job.config.deepspeed is not None:
+        zero.ready_for_a_trainer(cpu=place == "cpu")
+    reward = _reward(job, place, dtype) if job.samples else None
     recorder = Recorder(job)
     trainer = _trainer(job, place, dtype, reward, recorder)
     recorder.trainer = trainer
     trainer.accelerator.wait_for_everyone()
     resume = _resume(job.run)
     size = sum(p.numel() for p in trainer.model.parameters())
+    group = f"{job.config.num_generations} rollouts" if job.samples else "its reference"
     console.note(
         f"rft: {len(job.rows):,} prompts, {job.steps:,} steps of {job.prompts_per_step} prompts x "
-        f"{job.config.num_generations} rollouts, {size:,} parameters"
+        f"{group}, {size:,} parameters"
     )
     done = int(resume.name.rpartition("-")[2]) if resume else 0
-    # Most of the time goes into decoding.
-    threads = devices.threads_for(trainer.model, scorer.model.model, under=devices.SMALL_TO_DECODE)
+    # Most of the time goes into decoding, where there is any.
+    under = devices.SMALL_TO_DECODE if job.samples else devices.SMALL_TO_COMPUTE
+    judges = reward.modules if reward is not None else []
+    threads = devices.threads_for(trainer.model, *judges, under=under)
     # The trainer reads as data whatever it knows of; this holds for what a launcher adds to it.
     safely = checkpoint.data_only(resume) if resume else nullcontext()
     with recorder.open(done), _plain_errors(job), threads, safely:
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        except PolarctlError:
+            recorder.keep_if_failed()
+            raise
     if trainer.state.global_step < job.steps:
         raise stopping.stopped(recorder.stopped_by, trainer.state.global_step, job.steps)
-    if reward.truncated:
-        console.warn(
-            f"{reward.truncated:,} of {reward.scored:,} rollouts were scored with an input longer "
-            "than the reward model's template, which was cut"
-        )
+    if reward is not None:
+        reward.close()
     return _finish(job, trainer)
 
 
@@ -108,51 +110,21 @@ def _resume(run: run_folder.Run) -> Path | None:
     return target
 
 
-def _trainer(
-    job: PolicyRun, place: str, dtype: Any, reward: PolarReward, recorder: Recorder
-) -> Any:
-    import huggingface_hub.constants
-
-    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL sends a ping otherwise
-    import datasets
-    import trl
-
-    datasets.disable_progress_bars()
-    config, on_cpu = job.config, place == "cpu"
-    processes = rank.count()
-    micro = config.micro_batch_size or config.batch_size // processes
-    arguments = trl.GRPOConfig(
-        output_dir=str(job.run.checkpoints),
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=config.batch_size // (micro * processes),
-        num_generations=config.num_generations,
-        max_completion_length=config.max_new_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        beta=config.kl_coef,
-        loss_type=config.loss_type,
-        learning_rate=config.lr,
-        lr_scheduler_type="constant",
-        max_steps=job.steps,
-        seed=seeding.derive(config.seed, "rft") % 2**32,
-        shuffle_dataset=False,
-        disable_dropout=True,
-        save_strategy="steps",
-        save_steps=config.save_steps,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        report_to="none",
-        disable_tqdm=True,
-        log_level="error",
-        use_cpu=on_cpu,
-        bf16=dtype == torch.bfloat16,
-        fp16=dtype == torch.float16,
-        gradient_checkpointing=not on_cpu,
-        dataloader_pin_memory=not on_cpu,
+def _reward(job: PolicyRun, place: str, dtype: Any) -> registry.Rewards:
+    """What rewards the rollouts, its models loaded."""
+    return registry.open_rewards(
+        job.config,
+        device=place,
+        dtype=str(dtype).removeprefix("torch."),
+        thinking_opened=job.thinking_opened,
     )
-    if processes == 1 and not on_cpu:
-        # The trainer would copy the model to every GPU that CUDA knew before one was chosen.
-        arguments._n_gpu = 1
+
+
+def _trainer(
+    job: PolicyRun, place: str, dtype: Any, reward: registry.Rewards | None, recorder: Recorder
+) -> Any:
+    from polarctl.rl import methods  # TRL is known to be there by now
+
     # Weights and optimiser stay in float32: steps of 1e-6 vanish in bfloat16.
     policy = load_causal_lm(job.policy, "cpu", torch.float32)
     tokenizer = reward_model.load_tokenizer(job.policy.model)
@@ -161,34 +133,30 @@ def _trainer(
             f"{job.policy.model}: its tokenizer names neither a token that ends a text nor padding",
             hint='set "eos_token" in its tokenizer_config.json',
         )
-    table = datasets.Dataset.from_list(
-        [{"prompt": row["prompt"], "row": number} for number, row in enumerate(job.rows)]
-    )
+    made = methods.Parts(job, place, dtype, policy, tokenizer, recorder)
+    if reward is None:
+        rows = references.encode(
+            job.rows, tokenizer, policy.generation_config.eos_token_id, job.thinking_opened
+        )
+        return methods.supervised(made, rows)
 
     def polar(*, prompts: Any, completions: Any, completion_ids: Any, row: Any, **more: Any) -> Any:
-        more["log_extra"]("row", row)
-        more["log_extra"]("tokens", list(map(len, completion_ids)))
-        ended = [ids[-1] in trainer.eos_token_ids for ids in completion_ids]
-        more["log_extra"]("ended", ended)
-        rows = [job.rows[number] for number in row]
-        return reward(
-            prompts,
-            completions,
-            reference=[r["reference"] for r in rows],
-            wrapper=[r["wrapper"] for r in rows],
-            ended=ended,
-            log_extra=more["log_extra"],
+        batch = registry.Batch(
+            records=[job.run.records[number] for number in row],
+            rows=[job.rows[number] for number in row],
+            prompts=prompts,
+            completions=completions,
+            tokens=list(map(len, completion_ids)),
+            ended=[ids[-1] in trainer.eos_token_ids for ids in completion_ids],
+            numbers=row,
         )
+        found = reward(batch)
+        extra = {"row": row, "tokens": batch.tokens, "ended": batch.ended, **vars(found)}
+        for name, column in extra.items():
+            more["log_extra"](name, column)
+        return found.used
 
-    trainer = trl.GRPOTrainer(
-        model=policy,
-        reward_funcs=polar,
-        args=arguments,
-        train_dataset=table.select(job.order()),
-        processing_class=tokenizer,
-        callbacks=[recorder],
-    )
-    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+    trainer = methods.sampling(made, recorder.guarded(polar))
     return trainer
 
 
@@ -216,9 +184,16 @@ def _finish(job: PolicyRun, trainer: Any) -> dict[str, Any] | None:
     before = reward_model.load_config(job.policy.model)
     policy = trainer.accelerator.unwrap_model(trainer.model)
     policy.config.use_cache = getattr(before, "use_cache", True)  # the trainer turns it off
-    if before.dtype is not None and not trainer.is_deepspeed_enabled:
-        policy.to(before.dtype)
-    trainer.save_model(str(target))
+    if job.config.lora_rank is not None:
+        with zero.whole(policy):
+            if rank.is_first():
+                lora.save(policy, target / "adapter")
+                plain = lora.merged(policy)
+                plain.to(before.dtype or plain.dtype).save_pretrained(target)
+    else:
+        if before.dtype is not None and not trainer.is_deepspeed_enabled:
+            policy.to(before.dtype)
+        trainer.save_model(str(target))
     if not rank.is_first():
         return None
     (target / "training_args.bin").unlink(missing_ok=True)
@@ -228,10 +203,14 @@ def _finish(job: PolicyRun, trainer: Any) -> dict[str, Any] | None:
         entries: Sequence[Any] = list(lines)
     for name, image in rollouts.curves(entries).items():
         atomic.write(target / name, image)
+    last = {f"last_{key}": value for key, value in entries[-1].items() if key != "step"}
+    if not job.samples:
+        return {"steps": len(entries), **last}
     floored, floor = Floored(), floor_of(job.config.reward_floor, REWARD_FLOOR)
     with jsonlines.open(job.run.folder / run_folder.ROLLOUTS, loads=orjson.loads) as lines:
-        for row in lines:
-            floored.count(row["reward"], row.get("floored"), floor)
+        for count, row in enumerate(lines, 1):  # noqa: B007
+            by_polar = row["components"].get("polar")
+            if by_polar is not None:
+                floored.count(by_polar, row.get("floored"), floor)
     floored.say(floor)
-    last = {f"last_{key}": value for key, value in entries[-1].items() if key != "step"}
-    return {"steps": len(entries), "rollouts": floored["outputs"], "floored": dict(floored), **last}
+    return {"steps": len(entries), "rollouts": count, "floored": dict(floored), **last}
