@@ -22,6 +22,7 @@ polarctl rft prompts.jsonl -m models/policy --reward-model runs/rm -o runs/ppo \
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,10 +53,15 @@ class Config(RewardConfig):
         Needs("loss_type", lambda c: c.method == "grpo", "--method grpo"),
         Needs("kl_coef", lambda c: c.method in ("grpo", "rloo"), "--method grpo and rloo"),
         Needs(
-            "reward reward_model server normalize strip_thinking reward_floor overlong_buffer "
-            "batch_tokens temperature top_p max_new_tokens rollouts",
+            "reward reward_model server overlong_buffer normalize reward_floor batch_tokens "
+            "rollouts",
             lambda c: c.method != "sft",
             "methods with rollouts: --method sft writes and scores none",
+        ),
+        Needs(
+            "strip_thinking temperature top_p max_new_tokens",
+            lambda c: c.method != "sft" or c.check is not None,
+            "methods with rollouts, or --check: --method sft writes nothing else",
         ),
         Needs("lora_alpha", lambda c: c.lora_rank or c.preset == "laptop", "a run with LoRA"),
         Needs("vllm_server", lambda c: c.rollouts == "vllm-server", "--rollouts vllm-server"),
@@ -152,15 +158,16 @@ class Config(RewardConfig):
 
 
 def run(config: Config) -> None:
-    """Train the policy on the input's prompts."""
+    """Train the policy on the input's prompts, or write what another trainer needs for it."""
+    if config.engine != "trl":
+        from polarctl.rl import other_trainers
+
+        other_trainers.hand_over("rft", config, verifier)
+        return
     from polarctl.model import devices
     from polarctl.parallel import launcher
     from polarctl.scoring.answers import floor_of
 
-    if config.engine != "trl":
-        from polarctl.rl import other_trainers
-
-        other_trainers.check_options("rft", config)
     if not config.dry_run and launcher.launch(
         "rft", gpus=config.gpus, nnodes=config.nnodes, device=config.device, inputs=config.input
     ):
@@ -173,16 +180,13 @@ def run(config: Config) -> None:
     from polarctl.scoring.reward_function import normalise
     from polarctl.storage import run_folder, windows
 
-    if config.engine == "trl":
-        config = presets.applied(config)
-        trainer.require(config)
-        check_method(config)
+    config = presets.applied(config)
+    check_method(config)
+    trainer.require(config)
     normalise([], config.normalize)
     floor_of(config.reward_floor, None)
-    if config.engine == "trl":
-        check_shape(config)
-    if config.method != "sft":
-        registry.check_names(config)
+    check_shape(config)
+    registry.check_names(config)
     devices.quiet_libraries()
     name = Path(config.model).resolve().name if Path(config.model).is_dir() else config.model
     policy = Policy(
@@ -190,21 +194,17 @@ def run(config: Config) -> None:
     )
     # Nothing is written by it here: it knows what the policy can read.
     writer = Writer(policy, device="cpu", dtype=None, batch_size=1)
-    if config.engine != "trl":
-        other_trainers.check_policy(config, writer)
-    checker = registry.Checker(config)
-    verify = verifier(writer, checker, config.method)
-    paths = windows.inputs_of("rft", config)
-    if config.dry_run:
-        facts: dict[str, Any] = {}
-        if config.engine != "trl":
-            facts["writes"] = other_trainers.plan(config)
-        windows.dry_run("rft", config, paths, "prompt", verify=verify, **facts)
-        return
-    files = registry.sources_of(config)
-    with run_folder.opened("rft", config, paths, sources=_SOURCES, free=_FREE, files=files) as run:
-        if run is not None:
-            _train(config, run, writer, checker, verify)
+    paths, files = windows.inputs_of("rft", config), registry.sources_of(config)
+    with contextlib.closing(registry.Checker(config)) as checker:
+        verify = verifier(writer, checker, config.method)
+        if config.dry_run:
+            windows.dry_run("rft", config, paths, "prompt", verify=verify)
+            return
+        with run_folder.opened(
+            "rft", config, paths, sources=_SOURCES, free=_FREE, files=files
+        ) as run:
+            if run is not None:
+                _train(config, run, writer, checker, verify)
 
 
 def check_method(config: Config) -> None:
@@ -227,17 +227,14 @@ def verifier(
 
     Args:
         writer: Knows what the policy can read.
-        rewards: Checks what the rewards need of a record.
+        rewards: Raises RecordError for a record that cannot be rewarded.
         method: For `sft` the reference is the answer.
     """
     from polarctl.errors import RecordError
     from polarctl.model.template import content_text
 
     def verify(record: Record) -> None:
-        if method != "sft":
-            rewards(record)
-        elif "reference" not in record:
-            raise RecordError("missing field `reference`", hint="the answer to learn from")
+        rewards(record)
         (ids,) = writer.encode([record["prompt"]])
         if not isinstance(ids, list):
             raise RecordError(ids.reason)
@@ -285,23 +282,17 @@ def _train(
     checker: Checker,
     verify: Callable[[Record], None],
 ) -> None:
-    from polarctl.rl import other_trainers
     from polarctl.storage.rejects import read_all, rejects_of
 
     with rejects_of(run, config) as rejects:
         run = read_all(run, config, "prompt", verify, rejects)
-        if config.method != "sft":
-            checker.finish()
-        if config.engine == "trl":
-            _improve(config, run, writer)
-        else:
-            counts = other_trainers.write(other_trainers.Handover(config, run.records, writer), run)
-            run.finish("rft", config, counts)
+        checker.finish()
+        _improve(config, run, writer)
 
 
 def _improve(config: Config, run: Run, writer: Writer) -> None:
     from polarctl import console
-    from polarctl.rl import trainer
+    from polarctl.rl import check, trainer
     from polarctl.rl.callback import PolicyRun
 
     chat = writer.chat
@@ -310,6 +301,8 @@ def _improve(config: Config, run: Run, writer: Writer) -> None:
         "chat" if chat else "text",
         f"the policy's tokenizer has {'a' if chat else 'no'} chat template",
     )
+    opened = chat and _opens_thinking(writer, run.records[0]["prompt"])
+    run, watch = check.prepared(config, run, writer, lambda own: verifier(writer, own), opened)
     rows = [row_of(record, chat) for record in run.records]
     job = PolicyRun(
         config=config,
@@ -317,7 +310,8 @@ def _improve(config: Config, run: Run, writer: Writer) -> None:
         rows=rows,
         policy=writer.policy,
         tokenizer=writer.tokenizer,
-        thinking_opened=chat and _opens_thinking(writer, rows[0]["prompt"]),
+        thinking_opened=opened,
+        check=watch,
     )
     counts = trainer.train(job)
     if counts is not None:

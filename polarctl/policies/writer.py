@@ -179,9 +179,14 @@ class Writer:
             for text, (tokens, ended) in zip(texts, results, strict=True)
         ]
 
+    def use(self, model: Any) -> None:
+        """Write with a model that is in memory, such as one in training, in place of loading it."""
+        self._model = model
+
     def _load(self) -> Any:
         if self._model is None:
             self._model = load_causal_lm(self.policy, self.device, self.dtype)
+        if self._reading is None:
             self._reading = self._how_to_read(self._model)
         return self._model
 

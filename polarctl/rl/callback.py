@@ -8,7 +8,7 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from polarctl.errors import PolarctlError, UsageError
 from polarctl.model.template import content_text
 from polarctl.parallel import rank, stopping
 from polarctl.policies.pool import Policy
+from polarctl.rl.check import Check, alarms
 from polarctl.rl.rollouts import Rollout, numbers_of, record_of, step_entry
 from polarctl.storage import checkpoint, run_folder
 
@@ -33,10 +34,12 @@ def check_shape(config: Any) -> None:
     one = group if config.method == "sft" else 1
     texts = config.batch_size // one
     micro = (config.micro_batch_size or max(1, texts // processes)) * processes
-    kind = "references" if config.method == "sft" else "rollouts"
+    at_a_time = f"{micro} rollouts"
+    if one > 1:
+        at_a_time = f"`--num-generations {group}` x {micro} references"
     for part, what in (
         (group, f"`--num-generations {group}`"),
-        (micro * one, f"{micro} {kind} at a time (`--micro-batch-size` on {processes} processes)"),
+        (micro * one, f"{at_a_time} at a time (`--micro-batch-size` on {processes} processes)"),
     ):
         if config.batch_size % part:
             raise UsageError(
@@ -56,6 +59,7 @@ class PolicyRun:
         policy: What to train.
         tokenizer: Its tokenizer, which is saved with it.
         thinking_opened: Prompts end in `<think>`.
+        check: Looks at the policy on held-out prompts.
     """
 
     config: Any
@@ -64,6 +68,7 @@ class PolicyRun:
     policy: Policy
     tokenizer: Any
     thinking_opened: bool = False
+    check: Check | None = None
 
     @property
     def samples(self) -> bool:
@@ -109,11 +114,15 @@ class Recorder(transformers.TrainerCallback):
         self.warned = False
         self.failed = False
         self.before: dict[str, Any] = {}
+        self.entries: list[dict[str, Any]] = []
 
     @contextmanager
     def open(self, step: int) -> Iterator[None]:
         """Have the files open, cut back to what they were after a step."""
         run, total = self.job.run, self.job.steps
+        self.entries = run_folder.first_lines(run.folder / run_folder.METRICS, step)
+        if self.job.check is not None:
+            self.job.check.resume(self.entries)
         if not rank.is_first():
             with self.stop:
                 yield
@@ -136,6 +145,7 @@ class Recorder(transformers.TrainerCallback):
         entry = {"step": state.global_step, **numbers_of(logs)}
         if seen:
             entry = step_entry(state.global_step, seen, logs)
+        self._watch(entry)
         self.metrics.write(orjson.dumps(entry) + b"\n")
         for one in seen:
             record = record_of(
@@ -165,6 +175,26 @@ class Recorder(transformers.TrainerCallback):
             state.global_step, text + (f" kl {entry['kl']:.4f}" if "kl" in entry else "")
         )
 
+    def _watch(self, entry: dict[str, Any]) -> None:
+        """Add what the check found, and raise the alarm where the reward is exploited."""
+        check, window = self.job.check, self.job.config.check_steps
+        if check is not None:
+            entry |= check.entry(entry["step"])
+        before = [set(e["alarms"]) for e in self.entries if "alarms" in e]
+        self.entries.append(entry)
+        if entry["step"] % window and "check" not in entry:
+            return
+        found = alarms(self.entries, window, len(check.records) if check else 0)
+        entry["alarms"] = sorted(found)
+        for name, text in found.items():
+            if not before or name not in before[-1]:
+                console.warn(f"step {entry['step']}: {text}")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Look at the policy that the run starts from."""
+        if self.job.check is not None and state.global_step == 0:
+            self.job.check.look(self.trainer, 0)
+
     def _rollouts(self) -> list[Rollout]:
         logs = self.trainer._logs  # of all processes; TRL offers no other way to the advantages
         extra = logs["extra"]
@@ -181,10 +211,20 @@ class Recorder(transformers.TrainerCallback):
             strict=True,
         )
         group = self.job.config.num_generations
-        return [
+        found = [
             Rollout(row, number % group, content_text(text), *rest)
             for number, (row, text, *rest) in enumerate(columns)
         ]
+        if self.job.check is None:
+            return found
+        records = [self.job.run.records[one.row] for one in found]
+        values = self.job.check.judged(records, [one.output for one in found])
+        return [replace(one, check=v) for one, v in zip(found, values, strict=True)]
+
+    @property
+    def early(self) -> bool:
+        """Whether the check has ended the run before its last step."""
+        return self.job.check is not None and self.job.check.over
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Save and stop when asked to; save nothing at the end, where the policy is written."""
@@ -192,8 +232,12 @@ class Recorder(transformers.TrainerCallback):
         accelerator = self.trainer.accelerator
         several = accelerator.num_processes > 1
         asked = self.stop.agreed(accelerator.reduce if several else None, args.device)
-        if state.global_step >= self.job.steps:
+        check = self.job.check
+        if check is not None and check.due(state.global_step, self.job.steps):
+            check.look(self.trainer, state.global_step)
+        if state.global_step >= self.job.steps or self.early:
             control.should_save = False
+            control.should_training_stop |= self.early
         elif asked:
             self.stopped_by = asked
             control.should_save = control.should_training_stop = True
@@ -208,6 +252,8 @@ class Recorder(transformers.TrainerCallback):
                 os.fsync(stream.fileno())
         run, step = self.job.run, state.global_step
         checkpoint.commit(run.checkpoints / f"checkpoint-{step}", step, run.identity)
+        if self.job.check is not None:
+            self.job.check.forget()
 
     def guarded(self, reward: Callable[..., Any]) -> Callable[..., Any]:
         """A reward function that fails in all processes when it fails in one.

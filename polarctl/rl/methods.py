@@ -43,7 +43,7 @@ class BestOfN(trl.GRPOTrainer):
         batch = super()._generate_and_score_completions(inputs)
         taken = best_of(
             list(self._logs["advantages"]),
-            list(self._logs["extra"]["polar_floored"]),
+            list(self._logs["extra"]["floored"]),
             self.num_generations,
         )
         # What the records show: 1 for a rollout that is learned from, else 0.
@@ -157,7 +157,25 @@ def sampling(made: Parts, reward: Callable[..., Any]) -> Any:
     """
     kinds = {"grpo": trl.GRPOTrainer, "rloo": trl.RLOOTrainer, "distill": BestOfN}
     rows = [{"prompt": row["prompt"], "row": n} for n, row in enumerate(made.job.rows)]
-    return made.trainer(kinds[made.job.config.method], rows, reward_funcs=reward)
+    trainer = made.trainer(kinds[made.job.config.method], rows, reward_funcs=reward)
+    if made.job.config.rollouts == "vllm" and made.place == "cpu":
+        _reload_on_cpu(trainer.vllm_generation)
+    return trainer
+
+
+def _reload_on_cpu(generation: Any) -> None:
+    """Have vLLM take the policy's weights on a CPU.
+
+    TRL copies them into vLLM's layers, which there have given up their weights for packed ones. So
+    vLLM is asked to load them as it does at its start.
+    """
+
+    def sync_weights() -> None:
+        runner = generation.llm.llm_engine.model_executor.driver_worker.model_runner
+        runner.reload_weights(weights_iterator=generation._iter_named_params())
+        generation.llm.reset_prefix_cache()
+
+    generation.sync_weights = sync_weights
 
 
 def supervised(made: Parts, rows: list[dict[str, Any]]) -> Any:
@@ -234,6 +252,8 @@ def _deepspeed(config: Any, dtype: Any) -> dict[str, Any]:
     made = zero.config_of(config.deepspeed, dtype=name, clip=1.0)
     for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         made[key] = "auto"
+    if made["zero_optimization"]["stage"] == 3:  # else a policy would be written without weights
+        made["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
     return made | {"gradient_clipping": "auto"}
 
 

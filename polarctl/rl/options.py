@@ -9,7 +9,7 @@ import typer
 
 from polarctl.config import Needs
 from polarctl.scoring.options import ServedConfig
-from polarctl.verifiers.limits import MEMORY_GIB, TIMEOUT_S
+from polarctl.verifiers.bounds import MEMORY_GIB, TIMEOUT_S
 
 
 def has_polar(config: Any) -> bool:
@@ -22,7 +22,8 @@ def _has_model(config: Any) -> bool:
 
 
 def _runs_programs(config: Any) -> bool:
-    return any(name.partition(":")[0] in ("math", "command") for name in config.reward)
+    names = (*config.reward, config.check or "")
+    return any(name.partition(":")[0] in ("math", "command") for name in names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,7 @@ class RewardConfig(ServedConfig):
         Needs(
             "verifier_timeout verifier_memory", _runs_programs, "the verifiers `math` and `command`"
         ),
+        Needs("check_prompts check_steps patience", lambda c: c.check is not None, "--check"),
     ]
 
     reward: Annotated[
@@ -84,3 +86,23 @@ class RewardConfig(ServedConfig):
     verifier_memory: Annotated[
         float, typer.Option(min=0.01, help="GiB of one answer in math and command.")
     ] = MEMORY_GIB
+    check: Annotated[
+        str | None,
+        typer.Option(
+            metavar="VERIFIER",
+            help="Have a verifier that the reward never sees look at answers to held-out prompts; "
+            "the policy that is best by it is the one that is written.",
+        ),
+    ] = None
+    check_prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Those prompts; default: a tenth of the input, 200 at most, is set aside.",
+        ),
+    ] = None
+    check_steps: Annotated[int, typer.Option(min=1, help="Steps between checks.")] = 10
+    patience: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="K", help="Stop after K checks without a better one."),
+    ] = None

@@ -23,7 +23,7 @@ from polarctl.scoring.answers import REWARD_FLOOR, Answers, floor_of
 from polarctl.scoring.reward_function import PolarReward
 from polarctl.scoring.scorer import Item, Scorer, load_scorer, score_answers
 from polarctl.verifiers import named
-from polarctl.verifiers.limits import Limits
+from polarctl.verifiers.bounds import Bounds
 from polarctl.verifiers.named import Verifier, open_verifier
 
 OVERLONG = "overlong"
@@ -177,6 +177,10 @@ def texts_for(verifier: Verifier, answers: Answers, completions: Sequence[Any]) 
 
 def check_names(config: Any) -> None:
     """Raise UsageError for rewards that cannot be used together; nothing is loaded."""
+    if config.check is not None and not named.is_verifier(config.check):
+        raise UsageError(
+            f"`--check {config.check}`: no verifier", hint=f"one of: {', '.join(named.NAMES)}"
+        )
     names = config.reward
     twice = [name for name in names if names.count(name) > 1]
     if twice:
@@ -188,8 +192,13 @@ def check_names(config: Any) -> None:
             raise UsageError(
                 f"no reward `{name}`", hint=f"polar, rm:PATH, or one of: {', '.join(named.NAMES)}"
             )
+    if config.method == "sft":
+        return
     if "polar" in names and config.reward_model is None:
-        raise UsageError("`--reward polar` needs `--reward-model`", hint="--reward-model DIR")
+        raise UsageError(
+            f"`--method {config.method}` with `--reward polar` needs `--reward-model`",
+            hint="another --reward, or --method sft, which learns from the references alone",
+        )
     if config.reward_weights and len(config.reward_weights) != len(names):
         raise UsageError(
             f"{len(config.reward_weights)} `--reward-weights` for {len(names)} rewards",
@@ -213,9 +222,11 @@ def check_names(config: Any) -> None:
 
 def sources_of(config: Any) -> dict[str, str]:
     """Models and files that the rewards are made from, by a name for each."""
-    names = config.reward
+    names = (*config.reward, *((config.check,) if config.check else ()))
     models = {name: name.partition(":")[2] for name in names if name.startswith("rm:")}
-    return models | {name: path for name in names for path in named.files_of(name)}
+    files = {name: path for name in names for path in named.files_of(name)}
+    held = {"check_prompts": config.check_prompts} if config.check_prompts else {}
+    return models | files | held
 
 
 class Rewards:
@@ -286,6 +297,12 @@ class Rewards:
                 raise PolarctlError(f"{where}: {error}", hint=error.hint) from None
         return result
 
+    def served(self) -> dict[str, Any]:
+        """What tells the model of a server from another, for a run's identity."""
+        polar = self.parts.get("polar")
+        served = getattr(polar.reward.scorer, "served", None) if isinstance(polar, _Polar) else None
+        return served() if served is not None else {}
+
     def close(self) -> None:
         """Give back what the rewards hold, and say what there is to say of them."""
         for part in self.parts.values():
@@ -299,9 +316,9 @@ def answers_of(config: Any, thinking_opened: bool, floor: float | None = None) -
     )
 
 
-def limits_of(config: Any) -> Limits:
+def limits_of(config: Any) -> Bounds:
     """What a verifier may take, from the options."""
-    return Limits(timeout_s=config.verifier_timeout, memory_gib=config.verifier_memory)
+    return Bounds(timeout_s=config.verifier_timeout, memory_gib=config.verifier_memory)
 
 
 def open_rewards(config: Any, *, device: str, dtype: str, thinking_opened: bool = False) -> Rewards:
@@ -362,6 +379,12 @@ def _polar_scorer(config: Any, place: dict[str, Any]) -> Scorer:
     )
 
 
+def needs_reference(record: Record, why: str) -> None:
+    """Raise RecordError for a record without a reference."""
+    if "reference" not in record:
+        raise RecordError("missing field `reference`", hint=why)
+
+
 class Checker:
     """Whether the rewards have something to say of a record, before anything is trained.
 
@@ -376,7 +399,7 @@ class Checker:
         self.config = config
         self.verifiers = {
             name: open_verifier(name, limits=limits_of(config))
-            for name in config.reward
+            for name in (config.reward if config.method != "sft" else ())
             if named.is_verifier(name)
         }
         self.used: set[str] = set()
@@ -387,29 +410,34 @@ class Checker:
         Raises:
             RecordError: No reward applies, or a field cannot be used.
         """
+        if self.config.method == "sft":
+            needs_reference(record, "it is the answer that --method sft learns")
+            return
         applying = {name for name, v in self.verifiers.items() if v.applies(record)}
         self.used |= applying
         polar = "polar" in self.config.reward
         gated = self.config.combine == "gate" and any(map(named.has_truth, applying))
         needed = polar and not gated
-        if needed and "reference" not in record:
-            raise RecordError(
-                "missing field `reference`", hint="the POLAR reward compares with a reference"
-            )
+        if needed:
+            needs_reference(record, "the POLAR reward compares with a reference")
         if not applying and len(self.verifiers) == len(self.config.reward):  # no model either
             raise RecordError(
                 f"none of the rewards applies ({', '.join(self.verifiers)})",
                 hint="the field that a verifier looks at, such as `answer`",
             )
 
-    def finish(self) -> None:
-        """End the verifiers.
-
-        Raises:
-            UsageError: One of them applied to no record at all.
-        """
+    def close(self) -> None:
+        """End the verifiers."""
         for verifier in self.verifiers.values():
             verifier.close()
+
+    def finish(self) -> None:
+        """All records were looked at.
+
+        Raises:
+            UsageError: A verifier applied to none of them.
+        """
+        self.close()
         unused = [name for name in self.verifiers if name not in self.used]
         if unused:
             raise UsageError(

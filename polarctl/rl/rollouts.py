@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,8 @@ _TRL_METRICS = {
     "completion_cut": "completions/clipped_ratio",
     "equal_groups": "frac_reward_zero_std",
     "tokens": "num_tokens",
+    # How far the trainer's log-probabilities of the sampled tokens are from vLLM's.
+    "sampling_gap": "sampling/sampling_logp_difference/mean",
 }
 
 
@@ -42,6 +44,7 @@ class Rollout:
         advantage: How much better than its group, in the group's standard deviations.
         floored: Why its reward is the floor; empty: the reward model gave it.
         components: Reward name to raw value; None: not applicable.
+        check: What `--check` says to it; None: it was not asked, or is not applicable.
     """
 
     row: int
@@ -54,6 +57,7 @@ class Rollout:
     advantage: float
     floored: str = ""
     components: Mapping[str, float | None] = field(default_factory=dict)
+    check: float | None = None
 
 
 def record_of(
@@ -74,6 +78,7 @@ def record_of(
         "reward_normalized": rollout.normalized,
         "advantage": rollout.advantage,
         "components": dict(rollout.components),
+        **({"check": rollout.check} if rollout.check is not None else {}),
         **({"floored": rollout.floored} if rollout.floored else {}),
     }
 
@@ -116,6 +121,9 @@ def step_entry(
         given = [v for r in rollouts if (v := r.components[name]) is not None]
         if given:
             entry[f"reward/{name}"] = statistics.fmean(given)
+    judged = [r.check for r in rollouts if r.check is not None]
+    if judged:
+        entry["accuracy"] = statistics.fmean(judged)
     for n in (1, 2):
         shares = [share for r in rollouts if (share := distinct(r.output, n)) is not None]
         if shares:
@@ -133,19 +141,43 @@ def numbers_of(trl: Mapping[str, float | None]) -> dict[str, Any]:
     return found
 
 
-def curves(entries: Iterable[Mapping[str, Any]]) -> dict[str, bytes]:
-    """Plots by file name: the reward (or the loss), and the KL where it was measured."""
-    entries = list(entries)
-    first = ("curves.png", "reward", "mean raw reward of a step's rollouts", "Reward")
-    if entries and "reward" not in entries[0]:
-        first = ("curves.png", "loss", "negative log-likelihood (nats per token)", "Loss")
-    wanted = (
-        first,
-        ("kl.png", "kl", "KL to the policy at the start (nats per token)", "KL"),
-    )
+def curves(entries: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
+    """Plots by file name: the reward (or the loss) with what watches it, the KL if measured."""
+    known = {key for entry in entries for key in entry}
+    parts = sorted(key for key in known if key.startswith("reward/"))
+    models = [p for p in parts if p.partition("/")[2].partition(":")[0] in ("polar", "rm")]
+    shares = [p for p in parts if p not in models and p != "reward/overlong"]
+    panels = {
+        "Mean raw reward of a step's rollouts": ["reward", *(models if len(parts) > 1 else ())],
+        "Negative log-likelihood (nats per token)": [] if "reward" in known else ["loss"],
+        "Verifiers: rewards, accuracy of the rollouts, check on held-out prompts": [
+            *shares,
+            "accuracy",
+            "check",
+        ],
+        "Share of different words and pairs of words in a rollout": ["distinct_1", "distinct_2"],
+    }
+    shown = {title: _points(entries, keys) for title, keys in panels.items()}
     images = {}
-    for file, key, label, title in wanted:
-        points = [(e["step"], e[key]) for e in entries if isinstance(e.get(key), int | float)]
-        if points:
-            images[file] = plots.curves({title: points}, xlabel="step", ylabel=label, title=title)
+    if any(shown.values()):
+        shown = {title: series for title, series in shown.items() if series}
+        images["curves.png"] = plots.stacked_curves(shown, xlabel="step")
+    kl = _points(entries, ["kl"])
+    if kl:
+        label = "KL to the policy at the start (nats per token)"
+        images["kl.png"] = plots.curves(kl, xlabel="step", ylabel=label, title="KL")
     return images
+
+
+def _points(
+    entries: Sequence[Mapping[str, Any]], keys: Sequence[str]
+) -> dict[str, list[tuple[float, float]]]:
+    """Key to its points, for the keys that have any."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for key in keys:
+        points = [(e["step"], e[key]) for e in entries if isinstance(e.get(key), int | float)]
+        if key == "check" and points:
+            points = [(0, entries[0]["check_start"]), *points]
+        if points:
+            found[key] = points
+    return found

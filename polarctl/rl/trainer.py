@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import orjson
 import torch
 
 from polarctl import console
-from polarctl.errors import PolarctlError, UsageError, need
+from polarctl.errors import MissingError, PolarctlError, UsageError, need
 from polarctl.model import devices, reward_model
 from polarctl.parallel import rank, stopping
 from polarctl.policies.writer import load_causal_lm
@@ -58,9 +59,37 @@ def train(job: PolicyRun) -> dict[str, Any] | None:
     devices.quiet_libraries()
     place = _device(job.config.device)
     dtype = devices.dtype_of(job.config.dtype, place)
+    if job.config.rollouts == "vllm-server" and place == "cpu":
+        raise MissingError(
+            "a vLLM server gets the policy's weights by NCCL, which needs a GPU",
+            hint="--rollouts vllm or transformers",
+        )
     if job.config.deepspeed is not None:
+        # A bad config is said before DeepSpeed has started.
+        zero.config_of(job.config.deepspeed, dtype=str(dtype).removeprefix("torch."), clip=1.0)
         zero.ready_for_a_trainer(cpu=place == "cpu")
-    reward = _reward(job, place, dtype) if job.samples else None
+    with ExitStack() as held:
+        reward = None
+        if job.samples:
+            reward = registry.open_rewards(
+                job.config,
+                device=place,
+                dtype=str(dtype).removeprefix("torch."),
+                thinking_opened=job.thinking_opened,
+            )
+            held.callback(reward.close)
+            known = job.run.identity | reward.served()
+            job = replace(job, run=replace(job.run, identity=known))
+        if job.check is not None:
+            held.callback(job.check.verifier.close)
+        trainer = _trained(job, place, dtype, reward)
+    if job.check is not None:
+        job.check.restore(trainer)
+    return _finish(job, trainer)
+
+
+def _trained(job: PolicyRun, place: str, dtype: Any, reward: registry.Rewards | None) -> Any:
+    """The trainer after its last step."""
     recorder = Recorder(job)
     trainer = _trainer(job, place, dtype, reward, recorder)
     recorder.trainer = trainer
@@ -75,8 +104,7 @@ def train(job: PolicyRun) -> dict[str, Any] | None:
     done = int(resume.name.rpartition("-")[2]) if resume else 0
     # Most of the time goes into decoding, where there is any.
     under = devices.SMALL_TO_DECODE if job.samples else devices.SMALL_TO_COMPUTE
-    judges = reward.modules if reward is not None else []
-    threads = devices.threads_for(trainer.model, *judges, under=under)
+    threads = devices.threads_for(trainer.model, *(reward.modules if reward else ()), under=under)
     # The trainer reads as data whatever it knows of; this holds for what a launcher adds to it.
     safely = checkpoint.data_only(resume) if resume else nullcontext()
     with recorder.open(done), _plain_errors(job), threads, safely:
@@ -85,11 +113,9 @@ def train(job: PolicyRun) -> dict[str, Any] | None:
         except PolarctlError:
             recorder.keep_if_failed()
             raise
-    if trainer.state.global_step < job.steps:
+    if trainer.state.global_step < job.steps and not recorder.early:
         raise stopping.stopped(recorder.stopped_by, trainer.state.global_step, job.steps)
-    if reward is not None:
-        reward.close()
-    return _finish(job, trainer)
+    return trainer
 
 
 def _device(name: str) -> str:
@@ -108,16 +134,6 @@ def _resume(run: run_folder.Run) -> Path | None:
     run.same(mark["identity"])
     console.note(f"{run.target}: going on after step {mark['step']}")
     return target
-
-
-def _reward(job: PolicyRun, place: str, dtype: Any) -> registry.Rewards:
-    """What rewards the rollouts, its models loaded."""
-    return registry.open_rewards(
-        job.config,
-        device=place,
-        dtype=str(dtype).removeprefix("torch."),
-        thinking_opened=job.thinking_opened,
-    )
 
 
 def _trainer(
@@ -156,7 +172,14 @@ def _trainer(
             more["log_extra"](name, column)
         return found.used
 
-    trainer = methods.sampling(made, recorder.guarded(polar))
+    try:
+        trainer = methods.sampling(made, recorder.guarded(polar))
+    except ConnectionError as error:
+        raise MissingError(
+            f"{job.config.vllm_server}: no vLLM server there: {reward_model.first_line(error)}",
+            hint=f"vllm serve {job.policy.model} --weight-transfer-config "
+            """'{"backend": "nccl"}'""",
+        ) from None
     return trainer
 
 
@@ -201,9 +224,12 @@ def _finish(job: PolicyRun, trainer: Any) -> dict[str, Any] | None:
     atomic.open_to_umask(target)
     with jsonlines.open(job.run.folder / run_folder.METRICS, loads=orjson.loads) as lines:
         entries: Sequence[Any] = list(lines)
+    if job.check is not None:
+        atomic.write(target / "held_out.jsonl", job.check.held_out())
     for name, image in rollouts.curves(entries).items():
         atomic.write(target / name, image)
-    last = {f"last_{key}": value for key, value in entries[-1].items() if key != "step"}
+    last = {f"last_{key}": v for key, v in entries[-1].items() if key not in ("step", "alarms")}
+    last |= job.check.counts() if job.check is not None else {}
     if not job.samples:
         return {"steps": len(entries), **last}
     floored, floor = Floored(), floor_of(job.config.reward_floor, REWARD_FLOOR)

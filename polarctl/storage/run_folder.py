@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -320,6 +321,14 @@ def _prepare(place: Path, folder: Path, config: Common, identity: dict[str, Any]
         shutil.rmtree(place, ignore_errors=True)
     # It was complete but for the exchange: its last steps are done again.
     (place / replace.MANIFEST).unlink(missing_ok=True)
+
+
+def first_lines(path: Path, count: int) -> list[dict[str, Any]]:
+    """The first records of a file of lines, as many as there are up to `count`."""
+    if not count or not path.exists():
+        return []
+    with open(path, "rb") as stream:
+        return [orjson.loads(line) for line in itertools.islice(stream, count)]
 
 
 def keep_lines(path: Path, count: int) -> bytes:

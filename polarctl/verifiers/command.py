@@ -25,7 +25,7 @@ import orjson
 
 from polarctl import console
 from polarctl.errors import PolarctlError, UsageError
-from polarctl.verifiers.limits import Limits
+from polarctl.verifiers.bounds import Bounds
 
 _ANSWER_BYTES, _SAID_BYTES = 4096, 4096
 # `ulimit` takes KiB. The shell is replaced by the program.
@@ -46,7 +46,7 @@ class CommandVerifier:
 
     whole = False
 
-    def __init__(self, name: str, command: str, limits: Limits):
+    def __init__(self, name: str, command: str, limits: Bounds):
         self.name, self.limits = name, limits
         try:
             self.command = shlex.split(command)

@@ -25,7 +25,7 @@ from typing import Any
 from polarctl import console
 from polarctl.errors import PolarctlError, RecordError, need
 from polarctl.verifiers import rules
-from polarctl.verifiers.limits import Limits
+from polarctl.verifiers.bounds import Bounds
 
 _START_S = 120.0  # to import the algebra system on a busy machine
 _BEGIN = """import json, sys
@@ -51,7 +51,7 @@ class MathVerifier:
 
     whole = False
 
-    def __init__(self, name: str, fields: Sequence[str], limits: Limits):
+    def __init__(self, name: str, fields: Sequence[str], limits: Bounds):
         if importlib.util.find_spec("math_verify") is None:
             raise need("math-verify", "math")
         self.name, self.fields, self.limits = name, fields, limits

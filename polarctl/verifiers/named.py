@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from polarctl.errors import RecordError, UsageError, need
-from polarctl.verifiers.limits import Limits
+from polarctl.verifiers.bounds import Bounds
 
 DEFAULT_FIELDS = ("answer", "reference")
 NAMES = ("exact", "regex", "gsm8k", "math", "think-format", "length", "json-schema", "command")
@@ -147,7 +147,7 @@ def files_of(name: str) -> list[str]:
 
 
 def open_verifier(
-    name: str, *, limits: Limits | None = None, thinking_opened: bool = False
+    name: str, *, limits: Bounds | None = None, thinking_opened: bool = False
 ) -> Verifier:
     """A verifier from its name.
 
@@ -162,7 +162,7 @@ def open_verifier(
     """
     from polarctl.verifiers import rules
 
-    spelled, limits = Spelled(name), limits or Limits()
+    spelled, limits = Spelled(name), limits or Bounds()
     kind, rest = spelled.kind, spelled.rest
     if kind not in NAMES:
         raise UsageError(f"no verifier `{name}`", hint=f"one of: {', '.join(NAMES)}")

@@ -154,6 +154,36 @@ def test_a_faulty_server_gives_the_rewards_of_a_good_one(tiny_lm, tiny_rm, promp
         assert r["components"]["polar"] == r["reward"] == pytest.approx(reward_of(ids))
 
 
+def test_a_run_does_not_go_on_with_another_model_on_the_server(
+    tiny_lm, tiny_rm, prompts, tmp_path, monkeypatch, capsys
+):
+    from polarctl.rl.callback import Recorder
+
+    class Killed(BaseException):
+        pass
+
+    folder, real = tmp_path / "out", Recorder.on_save
+
+    def call(self, *given, **more):
+        real(self, *given, **more)
+        raise Killed
+
+    def go(server, *more):
+        options = ["--reward-model", tiny_rm, "--server", server.url, "--save-steps", "1"]
+        return run(prompts, tiny_lm, folder, *options, *more)
+
+    with monkeypatch.context() as patch, serving() as server:
+        patch.setattr(Recorder, "on_save", call)
+        with pytest.raises(Killed):
+            go(server)
+    with serving(shift=1.0) as server:
+        assert go(server) == 2
+    assert "`served_" in capsys.readouterr().err
+    with serving() as server:  # at another address, which does not matter
+        assert go(server) == 0
+        assert go(server) == 0  # complete already
+
+
 def test_a_dead_server_stops_the_run(tiny_lm, tiny_rm, prompts, tmp_path, capsys):
     options = ["--reward-model", tiny_rm, "--server", "http://127.0.0.1:9"]
     status = run(prompts, tiny_lm, tmp_path / "out", *options, "--server-deadline", "0.2")

@@ -15,7 +15,7 @@ from forks import Forks
 from tiny import build_rm
 
 KILLS = int(os.environ.get("KILLS", "2"))
-STEPS = max(8, 2 * KILLS)
+STEPS = max(6, 2 * KILLS)
 # Options of each way to train. Every second step is saved, so that a kill loses some.
 SAMPLED = ["--max-new-tokens", "6", "--micro-batch-size", "4"]
 WAYS = {
@@ -23,8 +23,10 @@ WAYS = {
     "rloo": [*SAMPLED, "--method", "rloo"],
     "distill": [*SAMPLED, "--method", "distill", "--temperature", "0.7"],
     "sft": ["--method", "sft", "--micro-batch-size", "1"],
-    "lora": [*SAMPLED, "--lora-rank", "4"],
 }
+if KILLS > 2:
+    WAYS["lora"] = [*SAMPLED, "--lora-rank", "4"]
+    WAYS["zero2"] = [*SAMPLED, "--deepspeed", "zero2", "--gpus", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +99,36 @@ def test_a_killed_run_ends_in_the_same_bytes(way, forks, command, tmp_path):
     assert saved == sorted(saved) and saved[-1] > 0  # later runs went on from earlier ones
     assert forks.run(command(way, out), said) == 0, said.read_text()
     assert hashes(out) == hashes(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("way", "number", "status"), [("sft", signal.SIGTERM, 75), ("distill", signal.SIGINT, 130)]
+)
+def test_a_signal_saves_the_step_in_hand(way, number, status, forks, command, tmp_path):
+    out, said = tmp_path / "stopped", tmp_path / "said"
+    child = forks.start(command(way, out), said)
+    while lines(out / "metrics.jsonl") < 2 and not _gone(child):
+        time.sleep(0.001)
+    os.kill(child, number)
+    assert forks.finish() == status
+    done = max(map(_step, (out / "checkpoints").glob("*/checkpoint.json")))
+    assert f"after step {done} of {STEPS}" in said.read_text()
+    assert "hint: the same command goes on from here" in said.read_text()
+    assert lines(out / "metrics.jsonl") == done < STEPS
+    assert not (out / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["rloo", "sft"])
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(way, forks, command, tmp_path):
+    out, said = tmp_path / "full", tmp_path / "said"
+    assert forks.run(command(way, out), said, limit=100_000) == 1  # its weights have 149 kB
+    error, hint = said.read_text().strip().splitlines()[-2:]
+    assert error.startswith("polarctl: cannot write: ") and "goes on from here" in hint
+    assert "Traceback" not in said.read_text()
+    assert forks.run(command(way, out), said) == 0
+    assert lines(out / "metrics.jsonl") == STEPS
 
 
 def _step(mark):

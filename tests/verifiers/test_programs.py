@@ -9,7 +9,7 @@ import pytest
 
 from polarctl.errors import MissingError, PolarctlError, RecordError
 from polarctl.records import Record
-from polarctl.verifiers.limits import Limits
+from polarctl.verifiers.bounds import Bounds
 from polarctl.verifiers.named import open_verifier
 
 
@@ -20,7 +20,7 @@ def program(tmp_path, text):
 
 
 def run(name, outputs, record=None, **limits):
-    verifier = open_verifier(name, limits=Limits(**limits))
+    verifier = open_verifier(name, limits=Bounds(**limits))
     try:
         records = [Record(record or {"prompt": "p", "answer": "a"}, "f.jsonl:7")] * len(outputs)
         return verifier.values(records, outputs)
@@ -142,7 +142,7 @@ def test_math_agrees_with_math_verify():
 
 
 def test_math_that_takes_too_long_is_wrong_and_counted(capsys):
-    verifier = open_verifier("math", limits=Limits(timeout_s=2))
+    verifier = open_verifier("math", limits=Bounds(timeout_s=2))
     towers = ["$9^{9^{9^9}}$", "$2$"] * 2
     try:
         assert verifier.values([Record({"answer": "$2$"})] * 4, towers) == [0.0, 1.0] * 2

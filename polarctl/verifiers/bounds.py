@@ -8,8 +8,8 @@ TIMEOUT_S, MEMORY_GIB = 10.0, 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
-    """Limits of a verifier's program.
+class Bounds:
+    """Bounds of a verifier's program.
 
     Attributes:
         timeout_s: Seconds.
