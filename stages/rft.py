@@ -16,8 +16,7 @@ where none are given.
 
 \b
 polarctl rft prompts.jsonl -m models/policy --reward-model runs/rm -o runs/better
-polarctl rft prompts.jsonl -m models/policy --reward-model runs/rm -o runs/ppo \
-  --engine verl --server http://scorer:8000
+polarctl rft prompts.jsonl -m models/policy --reward-model runs/rm -o ppo --engine verl --server URL
 """
 
 from __future__ import annotations
