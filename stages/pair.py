@@ -6,10 +6,11 @@ rejected_policy`): the first policy's samples are `reference` and `chosen`, the 
 same triples whatever the order of the input.
 
 With --from-rollouts it reads the `rollouts.jsonl` of `rft` and makes labels for `finetune` out of
-what the policy did right and wrong. --label-by names the number that decides: a field (`check`), or
-one of a rollout's `components`. `--rule threshold`: right is from --threshold on; chosen is a right
-rollout in other words than the reference, else another text of the prompt's `accept`, else the
-reference. `--rule rank`: the highest rollout of a prompt and step over the lowest.
+what the policy did right and wrong. --label-by names what decides: a number of the rollouts (a
+field such as `check`, or one of their `components`) or a verifier of `rft` such as `exact:accept`.
+`--rule threshold`: a rollout is right from --threshold on; chosen is a right rollout in other words
+than the reference, else another text of the prompt's `accept`, else the reference. `--rule rank`:
+the highest rollout of a prompt and step over the lowest.
 
 \b
 polarctl pair trajectories.jsonl -o train.jsonl --exclude-policies 'held-*'
@@ -20,6 +21,7 @@ polarctl pair runs/better/rollouts.jsonl --from-rollouts --label-by check -o lab
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -31,6 +33,7 @@ from polarctl.config import Common, Needs
 if TYPE_CHECKING:
     from polarctl.policies.labelling import Labelling, Rollouts
     from polarctl.policies.pairing import Groups, Pairing
+    from polarctl.records import Record
     from polarctl.storage.write import Output
 
 READ_ROWS = 1024
@@ -101,8 +104,8 @@ class Config(Common):
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Number of a rollout that decides: a field, or one of its `components`. Default: "
-            "check; with `--rule rank`, reward.",
+            help="What decides: a number of a rollout (a field, or one of its `components`), or a "
+            "verifier of `rft --reward`. Default: check; with `--rule rank`, reward.",
         ),
     ] = None
     rule: Annotated[
@@ -138,45 +141,49 @@ def run(config: Config) -> None:
     from polarctl.storage.paths import check_paths
     from polarctl.storage.read import Reader
     from polarctl.storage.write import Output
+    from polarctl.verifiers.named import is_verifier
 
-    groups: Any = Groups(_chooser(config))
-    if config.from_rollouts:
-        if config.equal_chosen == "resample":
-            raise _no_resample()
-        groups = Rollouts(_label_name(config), by_step=config.rule == "rank")
-    paths = windows.inputs_of("pair", config)
-    if config.dry_run:
-        windows.dry_run(
-            "pair",
-            config,
+    with ExitStack() as held:
+        groups: Any = Groups(_chooser(config))
+        if config.from_rollouts:
+            if config.equal_chosen == "resample":
+                raise _no_resample()
+            name = _label_name(config)
+            judge = held.enter_context(_judging(name)) if is_verifier(name) else None
+            groups = Rollouts(name, judge=judge, by_step=config.rule == "rank")
+        paths = windows.inputs_of("pair", config)
+        if config.dry_run:
+            windows.dry_run(
+                "pair",
+                config,
+                paths,
+                "trajectory",
+                verify=groups.add,
+                check=lambda: None if config.shard else _drawer(config, groups),
+            )
+            return
+        check_paths(config, paths)
+        bad: list[tuple[str, str, Any]] = []
+        # Not by shards: a prompt's trajectories lie apart, so prompts are dealt out, not rows.
+        reader = Reader(
             paths,
             "trajectory",
+            on_bad=(lambda *row: bad.append(row)) if config.rejects else None,
+            limit=config.limit,
             verify=groups.add,
-            check=lambda: None if config.shard else _drawer(config, groups),
         )
-        return
-    check_paths(config, paths)
-    bad: list[tuple[str, str, Any]] = []
-    # Not by shards: a prompt's trajectories lie apart, so prompts are dealt out, not rows.
-    reader = Reader(
-        paths,
-        "trajectory",
-        on_bad=(lambda *row: bad.append(row)) if config.rejects else None,
-        limit=config.limit,
-        verify=groups.add,
-    )
-    digest = [window.digest for window in reader.windows(READ_ROWS)][-1]
-    pairing = _drawer(config, groups)
-    index, count = shard_of(config.shard) if config.shard else (0, 1)
-    mine = [g for g in groups if seeding.derive(0, "shard", g.id) % count == index]
-    with Output("pair", config, read.sizes(paths), {"trajectories": digest}) as out:
-        if not out.complete:
-            windows.set_aside(out, bad)
-            _pair(mine, pairing, out)
-            if config.from_rollouts:
-                _report_labels(pairing, groups, out, config)
-            else:
-                _report(pairing, out, config)
+        digest = [window.digest for window in reader.windows(READ_ROWS)][-1]
+        pairing = _drawer(config, groups)
+        index, count = shard_of(config.shard) if config.shard else (0, 1)
+        mine = [g for g in groups if seeding.derive(0, "shard", g.id) % count == index]
+        with Output("pair", config, read.sizes(paths), {"trajectories": digest}) as out:
+            if not out.complete:
+                windows.set_aside(out, bad)
+                _pair(mine, pairing, out)
+                if config.from_rollouts:
+                    _report_labels(pairing, groups, out, config)
+                else:
+                    _report(pairing, out, config)
 
 
 def _drawer(config: Config, groups: Any) -> Any:
@@ -207,7 +214,7 @@ def _labelling(config: Config, rollouts: Rollouts) -> Labelling:
     from polarctl.policies.labelling import Labelling
 
     name = _label_name(config)
-    if not rollouts.names[name]:
+    if not rollouts.names[name] and rollouts.judge is None:
         there = ", ".join(f"`{one}`" for one in sorted(+rollouts.names))
         raise UsageError(
             f"no rollout has a number `{name}` (--label-by)",
@@ -222,6 +229,19 @@ def _labelling(config: Config, rollouts: Rollouts) -> Labelling:
         keep_copies=config.equal_chosen == "keep",
         seed=config.seed,
     )
+
+
+@contextmanager
+def _judging(name: str) -> Iterator[Callable[[Record], float | None]]:
+    """A verifier, as a function of a rollout."""
+    from polarctl.model.template import content_text
+    from polarctl.verifiers.named import open_verifier
+
+    verifier = open_verifier(name)
+    try:
+        yield lambda record: verifier.values([record], [content_text(record["output"])])[0]
+    finally:
+        verifier.close()
 
 
 def _label_name(config: Config) -> str:

@@ -10,8 +10,13 @@ from the references; sft needs no reward model and writes no rollouts.
 A policy with a chat template gets a text prompt as a user's message; one without continues the
 text. --kl-coef 0, the default, loads no reference model, and then no KL is measured.
 
+--engine verl and --engine openrlhf train nothing: the folder gets what these trainers need for PPO
+on several machines (data, launch.sh, a README.md of what to start where), with the paper's settings
+where none are given.
+
 \b
 polarctl rft prompts.jsonl -m models/policy --reward-model runs/rm -o runs/better
+polarctl rft prompts.jsonl -m models/policy --reward-model runs/rm -o ppo --engine verl --server URL
 """
 
 from __future__ import annotations
@@ -144,10 +149,20 @@ class Config(RewardConfig):
     ] = 1
     device: Device = "auto"
     dtype: Dtype = "auto"
+    # -- who trains --
+    engine: Annotated[
+        Literal["trl", "verl", "openrlhf"],
+        typer.Option(help="Train here, or write what verl or OpenRLHF need to train elsewhere."),
+    ] = "trl"
 
 
 def run(config: Config) -> None:
-    """Train the policy on the input's prompts."""
+    """Train the policy on the input's prompts, or write what another trainer needs for it."""
+    if config.engine != "trl":
+        from polarctl.rl import other_trainers
+
+        other_trainers.hand_over("rft", config, verifier)
+        return
     from polarctl.model import devices
     from polarctl.parallel import launcher
     from polarctl.scoring.answers import floor_of

@@ -47,6 +47,17 @@ def verl_schema(pyarrow: Any) -> Any:
     )
 
 
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write verl rows as a file, over one that is there.
+
+    Raises:
+        MissingError: pyarrow is not installed.
+    """
+    pyarrow = require_pyarrow("verl")
+    table = pyarrow.Table.from_pylist(rows, schema=verl_schema(pyarrow))
+    pyarrow.parquet.write_table(table, path)
+
+
 class VerlFile:
     """A Parquet file of verl rows with its manifest; appears when the block ends without an error.
 

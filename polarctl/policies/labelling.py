@@ -20,7 +20,7 @@ from the seed and the prompt's id. White space does not make texts differ.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -97,6 +97,7 @@ class Rollouts:
 
     Args:
         name: The number that a rollout is judged by; one without it is left out.
+        judge: Gives that number where a rollout does not bring it; None: nothing does.
         by_step: Keep the steps apart.
 
     Attributes:
@@ -105,8 +106,14 @@ class Rollouts:
         names: Name of every number met to how many rollouts have it.
     """
 
-    def __init__(self, name: str, *, by_step: bool = False):
-        self.name, self.by_step = name, by_step
+    def __init__(
+        self,
+        name: str,
+        *,
+        judge: Callable[[Record], float | None] | None = None,
+        by_step: bool = False,
+    ):
+        self.name, self.judge, self.by_step = name, judge, by_step
         self.counts: Counter[str] = Counter()
         self.names: Counter[str] = Counter()
         self._groups: dict[tuple[str, str, str], RolloutGroup] = {}
@@ -144,10 +151,13 @@ class Rollouts:
         self.counts["rollouts"] += 1
         numbers = numbers_of(record)
         self.names.update(numbers)
-        number = numbers.get(self.name)
         if record.get("floored"):
             self.counts["rollouts without an answer"] += 1
-        elif number is None:
+            return
+        number = numbers.get(self.name)
+        if number is None and self.judge is not None:
+            number = self.judge(record)
+        if number is None:
             self.counts["rollouts without a label"] += 1
         else:
             part = (record["policy"], record.get("step", 0)) if self.by_step else ("", 0)

@@ -242,7 +242,7 @@ def _is_complete(folder: Path, config: Common, identity: dict[str, Any]) -> bool
         if not (replace.next_to(folder) / _CHECKPOINTS).exists():
             shutil.rmtree(replace.next_to(folder), ignore_errors=True)
         return True
-    ours = METRICS in taken
+    ours = METRICS in taken or _is_result(folder, taken)
     if taken and not ours:
         replace.refuse(folder, "it is not empty and no run of this program")
     if ours and (config.force or not config.resume):
@@ -263,6 +263,12 @@ def _is_copy(path: Path) -> bool:
         inside.is_file() and (inside.name == read.STDIN or inside.name.startswith("pipe-"))
         for inside in path.iterdir()
     )
+
+
+def _is_result(folder: Path, taken: list[str]) -> bool:
+    """Whether a run without steps, which writes its result at once, was killed at it."""
+    inside = folder / _CHECKPOINTS
+    return (inside / _NAMES).exists() or (taken == [_CHECKPOINTS] and (inside / _PART).exists())
 
 
 def _working(folder: Path, config: Common) -> list[str]:

@@ -162,6 +162,10 @@ RFT_BASE = (
     "rft prompts.jsonl -m lm --reward-model rm -o made --device cpu --max-steps 1 --batch-size 4 "
     "--num-generations 2 --max-new-tokens 4 --lr 1e-3 -q"
 )
+ELSEWHERE = (
+    "rft prompts.jsonl -m lm --reward-model rm -o made --max-new-tokens 4 -q --engine openrlhf "
+    "--server http://scorer:8000"
+)
 RFT_PROGRAM = RFT_BASE.replace(" --reward-model rm", "") + " --reward 'command:sleep 0.5'"
 RFT_REWARDS: dict[str, Case | Seen] = {
     "reward": add(RFT_BASE, "--reward polar --reward length:9"),
@@ -222,6 +226,7 @@ RFT: dict[str, Case | Seen] = {
     "nnodes": add(RFT_BASE, "--nnodes 2", "status"),
     "device": swap(RFT_BASE, "--device cpu", "--device cuda:99", "status"),
     "dtype": add(RFT_BASE, "--dtype bfloat16"),
+    "engine": swap(ELSEWHERE, "--engine openrlhf", "--engine verl", "status"),
 }
 
 # -- records --------------------------------------------------------------------------------------
@@ -503,10 +508,9 @@ REFUSED = {
         **{
             name: f"rft prompts.jsonl -m lm -o made --method sft {more}"
             for name, more in {
-                "normalize": "--normalize none",
+                "reward": "--reward length:9",
+                "overlong_buffer": "--overlong-buffer 2",
                 "strip_thinking": "--strip-thinking",
-                "reward_floor": "--reward-floor none",
-                "batch_tokens": "--batch-tokens 9",
                 "temperature": "--temperature 1",
                 "top_p": "--top-p 1",
                 "max_new_tokens": "--max-new-tokens 9",
@@ -569,6 +573,10 @@ REFUSED_TOO = [
     "convert ranked.jsonl -o out.jsonl --from native --answer output",
     "convert ranked.jsonl -o out.parquet --to verl --no-resume",
     "push data.jsonl me/data --dry-run --dataset me/other",
+    ELSEWHERE + " --save-steps 5 --batch-tokens 9",
+    ELSEWHERE + " --dtype float32",
+    ELSEWHERE + " --gpus 2",
+    ELSEWHERE + " --server-type vllm",
 ]
 
 

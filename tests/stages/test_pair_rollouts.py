@@ -244,6 +244,20 @@ def test_labels_come_from_a_field_or_a_component(tmp_path):
     assert all(t["rejected"].startswith("wrong") for t in ranked)
 
 
+def test_labels_come_from_a_verifier_where_the_rollouts_have_none(tmp_path, capfd):
+    records = [
+        rollout(text, accept=["It is 7.", "The sum is 7."], prompt=p, **more)
+        for p, more in (("p", {}), ("q", {"components": {"exact:accept": 1.0}}))
+        for text in ("It is 7.", "It is 8.")
+    ]
+    status, rows = command(tmp_path, records, "--label-by", "exact:accept")
+    assert status == 0 and list(map(roles, rows)) == [("It is 7.", "It is 8.")]
+    # The number of `q` that its run wrote counts; both of its rollouts got 1.
+    assert "none for 1 prompts without a wrong rollout" in capfd.readouterr().err
+    assert command(tmp_path, records, "--label-by", "regex:(", "--force")[0] == 2
+    assert "`regex:(`" in capfd.readouterr().err
+
+
 def test_order_files_and_shards_change_no_triple(tmp_path):
     records, made = mixed(), {}
     shuffled = random.Random(0).sample(records, len(records))
