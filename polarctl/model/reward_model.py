@@ -178,7 +178,7 @@ def _without_weights(path: str) -> tuple[Any, Any]:
     """Config and tokenizer of a reward model."""
     config = load_config(path)
     tokenizer = load_tokenizer(path)
-    if getattr(config, "num_labels", None) != 1 or not _is_classifier(config):
+    if getattr(config, "num_labels", None) != 1 or not is_classifier(config):
         raise MissingError(
             f"{path}: has no reward head", hint="`polarctl pretrain` and `finetune` make one"
         )
@@ -241,7 +241,7 @@ def create(
         "cut_side": cut_side,
     }
     given = {name: value for name, value in given.items() if value is not None}
-    if base is not None and _is_classifier(config) and trained:
+    if base is not None and is_classifier(config) and trained:
         if tokenizer_path is not None:
             raise UsageError(
                 f"`--tokenizer`: {base} is a reward model and keeps its own",
@@ -296,8 +296,10 @@ def _retold(made: PolarModel, path: str, given: dict[str, Any]) -> PolarModel:
     return made
 
 
-def _is_classifier(config: Any) -> bool:
-    return any("SequenceClassification" in name for name in config.architectures or [])
+def is_classifier(config: Any) -> bool:
+    """Whether a config is that of a sequence classifier."""
+    named = config.architectures
+    return isinstance(named, list) and any("SequenceClassification" in str(name) for name in named)
 
 
 def _classifier(path: str, config: Any, dtype: Any, *, head: bool) -> Any:
@@ -366,6 +368,11 @@ def _encoder(path: str, config: Any, tokenizer: Any) -> Encoder:
         template = {}
         console.choice("template", "official", f"`{path}` names none in its config.json")
     try:
+        if not isinstance(template, dict):
+            raise TypeError("it is no object")
+        for name, value in template.items():
+            if type(value) is not (int if name.startswith("max_") else str):
+                raise TypeError(f"`{name}` is {str(value)[:40]!r}")
         return Encoder(tokenizer, **template)
     except (TypeError, ValueError) as error:
         raise UsageError(f"{path}: its template does not work: {error}") from None
