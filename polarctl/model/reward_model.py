@@ -10,7 +10,7 @@ Shapes: B sequences, T tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from polarctl.model.internlm2 import config as internlm2
 from polarctl.model.internlm2 import tokenizer as internlm2_tokenizer
 from polarctl.model.positions import kind_of_length, of_own_length
 from polarctl.model.template import Encoder
+from polarctl.storage import manifest
 from polarctl.storage.atomic import open_to_umask
 
 MAX_LENGTH = 16384
@@ -140,8 +141,10 @@ def load_config(path: str) -> Any:
 
     Raises:
         MissingError: There is none, or it needs code from the folder.
-        UsageError: It is an InternLM2's, and of a kind that is not supported.
+        UsageError: It is an InternLM2's, and of a kind that is not supported; or the files of the
+            folder are not those that its manifest names.
     """
+    manifest.check_model(path)
     released = internlm2.read(path)
     if released is not None:
         return internlm2.to_llama(released)
@@ -341,7 +344,23 @@ def load_classifier(path: str, config: Any, dtype: Any) -> tuple[Any, list[str]]
             f"{path}: the model cannot be loaded ({first_line(error)})",
             hint="a folder with config.json and model.safetensors, or a Hub id",
         ) from None
+    refuse_unread(path, config, info["unexpected_keys"])
     return model, info["missing_keys"]
+
+
+def refuse_unread(path: str, config: Any, names: Iterable[str]) -> None:
+    """Weights that the config has no place for: a fault of a classifier, worth a word of another.
+
+    Raises:
+        MissingError: A classifier has some; without them it would give other rewards.
+    """
+    unread = sorted(name for name in names if not name.startswith("lm_head"))
+    if not unread:
+        return
+    what = f"{path}: its config.json has no place for {len(unread):,} weights, such as {unread[0]}"
+    if is_classifier(config):
+        raise MissingError(what, hint="config.json and the weights are of different models")
+    console.warn(f"{what}; they are left out")
 
 
 def _from_config(config: Any, dtype: Any) -> Any:

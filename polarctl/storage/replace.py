@@ -23,11 +23,11 @@ import orjson
 
 from polarctl.errors import UsageError
 from polarctl.storage import atomic
+from polarctl.storage.manifest import MANIFEST as MANIFEST
 
 _PREFIX = ".polarctl-next."
 _WRITTEN = frozenset({"output", "rejects", "manifest", "report"})
 LOCK = ".lock"
-MANIFEST = "manifest.json"
 
 
 def next_to(path: str | Path) -> Path:
