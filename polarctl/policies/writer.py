@@ -303,4 +303,5 @@ def load_causal_lm(policy: Policy, device: str, dtype: Any) -> Any:
             + ", ".join(sorted(info["missing_keys"])[:3]),
             hint="a policy is a causal language model with all its weights",
         )
+    models.refuse_unread(policy.model, model.config, info["unexpected_keys"])
     return model.to(device).eval()

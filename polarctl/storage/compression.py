@@ -29,7 +29,8 @@ def block(data: bytes, path: str) -> bytes:
     if path.endswith(".zst"):
         import zstandard
 
-        return zstandard.ZstdCompressor(level=3).compress(data)
+        # With a checksum, as gzip has one: without it damage can read as other text.
+        return zstandard.ZstdCompressor(level=3, write_checksum=True).compress(data)
     return data
 
 

@@ -275,9 +275,9 @@ def _working(folder: Path, config: Common) -> list[str]:
     """What a run that has not finished makes in its folder."""
     try:
         moved = orjson.loads((folder / _CHECKPOINTS / _NAMES).read_bytes())
-    except (OSError, ValueError):
-        moved = []
-    tops = {Path(name).parts[0] for name in moved}
+        tops = {Path(name).parts[0] for name in moved}
+    except (OSError, ValueError, TypeError, IndexError):
+        tops = set()
     # The metrics are the last to go: they tell that the folder is ours.
     return [replace.LOCK, ROLLOUTS, BEST, *_tracked(config), *sorted(tops), _CHECKPOINTS, METRICS]
 
@@ -286,7 +286,8 @@ def _same_result(folder: Path, mark: Path, config: Common, identity: dict[str, A
     """Raise UsageError unless a complete folder is what this run would write."""
     try:
         record = orjson.loads(mark.read_bytes())
-        before, outputs = record.get("fingerprint", {}), record["outputs"]
+        before, outputs = dict(record.get("fingerprint", {})), record["outputs"]
+        hashes = {name: facts["sha256"] for name, facts in outputs.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         replace.refuse(folder, f"{mark} is no manifest")
     # By how many processes it was made does not matter once it is there.
@@ -298,9 +299,9 @@ def _same_result(folder: Path, mark: Path, config: Common, identity: dict[str, A
     if not why and piped:
         why = "and whether the piped input is the same cannot be known"
     # All bytes are read: seconds for a large model, and what follows builds on them.
-    for name, facts in outputs.items() if not why else ():
+    for name, digest in hashes.items() if not why else ():
         file = folder / name
-        if not file.is_file() or manifest.sha256(file) != facts["sha256"]:
+        if not file.is_file() or manifest.sha256(file) != digest:
             why = f"but {name} is not the one in its manifest"
             break
     if why:
@@ -347,5 +348,11 @@ def keep_lines(path: Path, count: int) -> bytes:
                     hint="pass --force to start again",
                 )
             last, size = line, size + len(line)
+        try:
+            orjson.loads(last or b"{}")
+        except ValueError as error:
+            raise UsageError(
+                f"{path}:{count}: no JSON: {error}", hint="pass --force to start again"
+            ) from None
         stream.truncate(size)
     return last

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from polarctl import cli
 from polarctl.errors import RecordError
-from polarctl.storage import read
+from polarctl.storage import compression, read
 from polarctl.storage.read import Reader, decode
 
 TRIPLE = {"prompt": "a", "reference": "b", "chosen": "c", "rejected": "d", "rewards": [1, 0]}
@@ -162,6 +162,25 @@ def test_large_rows_are_read_in_bounded_memory(tmp_path, stage):
     result = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert result.returncode == 0, result.stderr
     assert "150 records, all good" in result.stderr or "150 rows gave 150 records" in result.stderr
+
+
+# -- damage in compressed files that we have written ----------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_no_flipped_bit_reads_as_other_content(tmp_path, suffix):
+    text = json.dumps({"text": "the sea was calm that day, " * 4 + suffix, "n": 0.123456}).encode()
+    whole = compression.block(text + b"\n", "a" + suffix)
+    path, found = tmp_path / f"a{suffix}", 0
+    for place in range(len(whole) * 8):
+        broken = bytearray(whole)
+        broken[place // 8] ^= 1 << place % 8
+        path.write_bytes(broken)
+        try:
+            assert list(Reader([str(path)], None)) == [json.loads(text)], place
+        except RecordError:
+            found += 1
+    assert found > len(whole) * 6  # some bits of a header mean nothing
 
 
 # -- files that are no plain files ----------------------------------------------------------------
