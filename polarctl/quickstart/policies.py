@@ -64,22 +64,22 @@ class Zoo:
         lr: Peak learning rate.
     """
 
-    words: int = 640
+    words: int = 320
     colours: int = 64
     seed: int = 0
     runs: tuple[Run, ...] = (
         Run("a", 1.0, 0),
         Run("b", 1.0, 1),
         Run("c", 0.6, 2),
-        Run("d", 0.5, 3),
-        Run("e", 0.4, 0),
-        Run("f", 0.3, 1),
-        Run("h", 0.6, 2),
-        Run("k", 0.4, 3),
-        Run("swapper", 1.0, None, habits("swapped"), "a"),
-        Run("doubler", 1.0, None, habits("twice", "last twice", "twice"), "a"),
+        Run("d", 0.4, 3),
+        Run("h", 0.6, 0),
+        Run("k", 0.4, 1),
+        Run("swapper1", 1.0, None, habits("swapped"), "a"),
+        Run("swapper2", 1.0, None, habits("swapped"), "b"),
+        Run("doubler1", 1.0, None, habits("twice"), "a"),
+        Run("doubler2", 1.0, None, habits("last twice"), "b"),
         Run("dropper", 1.0, None, habits("short", "last", "short"), "a"),
-        Run("garbler", 1.0, None, habits("garbled"), "a"),
+        Run("garbler", 1.0, None, habits("garbled"), "b"),
     )
     held_out: tuple[str, ...] = ("h", "k")
     base_share: float = 0.5
@@ -143,6 +143,7 @@ def lm_config(tokenizer: Any) -> Any:
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
+        layers=2,
         heads=4,
         tie_word_embeddings=True,
         initializer_range=0.1,  # small models learn facts faster from larger weights
@@ -150,23 +151,27 @@ def lm_config(tokenizer: Any) -> Any:
 
 
 def rm_config(tokenizer: Any) -> Any:
-    """The architecture of the quickstart's reward model: about 0.4M parameters."""
+    """The architecture of the quickstart's reward model: about 0.5M parameters.
+
+    Three layers: one learns which value comes first, one compares with the reference, one sums up.
+    """
     return _config(
         tokenizer,
         vocab_size=len(tokenizer) + 2,
         hidden_size=96,
         intermediate_size=288,
+        layers=3,
         heads=6,
         initializer_range=0.08,
     )
 
 
-def _config(tokenizer: Any, *, heads: int, **sizes: Any) -> Any:
+def _config(tokenizer: Any, *, layers: int, heads: int, **sizes: Any) -> Any:
     """What policies and reward model have in common."""
     from transformers import Qwen3Config
 
     return Qwen3Config(
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
         head_dim=16,

@@ -282,7 +282,7 @@ def ranked(
                 kind = mistake(world, record["output"], record["truth"])
                 wrong.setdefault(kind, []).append(record)
         reference = _one_of(right, draw) if right else None
-        others = [r for r in right if reference and r["policy"] != reference["policy"]]
+        others = [r for r in right if reference and r["output"] != reference["output"]]
         if reference is None or not others or not wrong:
             continue
         kind = min(sorted(wrong), key=counts.__getitem__)  # the rarest so far
