@@ -49,6 +49,9 @@ class Message(Struct):
 Text = str | list[Message]
 Wrapper = Literal["sft", "pretrain"]
 
+_NO_REFERENCE = (
+    "--map reference=FIELD of `polarctl convert` names a good answer; --no-reference does without"
+)
 _ID = Meta(description="Identity of the prompt; when absent, a hash of the prompt's text.")
 _PROMPT = Meta(description="The prompt: a string or a list of messages.")
 _REFERENCE = Meta(description="The reference trajectory: the answer to compare with.")
@@ -370,7 +373,9 @@ def check(fields: dict[str, Any], kind: type[Struct]) -> None:
     try:
         msgspec.convert(fields, kind)
     except msgspec.ValidationError as error:
-        raise RecordError(_readable(str(error))) from None
+        reason = _readable(str(error))
+        lacks = kind is Triple and reason == "missing field `reference`"
+        raise RecordError(reason, hint=_NO_REFERENCE if lacks else None) from None
     if kind is Candidate and ("output" in fields) == ("candidates" in fields):
         raise RecordError("needs either `output` or `candidates`")
     if kind is Candidate and "candidates" in fields and not fields["candidates"]:

@@ -23,11 +23,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from polarctl.config import Common, Device, Dtype, Needs
+from polarctl.config import Device, Dtype, Needs
+from polarctl.rl.options import RewardConfig
 
 if TYPE_CHECKING:
     from polarctl.policies.writer import Writer
     from polarctl.records import Record
+    from polarctl.rl.registry import Checker
     from polarctl.storage.run_folder import Run
 
 _FREE = frozenset({"save_steps", "micro_batch_size", "device", "gpus", "nnodes"})
@@ -35,7 +37,7 @@ _SOURCES = ("model", "reward_model")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Common):
+class Config(RewardConfig):
     """Options of `polarctl rft`."""
 
     ABSENT = frozenset({"manifest"})  # it marks the folder as complete
@@ -44,8 +46,8 @@ class Config(Common):
         Needs("loss_type", lambda c: c.method == "grpo", "--method grpo"),
         Needs("kl_coef", lambda c: c.method in ("grpo", "rloo"), "--method grpo and rloo"),
         Needs(
-            "reward_model normalize strip_thinking reward_floor batch_tokens temperature top_p "
-            "max_new_tokens rollouts",
+            "reward reward_model server normalize strip_thinking reward_floor overlong_buffer "
+            "batch_tokens temperature top_p max_new_tokens rollouts",
             lambda c: c.method != "sft",
             "methods with rollouts: --method sft writes and scores none",
         ),
@@ -54,9 +56,6 @@ class Config(Common):
     ]
 
     model: Annotated[str, typer.Option("--model", "-m", help="Policy: a folder or a Hub id.")]
-    reward_model: Annotated[
-        str | None, typer.Option(help="Reward model: a folder or a Hub id.")
-    ] = None
     num_generations: Annotated[
         int, typer.Option(min=2, help="Rollouts of one prompt, compared with each other.")
     ] = 8
@@ -154,7 +153,7 @@ def run(config: Config) -> None:
     devices.show_one_gpu(config.device)  # before torch is imported by any of the others
     from polarctl.policies.pool import Policy, Sampling
     from polarctl.policies.writer import Writer
-    from polarctl.rl import presets, trainer
+    from polarctl.rl import presets, registry, trainer
     from polarctl.rl.callback import check_shape
     from polarctl.scoring.reward_function import normalise
     from polarctl.storage import run_folder, windows
@@ -165,6 +164,8 @@ def run(config: Config) -> None:
     normalise([], config.normalize)
     floor_of(config.reward_floor, None)
     check_shape(config)
+    if config.method != "sft":
+        registry.check_names(config)
     devices.quiet_libraries()
     name = Path(config.model).resolve().name if Path(config.model).is_dir() else config.model
     policy = Policy(
@@ -172,25 +173,22 @@ def run(config: Config) -> None:
     )
     # Nothing is written by it here: it knows what the policy can read.
     writer = Writer(policy, device="cpu", dtype=None, batch_size=1)
-    verify = verifier(writer, config.method)
+    checker = registry.Checker(config)
+    verify = verifier(writer, checker, config.method)
     paths = windows.inputs_of("rft", config)
     if config.dry_run:
         windows.dry_run("rft", config, paths, "prompt", verify=verify)
         return
-    with run_folder.opened("rft", config, paths, sources=_SOURCES, free=_FREE) as run:
+    files = registry.sources_of(config)
+    with run_folder.opened("rft", config, paths, sources=_SOURCES, free=_FREE, files=files) as run:
         if run is not None:
-            _train(config, run, writer, verify)
+            _train(config, run, writer, checker, verify)
 
 
 def check_method(config: Config) -> None:
     """Raise UsageError for a method without what it needs, or with what it cannot use."""
     from polarctl.errors import UsageError
 
-    if config.method != "sft" and config.reward_model is None:
-        raise UsageError(
-            f"`--method {config.method}` needs `--reward-model`",
-            hint="--method sft learns from the references alone",
-        )
     if config.rollouts == "vllm-server" and config.vllm_server is None:
         raise UsageError(
             "`--rollouts vllm-server` needs `--vllm-server URL`",
@@ -200,21 +198,24 @@ def check_method(config: Config) -> None:
         raise UsageError("`float16` does not train with ZeRO", hint="--dtype bfloat16 or float32")
 
 
-def verifier(writer: Writer, method: str = "grpo") -> Callable[[Record], None]:
-    """A check that a record has a reference and that the policy can read and answer its prompt.
+def verifier(
+    writer: Writer, rewards: Callable[[Record], None], method: str = "grpo"
+) -> Callable[[Record], None]:
+    """A check that a record can be rewarded and that the policy can read and answer its prompt.
 
     Args:
         writer: Knows what the policy can read.
+        rewards: Checks what the rewards need of a record.
         method: For `sft` the reference is the answer.
     """
     from polarctl.errors import RecordError
     from polarctl.model.template import content_text
 
     def verify(record: Record) -> None:
-        if "reference" not in record:
-            raise RecordError(
-                "missing field `reference`", hint="the POLAR reward compares with a reference"
-            )
+        if method != "sft":
+            rewards(record)
+        elif "reference" not in record:
+            raise RecordError("missing field `reference`", hint="the answer to learn from")
         (ids,) = writer.encode([record["prompt"]])
         if not isinstance(ids, list):
             raise RecordError(ids.reason)
@@ -236,7 +237,7 @@ def row_of(record: Record, chat: bool) -> dict[str, Any]:
     """A prompt as the trainer takes it: `prompt` (messages or text), `reference`, `wrapper`.
 
     Args:
-        record: A prompt with a reference.
+        record: A prompt; POLAR needs its reference.
         chat: The policy has a chat template. Without, messages are reduced to their text.
     """
     from polarctl.model.template import content_text
@@ -250,16 +251,25 @@ def row_of(record: Record, chat: bool) -> dict[str, Any]:
         prompt = [{"role": m["role"], "content": content_text([m])} for m in prompt]
     return {
         "prompt": prompt,
-        "reference": record["reference"],
+        "reference": record.get("reference"),
         "wrapper": record.get("wrapper", "sft" if chat else "pretrain"),
     }
 
 
-def _train(config: Config, run: Run, writer: Writer, verify: Callable[[Record], None]) -> None:
+def _train(
+    config: Config,
+    run: Run,
+    writer: Writer,
+    checker: Checker,
+    verify: Callable[[Record], None],
+) -> None:
     from polarctl.storage.rejects import read_all, rejects_of
 
     with rejects_of(run, config) as rejects:
-        _improve(config, read_all(run, config, "prompt", verify, rejects), writer)
+        run = read_all(run, config, "prompt", verify, rejects)
+        if config.method != "sft":
+            checker.finish()
+        _improve(config, run, writer)
 
 
 def _improve(config: Config, run: Run, writer: Writer) -> None:

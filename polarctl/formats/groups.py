@@ -24,7 +24,7 @@ Shape = Literal["triple", "group", "single", "prompt"]
 Ranked = Literal["all", "adjacent", "top"]
 Part = Literal["train", "test"]
 
-_KINDS: dict[Shape, type[Struct]] = {
+SCHEMA_OF: dict[Shape, type[Struct]] = {
     "triple": Triple,
     "group": Candidate,
     "single": Candidate,
@@ -32,7 +32,10 @@ _KINDS: dict[Shape, type[Struct]] = {
 }
 # What belongs to a candidate or to a pair of them, not to the prompt.
 _OF_CANDIDATES = "candidates output label chosen rejected policy rejected_policy".split()
-_NO_REFERENCE = "--map reference=FIELD names the field that holds it; --to candidates needs none"
+_NO_REFERENCE = (
+    "--map reference=FIELD names a good answer to compare with; pairs alone train a model too: "
+    "--to trl, then `polarctl finetune --no-reference`"
+)
 
 
 def shape_of(record: Mapping[str, Any]) -> Shape:
@@ -46,7 +49,7 @@ def shape_of(record: Mapping[str, Any]) -> Shape:
 
 def check_native(record: Fields) -> None:
     """Raise RecordError when the record breaks the schema of its shape."""
-    check(record, _KINDS[shape_of(record)])
+    check(record, SCHEMA_OF[shape_of(record)])
 
 
 def without(record: Mapping[str, Any], *names: str) -> Fields:
@@ -157,7 +160,7 @@ def group(record: Fields) -> Fields:
     return {**made, **without(record, "prompt", "reference", *_OF_CANDIDATES)}
 
 
-def candidate(output: Any, label: float, name: str | None = None) -> Fields:
+def candidate(output: Any, label: float | None, name: str | None = None) -> Fields:
     """One candidate of a group."""
     return {**({} if name is None else {"name": name}), "output": output, "label": label}
 

@@ -23,7 +23,6 @@ from polarctl.model.template import content_text
 from polarctl.parallel import rank, stopping
 from polarctl.policies.pool import Policy
 from polarctl.rl.rollouts import Rollout, numbers_of, record_of, step_entry
-from polarctl.scoring.reward_function import normalise
 from polarctl.storage import checkpoint, run_folder
 
 
@@ -168,16 +167,17 @@ class Recorder(transformers.TrainerCallback):
 
     def _rollouts(self) -> list[Rollout]:
         logs = self.trainer._logs  # of all processes; TRL offers no other way to the advantages
-        raw = list(logs["extra"]["polar_raw"])
+        extra = logs["extra"]
         columns = zip(
-            logs["extra"]["row"],
+            extra["row"],
             logs["completion"],
-            logs["extra"]["tokens"],
-            logs["extra"]["ended"],
-            raw,
-            normalise(raw, self.job.config.normalize),
+            extra["tokens"],
+            extra["ended"],
+            extra["raw"],
+            extra["used"],
             logs["advantages"],
-            logs["extra"]["polar_floored"],
+            extra["floored"],
+            extra["components"],
             strict=True,
         )
         group = self.job.config.num_generations

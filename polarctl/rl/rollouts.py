@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from polarctl.evaluation import plots
@@ -41,6 +41,7 @@ class Rollout:
         normalized: The reward that was trained on.
         advantage: How much better than its group, in the group's standard deviations.
         floored: Why its reward is the floor; empty: the reward model gave it.
+        components: Reward name to raw value; None: not applicable.
     """
 
     row: int
@@ -52,6 +53,7 @@ class Rollout:
     normalized: float
     advantage: float
     floored: str = ""
+    components: Mapping[str, float | None] = field(default_factory=dict)
 
 
 def record_of(
@@ -71,8 +73,23 @@ def record_of(
         "reward": rollout.reward,
         "reward_normalized": rollout.normalized,
         "advantage": rollout.advantage,
+        "components": dict(rollout.components),
         **({"floored": rollout.floored} if rollout.floored else {}),
     }
+
+
+def distinct(text: str, n: int) -> float | None:
+    """The share of a text's n-grams of words that are different from each other, 0 to 1.
+
+    "Distinct-n" of Li et al. (arXiv 1510.03055), within one text, so that it falls when a policy
+    repeats itself and not when all rollouts of a prompt agree. Words stand between blank space.
+
+    Returns:
+        None for a text of fewer than `n` words.
+    """
+    words = text.split()
+    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else None
 
 
 def step_entry(
@@ -95,6 +112,14 @@ def step_entry(
         "reward_normalized_std": statistics.pstdev(used),
         "floored": statistics.fmean(bool(rollout.floored) for rollout in rollouts),
     }
+    for name in rollouts[0].components:
+        given = [v for r in rollouts if (v := r.components[name]) is not None]
+        if given:
+            entry[f"reward/{name}"] = statistics.fmean(given)
+    for n in (1, 2):
+        shares = [share for r in rollouts if (share := distinct(r.output, n)) is not None]
+        if shares:
+            entry[f"distinct_{n}"] = statistics.fmean(shares)
     return entry | numbers_of(trl)
 
 

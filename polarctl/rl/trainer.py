@@ -21,11 +21,10 @@ from polarctl.errors import PolarctlError, UsageError, need
 from polarctl.model import devices, reward_model
 from polarctl.parallel import rank, stopping
 from polarctl.policies.writer import load_causal_lm
-from polarctl.rl import references, rollouts
+from polarctl.rl import references, registry, rollouts
 from polarctl.rl.callback import PolicyRun, Recorder
 from polarctl.scoring.answers import REWARD_FLOOR, floor_of
-from polarctl.scoring.reward_function import PolarReward
-from polarctl.scoring.scorer import Floored, load_scorer
+from polarctl.scoring.scorer import Floored
 from polarctl.storage import atomic, checkpoint, run_folder
 from polarctl.training import lora, zero
 
@@ -61,7 +60,7 @@ def train(job: PolicyRun) -> dict[str, Any] | None:
     dtype = devices.dtype_of(job.config.dtype, place)
     if job.config.deepspeed is not None:
         zero.ready_for_a_trainer(cpu=place == "cpu")
-    reward, judges = _reward(job, place, dtype) if job.samples else (None, [])
+    reward = _reward(job, place, dtype) if job.samples else None
     recorder = Recorder(job)
     trainer = _trainer(job, place, dtype, reward, recorder)
     recorder.trainer = trainer
@@ -76,6 +75,7 @@ def train(job: PolicyRun) -> dict[str, Any] | None:
     done = int(resume.name.rpartition("-")[2]) if resume else 0
     # Most of the time goes into decoding, where there is any.
     under = devices.SMALL_TO_DECODE if job.samples else devices.SMALL_TO_COMPUTE
+    judges = reward.modules if reward is not None else []
     threads = devices.threads_for(trainer.model, *judges, under=under)
     # The trainer reads as data whatever it knows of; this holds for what a launcher adds to it.
     safely = checkpoint.data_only(resume) if resume else nullcontext()
@@ -87,11 +87,8 @@ def train(job: PolicyRun) -> dict[str, Any] | None:
             raise
     if trainer.state.global_step < job.steps:
         raise stopping.stopped(recorder.stopped_by, trainer.state.global_step, job.steps)
-    if reward is not None and reward.truncated:
-        console.warn(
-            f"{reward.truncated:,} of {reward.scored:,} rollouts were scored with an input longer "
-            "than the reward model's template, which was cut"
-        )
+    if reward is not None:
+        reward.close()
     return _finish(job, trainer)
 
 
@@ -113,26 +110,18 @@ def _resume(run: run_folder.Run) -> Path | None:
     return target
 
 
-def _reward(job: PolicyRun, place: str, dtype: Any) -> tuple[PolarReward, list[Any]]:
-    """The reward function, and the models that it computes with in this process."""
-    scorer = load_scorer(
-        job.config.reward_model,
+def _reward(job: PolicyRun, place: str, dtype: Any) -> registry.Rewards:
+    """What rewards the rollouts, its models loaded."""
+    return registry.open_rewards(
+        job.config,
         device=place,
         dtype=str(dtype).removeprefix("torch."),
-        batch_tokens=job.config.batch_tokens,
-    )
-    reward = PolarReward(
-        scorer,
-        normalize=job.config.normalize,
-        strip_thinking=job.config.strip_thinking,
         thinking_opened=job.thinking_opened,
-        reward_floor=floor_of(job.config.reward_floor, REWARD_FLOOR),
     )
-    return reward, [scorer.model.model]
 
 
 def _trainer(
-    job: PolicyRun, place: str, dtype: Any, reward: PolarReward | None, recorder: Recorder
+    job: PolicyRun, place: str, dtype: Any, reward: registry.Rewards | None, recorder: Recorder
 ) -> Any:
     from polarctl.rl import methods  # TRL is known to be there by now
 
@@ -152,19 +141,20 @@ def _trainer(
         return methods.supervised(made, rows)
 
     def polar(*, prompts: Any, completions: Any, completion_ids: Any, row: Any, **more: Any) -> Any:
-        more["log_extra"]("row", row)
-        more["log_extra"]("tokens", list(map(len, completion_ids)))
-        ended = [ids[-1] in trainer.eos_token_ids for ids in completion_ids]
-        more["log_extra"]("ended", ended)
-        rows = [job.rows[number] for number in row]
-        return reward(
-            prompts,
-            completions,
-            reference=[r["reference"] for r in rows],
-            wrapper=[r["wrapper"] for r in rows],
-            ended=ended,
-            log_extra=more["log_extra"],
+        batch = registry.Batch(
+            records=[job.run.records[number] for number in row],
+            rows=[job.rows[number] for number in row],
+            prompts=prompts,
+            completions=completions,
+            tokens=list(map(len, completion_ids)),
+            ended=[ids[-1] in trainer.eos_token_ids for ids in completion_ids],
+            numbers=row,
         )
+        found = reward(batch)
+        extra = {"row": row, "tokens": batch.tokens, "ended": batch.ended, **vars(found)}
+        for name, column in extra.items():
+            more["log_extra"](name, column)
+        return found.used
 
     trainer = methods.sampling(made, recorder.guarded(polar))
     return trainer
@@ -218,7 +208,9 @@ def _finish(job: PolicyRun, trainer: Any) -> dict[str, Any] | None:
         return {"steps": len(entries), **last}
     floored, floor = Floored(), floor_of(job.config.reward_floor, REWARD_FLOOR)
     with jsonlines.open(job.run.folder / run_folder.ROLLOUTS, loads=orjson.loads) as lines:
-        for row in lines:
-            floored.count(row["reward"], row.get("floored"), floor)
+        for count, row in enumerate(lines, 1):  # noqa: B007
+            by_polar = row["components"].get("polar")
+            if by_polar is not None:
+                floored.count(by_polar, row.get("floored"), floor)
     floored.say(floor)
-    return {"steps": len(entries), "rollouts": floored["outputs"], "floored": dict(floored), **last}
+    return {"steps": len(entries), "rollouts": count, "floored": dict(floored), **last}

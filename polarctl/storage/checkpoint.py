@@ -73,7 +73,7 @@ def _valid(target: Path) -> dict[str, Any] | None:
         mark: dict[str, Any] = orjson.loads((target / MARK).read_bytes())
         files = {k: v for k, v in manifest.folder_files(target).items() if k != MARK}
         return mark if files == mark["files"] else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (PolarctlError, OSError, ValueError, KeyError, TypeError):
         return None
 
 

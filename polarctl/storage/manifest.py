@@ -7,14 +7,17 @@ import os
 import platform
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import orjson
 
 from polarctl import __version__, console
 from polarctl.config import Basic, Common, resolved
+from polarctl.errors import PolarctlError
 from polarctl.records import SCHEMA_VERSION
 from polarctl.storage import atomic
 
@@ -30,10 +33,24 @@ _START = time.time()
 def sha256(path: str | Path) -> str:
     """Hex SHA-256 of a file."""
     digest = hashlib.sha256()
-    with open(path, "rb") as stream:
+    with _readable(path) as stream:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+@contextmanager
+def _readable(path: str | Path) -> Iterator[IO[bytes]]:
+    """An opened file; what goes wrong with it is not taken for a full disk.
+
+    Raises:
+        PolarctlError: It cannot be opened or read.
+    """
+    try:
+        with open(path, "rb") as stream:
+            yield stream
+    except OSError as error:
+        raise PolarctlError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def hashed(inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -69,7 +86,7 @@ def _add_file(digest: Any, file: Path, name: str, *, whole: int = _WHOLE_FILE_BY
     """Add name, size and content to a hash; of a file past `whole` bytes some parts."""
     size = file.stat().st_size
     digest.update(f"{name}\0{size}\0".encode())
-    with open(file, "rb") as stream:
+    with _readable(file) as stream:
         if size <= whole:
             while block := stream.read(1 << 20):
                 digest.update(block)

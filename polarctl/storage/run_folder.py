@@ -14,10 +14,11 @@ import contextlib
 import dataclasses
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import orjson
@@ -135,6 +136,7 @@ def opened(
     *,
     sources: tuple[str, ...],
     free: frozenset[str],
+    files: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[Run | None]:
     """The output folder, held alone: a run to be done and finished, or None when it is complete.
 
@@ -146,6 +148,7 @@ def opened(
         paths: The inputs.
         sources: Options that name a model or a tokenizer; their contents count.
         free: Options that may differ at a resume: where and how often, not what.
+        files: Further files and model folders whose contents count, by a name for each.
 
     Raises:
         UsageError: The folder is taken, or a resume does not fit.
@@ -158,7 +161,7 @@ def opened(
         if rank.is_first():
             check_paths(dataclasses.replace(config, output="-"), paths)
             held.enter_context(locked(folder))
-        identity = _identity(stage, config, paths, sources, free)
+        identity = _identity(stage, config, paths, sources, free, files)
         done = (folder / replace.MANIFEST).exists()
         place = folder
         if done and config.force:
@@ -198,11 +201,19 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _identity(
-    stage: str, config: Common, paths: list[str], names: tuple[str, ...], free: frozenset[str]
+    stage: str,
+    config: Common,
+    paths: list[str],
+    names: tuple[str, ...],
+    free: frozenset[str],
+    files: Mapping[str, str],
 ) -> dict[str, Any]:
     sources = {
         name: manifest.folder_identity(path) for name in names if (path := getattr(config, name))
     }
+    for name, path in files.items():
+        of = manifest.file_identity if Path(path).is_file() else manifest.folder_identity
+        sources[name] = of(path)
     plain = header(stage, config, read.sizes(paths), sources)
     dropped = free | set(names)
     kept = {key: value for key, value in plain.items() if key not in dropped or key in sources}
@@ -212,7 +223,7 @@ def _identity(
 
 def input_digest(paths: list[str]) -> list[str | None]:
     """What tells the input from another: a hash of each file, None for a pipe."""
-    return [None if path == "-" else manifest.file_identity(path) for path in paths]
+    return [None if read.is_pipe(path) else manifest.file_identity(path) for path in paths]
 
 
 def _is_complete(folder: Path, config: Common, identity: dict[str, Any]) -> bool:
@@ -272,11 +283,12 @@ def _same_result(folder: Path, mark: Path, config: Common, identity: dict[str, A
     except (ValueError, KeyError, TypeError, AttributeError):
         replace.refuse(folder, f"{mark} is no manifest")
     # By how many processes it was made does not matter once it is there.
-    unknown = {"processes"} | ({"input_digest"} if "-" in config.input else set())
+    piped = None in identity["input_digest"]
+    unknown = {"processes"} | ({"input_digest"} if piped else set())
     why = difference(
         *({k: v for k, v in x.items() if k not in unknown} for x in (before, identity))
     )
-    if not why and "-" in config.input:
+    if not why and piped:
         why = "and whether the piped input is the same cannot be known"
     # All bytes are read: seconds for a large model, and what follows builds on them.
     for name, facts in outputs.items() if not why else ():
