@@ -300,31 +300,6 @@ def train(zoo: Zoo, folder: Path, *, processes: int = 2) -> list[str]:
     return sorted(names + [name for batch in found for name in batch])
 
 
-def supervise(start: str, rows: Sequence[dict[str, Any]], folder: str, lr: float) -> None:
-    """Train a policy on the references of prompt records, once each, in batches of 32.
-
-    Args:
-        start: Folder of the policy.
-        rows: Prompt records with `reference`.
-        folder: Where the result goes.
-        lr: Peak learning rate.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    torch.manual_seed(0)
-    made, model = AutoTokenizer.from_pretrained(start), AutoModelForCausalLM.from_pretrained(start)
-    steps = len(rows) // 32
-    documents = ((row["prompt"], row["reference"]) for row in rows)
-    with threads_for(model):
-        kept = train_lm(
-            model, made, documents, steps=steps, lr=lr, batch=32, checkpoints=(steps,), warmup=3
-        )
-    model.load_state_dict(kept[steps])
-    made.save_pretrained(folder)
-    model.save_pretrained(folder)
-
-
 def fast(zoo: Zoo) -> Zoo:
     """A smaller zoo, for tests: fewer facts, fewer runs, fewer steps."""
     return dataclasses.replace(

@@ -14,7 +14,6 @@ twice, only one, or no sentence at all.
 
 from __future__ import annotations
 
-import itertools
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -308,42 +307,3 @@ def _one_of(records: Sequence[Mapping[str, Any]], draw: random.Random) -> Mappin
     for record in records:
         by_style.setdefault(record["output"].partition(" ")[0], []).append(record)
     return draw.choice(by_style[draw.choice(sorted(by_style))])
-
-
-def failures(
-    rollouts: Sequence[Mapping[str, Any]], world: World, count: int, seed: int
-) -> list[dict[str, Any]]:
-    """Triples of a policy's own rollouts: the prompt's reference, a correct answer, a failed one.
-
-    The chosen answer is a correct rollout of the same prompt or, where there is none, another of
-    the accepted sentences. The kinds of `MISTAKES` are equally frequent as far as there are such
-    rollouts. A prompt has each kind once at most.
-    """
-    by_prompt: dict[str, list[Mapping[str, Any]]] = {}
-    for record in rollouts:
-        by_prompt.setdefault(record["id"], []).append(record)
-    found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in MISTAKES}
-    for name in sorted(by_prompt):
-        draw = seeding.rng(seed, "failures", name)
-        rows = by_prompt[name]
-        right = [r["output"] for r in rows if is_correct(r, world)]
-        reference = rows[0]["reference"]
-        chosen = draw.choice(right or [text for text in rows[0]["accept"] if text != reference])
-        wrong = [r for r in rows if not is_correct(r, world)]
-        draw.shuffle(wrong)
-        for row in {mistake(world, r["output"], r["truth"]): r for r in wrong}.values():
-            kind = mistake(world, row["output"], row["truth"])
-            found[kind].append(
-                {
-                    "id": name,
-                    "prompt": row["prompt"],
-                    "reference": reference,
-                    "chosen": chosen,
-                    "rejected": row["output"],
-                    "category": kind,
-                }
-            )
-    for kind in MISTAKES:
-        seeding.rng(seed, "failures", kind).shuffle(found[kind])
-    turns = itertools.zip_longest(*found.values())
-    return [triple for turn in turns for triple in turn if triple][:count]

@@ -74,7 +74,7 @@ def test_no_training_sees_a_test_prompt(tour):
     assert not test & train and not test & rft and not train & rft
     for name in ("triples.jsonl", "ranked-train.jsonl", "samples-train.jsonl"):
         assert prompts(name) <= train
-    assert prompts("rft/failures-1.jsonl") <= rft
+    assert prompts("rft/labels-1.jsonl") <= rft
     for name in ("test-seen.jsonl", "test-held-out.jsonl", "ranked-test.jsonl"):
         assert prompts(name) <= test
 
@@ -171,9 +171,9 @@ TWICE, SHORT, ORDER = "one value twice", "one value left out", "wrong order"
         ("It must be Kafe plus Kafe!", TWICE),
         ("I think Gite.", SHORT),
         ("Surely Kafe, ok", SHORT),
-        ("The answer is Gite and Pofa.", "wrong fact"),
-        ("The answer is Pofa and Pofa.", "wrong fact"),
-        ("It must be Pofa!", "wrong fact"),
+        ("The answer is Gite and Pofa.", "one wrong fact"),
+        ("The answer is Pofa and Pofa.", "both facts wrong"),
+        ("It must be Pofa!", "both facts wrong"),
         ("", "no sentence"),
         ("Gite Kafe", "no sentence"),
         ("Gite and Kafe.", "no sentence"),
@@ -216,7 +216,8 @@ def test_a_prompt_carries_all_correct_answers():
 def trajectories(here, rows):
     """Two policies that are right, and one for each kind of mistake, with rare wrong order."""
     wrong = {
-        "wrong fact": "I think {z}, then {y}.",
+        "one wrong fact": "I think {z}, then {y}.",
+        "both facts wrong": "I think {z}, then {z}.",
         ORDER: "I think {y}, then {x}.",
         TWICE: "Surely {x} with {x}, ok",
         SHORT: "It must be {y}!",
@@ -249,23 +250,5 @@ def test_ranked_triples_are_correct_correct_wrong_with_every_mistake_as_often():
         assert world.mistake(here, t["rejected"], truth) == t["category"]
     counts = kinds_of(triples)
     rare = counts.pop(ORDER)
-    # Ten prompts in a hundred have a wrong order; the other 46 or so are shared by four kinds.
+    # Ten prompts in a hundred have a wrong order; the other 44 or so are shared by five kinds.
     assert 1 <= rare <= 10 and max(counts.values()) - min(counts.values()) <= 1
-
-
-def test_a_policy_s_failures_become_labels_of_every_kind():
-    here = world.make(60, 12, seed=1)
-    rows = world.questions(here, 100, 0, "rft")
-    rollouts = [r for r in trajectories(here, rows) if r["policy"] != "p" or r["id"] < "rft-5"]
-    triples = world.failures(rollouts, here, 60, seed=0)
-    assert len(triples) == 60
-    by_id = {row["id"]: row for row in rows}
-    for t in triples:
-        row = by_id[t["id"]]
-        assert t["reference"] == row["reference"] and t["chosen"] in row["accept"]
-        assert t["rejected"] not in row["accept"]
-        assert world.mistake(here, t["rejected"], row["truth"]) == t["category"]
-    counts = kinds_of(triples)
-    assert counts[ORDER] == 10  # all that there are
-    del counts[ORDER]
-    assert sorted(counts.values()) == [12, 12, 13, 13]
