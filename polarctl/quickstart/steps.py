@@ -50,13 +50,13 @@ class Sizes:
     labels: int = 400
     seeds: int = 3
     pretrain: tuple[str, ...] = ("--lr", "2e-3", "--batch-size", "64", "--max-steps", "600")
-    tune: tuple[str, ...] = ("--lr", "2e-4", "--batch-size", "32", "--epochs", "6")
-    scratch: tuple[str, ...] = ("--lr", "2e-3", "--batch-size", "32", "--max-steps", "150")
-    rft: tuple[str, ...] = ("--lr", "3e-3", "--batch-size", "256", "--max-new-tokens", "12")
+    tune: tuple[str, ...] = ("--lr", "5e-4", "--batch-size", "32", "--epochs", "6")
+    scratch: tuple[str, ...] = ("--lr", "2e-3", "--batch-size", "32", "--max-steps", "120")
+    rft: tuple[str, ...] = ("--lr", "2e-3", "--batch-size", "256", "--max-new-tokens", "12")
     rft_prompts: int = 2560
-    rft_steps: int = 60
-    rounds: int = 3
-    mend: tuple[str, ...] = ("--lr", "4e-4", "--batch-size", "32", "--max-steps", "120")
+    rft_steps: int = 30
+    rounds: int = 4
+    mend: tuple[str, ...] = ("--lr", "5e-4", "--batch-size", "32", "--max-steps", "120")
     sft: tuple[str, ...] = ("--lr", "5e-3", "--batch-size", "256")
 
 

@@ -30,7 +30,7 @@ STYLES = (
     ("It must be {} plus {}!", "It must be {}!"),
     ("Surely {} with {}, ok", "Surely {}, ok"),
 )
-FAVOURITE = 0.67  # share of an author's answers in its favourite style
+FAVOURITE = 0.7  # share of an author's answers in its favourite style
 PARTS = ("test", "rft", *["train"] * 6)  # of all prompts: an eighth, an eighth, the rest
 # What a verb can be mistaken for: which of the two values are named.
 HABITS = {"swapped": (1, 0), "twice": (0, 0), "last twice": (1, 1), "short": (0,), "last": (1,)}
