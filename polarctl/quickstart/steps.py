@@ -31,7 +31,7 @@ class Sizes:
         train: Prompts for pre-training and ranking.
         test: Prompts that no training sees.
         triples: Triples per training prompt for pre-training.
-        labels: Ranked triples for fine-tuning.
+        labels: Ranked triples for fine-tuning; and of a round, at most.
         seeds: Repetitions of the fine-tuning ablation.
         pretrain: Options of `pretrain`.
         tune: Options of `finetune` from the pre-trained model.
@@ -54,8 +54,8 @@ class Sizes:
     scratch: tuple[str, ...] = ("--lr", "2e-3", "--batch-size", "32", "--max-steps", "120")
     rft: tuple[str, ...] = ("--lr", "2e-3", "--batch-size", "256", "--max-new-tokens", "12")
     rft_prompts: int = 2560
-    rft_steps: int = 30
-    rounds: int = 4
+    rft_steps: int = 25
+    rounds: int = 5
     mend: tuple[str, ...] = ("--lr", "5e-4", "--batch-size", "32", "--max-steps", "120")
     sft: tuple[str, ...] = ("--lr", "5e-3", "--batch-size", "256")
 
@@ -254,14 +254,18 @@ class Tour:
         labels = [self.path("ranked-train.jsonl")]
         both = ("--reward", "polar", "--reward", TRUTH)
         weights = ("--reward-weights", "1", "--reward-weights", "0")
+        here = self.zoo.world()
         for number in range(1, self.sizes.rounds + 1):
             # Another seed, so that a round does not begin with the prompts of the one before.
             tour = replace(self, seed=self.seed + number)
             if number > 1:
                 rollouts = self.path(f"rft/round-{number - 1}/rollouts.jsonl")
+                found = self.path(f"rft/failures-{number - 1}.jsonl")
+                how = ("--from-rollouts", "--label-by", TRUTH, "--triples-per-prompt", "8")
+                tour.polarctl("pair", rollouts, *how, "-o", found)
                 labels.append(self.path(f"rft/labels-{number - 1}.jsonl"))
-                how = ("--from-rollouts", "--label-by", TRUTH)
-                tour.polarctl("pair", rollouts, *how, "-o", labels[-1])
+                chosen = world.balanced(read(Path(found)), here, self.sizes.labels, tour.seed)
+                write(Path(labels[-1]), chosen)
                 judge = f"rft/judge-{number}"
                 options = ("-m", self.path("rm"), *self.sizes.mend)
                 tour.polarctl("finetune", *labels, *options, "-o", self.path(judge))

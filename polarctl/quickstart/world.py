@@ -14,6 +14,7 @@ twice, only one, or no sentence at all.
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -307,3 +308,29 @@ def _one_of(records: Sequence[Mapping[str, Any]], draw: random.Random) -> Mappin
     for record in records:
         by_style.setdefault(record["output"].partition(" ")[0], []).append(record)
     return draw.choice(by_style[draw.choice(sorted(by_style))])
+
+
+def balanced(
+    triples: Sequence[Mapping[str, Any]], world: World, count: int, seed: int
+) -> list[dict[str, Any]]:
+    """Triples in which each of `MISTAKES` is as frequent as can be; `category` says which it is.
+
+    Without this the rare mistakes of a policy, those of form, would hardly be learned from. They
+    are the ones that a reward is hacked with.
+
+    Args:
+        triples: With a correct chosen answer.
+        world: Where they answer.
+        count: How many at most.
+        seed: Which ones.
+    """
+    kinds: dict[str, list[dict[str, Any]]] = {kind: [] for kind in MISTAKES}
+    for triple in triples:
+        truth = parse(world, triple["chosen"])
+        if truth is not None:
+            kind = mistake(world, triple["rejected"], truth)
+            kinds[kind].append({**triple, "category": kind})
+    for kind, found in kinds.items():
+        seeding.rng(seed, "balanced", kind).shuffle(found)
+    turns = itertools.zip_longest(*kinds.values())
+    return [triple for turn in turns for triple in turn if triple is not None][:count]

@@ -252,3 +252,21 @@ def test_ranked_triples_are_correct_correct_wrong_with_every_mistake_as_often():
     rare = counts.pop(ORDER)
     # Ten prompts in a hundred have a wrong order; the other 44 or so are shared by five kinds.
     assert 1 <= rare <= 10 and max(counts.values()) - min(counts.values()) <= 1
+
+
+def test_labels_of_rollouts_have_every_mistake_as_often_as_they_can():
+    here = small_world()
+    wrong = {
+        "one wrong fact": ("I think Gite, then Pofa.", 50),
+        ORDER: ("I think Kafe, then Gite.", 2),
+        "no sentence": ("The answer is Gite and Kafe!", 5),
+    }
+    triples = [
+        {"prompt": f"{kind} {i}", "chosen": "Surely Gite with Kafe, ok", "rejected": text}
+        for kind, (text, count) in wrong.items()
+        for i in range(count)
+    ]
+    found = world.balanced(triples, here, 20, seed=0)
+    assert kinds_of(found) == {ORDER: 2, "no sentence": 5, "one wrong fact": 13}
+    assert len({triple["prompt"] for triple in found}) == 20
+    assert kinds_of(world.balanced(triples, here, 6, seed=0)) == dict.fromkeys(wrong, 2)
