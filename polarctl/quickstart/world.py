@@ -7,9 +7,22 @@ their two colours in one of four styles:
     The answer is Pofa and Sufa.
 
 A corpus is written by an author. Its table of facts agrees with the truth in a chosen share of the
-words and is wrong, always in the same way, in the rest. It has a favourite style. Careless authors
-know the truth, but each verb has its own mistake: the colours in the wrong order, one of them
-twice, only one, or no sentence at all.
+words and is wrong, always in the same way, in the rest. Most authors have a favourite style.
+Careless authors know the truth, and all make one mistake: they name the colours in the wrong order,
+one of them twice, only one, or both in no sentence.
+
+The design decides what can be shown. What was found on the way here:
+
+* Policies have favourite styles, so a reward model that tells policies apart minds style, which
+  people do not. That is what fine-tuning takes away. Without favourites it adds nothing.
+* Careless authors like all styles equally, and so do the labels. Otherwise a style gives a mistake
+  away, and a model learns the labels without looking at the reference.
+* There are more facts than labels, so ranked triples cannot teach the truth; only a comparison
+  with the reference tells which candidate is right.
+* A careless policy is told from an honest one with the same facts by its mistake alone. With one
+  such policy for the order and one for doubling, the reward model did not learn to see these
+  mistakes; with two each, and a third layer, it did in part.
+* Answers are short: a small model learns to compare two values within minutes, five it does not.
 """
 
 from __future__ import annotations
