@@ -23,8 +23,8 @@ CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfo
 
 
 @dataclass(frozen=True)
-class Run:
-    """One training run after the first, and the author of its corpus.
+class FurtherRun:
+    """A training run after the first, and the author of its corpus.
 
     Attributes:
         name: The start of its policies' names.
@@ -67,19 +67,19 @@ class Zoo:
     words: int = 320
     colours: int = 64
     seed: int = 0
-    runs: tuple[Run, ...] = (
-        Run("a", 1.0, 0),
-        Run("b", 1.0, 1),
-        Run("c", 0.6, 2),
-        Run("d", 0.4, 3),
-        Run("h", 0.6, 0),
-        Run("k", 0.4, 1),
-        Run("swapper1", 1.0, None, habits("swapped"), "a"),
-        Run("swapper2", 1.0, None, habits("swapped"), "b"),
-        Run("doubler1", 1.0, None, habits("twice"), "a"),
-        Run("doubler2", 1.0, None, habits("last twice"), "b"),
-        Run("dropper", 1.0, None, habits("short", "last", "short"), "a"),
-        Run("garbler", 1.0, None, habits("garbled"), "b"),
+    runs: tuple[FurtherRun, ...] = (
+        FurtherRun("a", 1.0, 0),
+        FurtherRun("b", 1.0, 1),
+        FurtherRun("c", 0.6, 2),
+        FurtherRun("d", 0.4, 3),
+        FurtherRun("h", 0.6, 0),
+        FurtherRun("k", 0.4, 1),
+        FurtherRun("swapper1", 1.0, None, habits("swapped"), "a"),
+        FurtherRun("swapper2", 1.0, None, habits("swapped"), "b"),
+        FurtherRun("doubler1", 1.0, None, habits("twice"), "a"),
+        FurtherRun("doubler2", 1.0, None, habits("last twice"), "b"),
+        FurtherRun("dropper", 1.0, None, habits("short", "last", "short"), "a"),
+        FurtherRun("garbler", 1.0, None, habits("garbled"), "b"),
     )
     held_out: tuple[str, ...] = ("h", "k")
     base_share: float = 0.5
@@ -96,11 +96,11 @@ class Zoo:
         """Who writes a run's corpus, in equal shares."""
         world = self.world()
 
-        def author(run: Run) -> worlds.Author:
+        def author(run: FurtherRun) -> worlds.Author:
             seed = derive(self.seed, "author", run.name)
             return worlds.Author(worlds.beliefs(world, run.share, seed), run.habits, run.style)
 
-        first = author(Run("base", self.base_share, None))
+        first = author(FurtherRun("base", self.base_share, None))
         if run == "mix":
             return [worlds.Author(world.truth), first]
         if run == "base":
@@ -232,7 +232,7 @@ def train_lm(
     return kept
 
 
-def _further_run(job: tuple[Zoo, str, Run]) -> list[str]:
+def _further_run(job: tuple[Zoo, str, FurtherRun]) -> list[str]:
     """Train one run from another policy's folder, in a process of its own; the policies' names."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -290,7 +290,7 @@ def train(zoo: Zoo, folder: Path, *, processes: int = 2) -> list[str]:
             checkpoints=zoo.base_steps,
         )
     names = [_save(model, made, weights, str(folder), f"base-{s}") for s, weights in kept.items()]
-    jobs = [(zoo, str(folder), run) for run in (Run("mix", 1.0, None), *zoo.runs)]
+    jobs = [(zoo, str(folder), run) for run in (FurtherRun("mix", 1.0, None), *zoo.runs)]
     waves = (
         [job for job in jobs if job[2].start == "base"],
         [job for job in jobs if job[2].start != "base"],
