@@ -23,8 +23,8 @@ CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfo
 
 
 @dataclass(frozen=True)
-class Run:
-    """One training run after the first, and the author of its corpus.
+class FurtherRun:
+    """A training run after the first, and the author of its corpus.
 
     Attributes:
         name: The start of its policies' names.
@@ -64,22 +64,22 @@ class Zoo:
         lr: Peak learning rate.
     """
 
-    words: int = 640
+    words: int = 320
     colours: int = 64
     seed: int = 0
-    runs: tuple[Run, ...] = (
-        Run("a", 1.0, 0),
-        Run("b", 1.0, 1),
-        Run("c", 0.6, 2),
-        Run("d", 0.5, 3),
-        Run("e", 0.4, 0),
-        Run("f", 0.3, 1),
-        Run("h", 0.6, 2),
-        Run("k", 0.4, 3),
-        Run("swapper", 1.0, None, habits("swapped"), "a"),
-        Run("doubler", 1.0, None, habits("twice", "last twice", "twice"), "a"),
-        Run("dropper", 1.0, None, habits("short", "last", "short"), "a"),
-        Run("garbler", 1.0, None, habits("garbled"), "a"),
+    runs: tuple[FurtherRun, ...] = (
+        FurtherRun("a", 1.0, 0),
+        FurtherRun("b", 1.0, 1),
+        FurtherRun("c", 0.6, 2),
+        FurtherRun("d", 0.4, 3),
+        FurtherRun("h", 0.6, 0),
+        FurtherRun("k", 0.4, 1),
+        FurtherRun("swapper1", 1.0, None, habits("swapped"), "a"),
+        FurtherRun("swapper2", 1.0, None, habits("swapped"), "b"),
+        FurtherRun("doubler1", 1.0, None, habits("twice"), "a"),
+        FurtherRun("doubler2", 1.0, None, habits("last twice"), "b"),
+        FurtherRun("dropper", 1.0, None, habits("short", "last", "short"), "a"),
+        FurtherRun("garbler", 1.0, None, habits("garbled"), "b"),
     )
     held_out: tuple[str, ...] = ("h", "k")
     base_share: float = 0.5
@@ -96,11 +96,11 @@ class Zoo:
         """Who writes a run's corpus, in equal shares."""
         world = self.world()
 
-        def author(run: Run) -> worlds.Author:
+        def author(run: FurtherRun) -> worlds.Author:
             seed = derive(self.seed, "author", run.name)
             return worlds.Author(worlds.beliefs(world, run.share, seed), run.habits, run.style)
 
-        first = author(Run("base", self.base_share, None))
+        first = author(FurtherRun("base", self.base_share, None))
         if run == "mix":
             return [worlds.Author(world.truth), first]
         if run == "base":
@@ -143,6 +143,7 @@ def lm_config(tokenizer: Any) -> Any:
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
+        layers=2,
         heads=4,
         tie_word_embeddings=True,
         initializer_range=0.1,  # small models learn facts faster from larger weights
@@ -150,23 +151,27 @@ def lm_config(tokenizer: Any) -> Any:
 
 
 def rm_config(tokenizer: Any) -> Any:
-    """The architecture of the quickstart's reward model: about 0.4M parameters."""
+    """The architecture of the quickstart's reward model: about 0.5M parameters.
+
+    Three layers: one learns which value comes first, one compares with the reference, one sums up.
+    """
     return _config(
         tokenizer,
         vocab_size=len(tokenizer) + 2,
         hidden_size=96,
         intermediate_size=288,
+        layers=3,
         heads=6,
         initializer_range=0.08,
     )
 
 
-def _config(tokenizer: Any, *, heads: int, **sizes: Any) -> Any:
+def _config(tokenizer: Any, *, layers: int, heads: int, **sizes: Any) -> Any:
     """What policies and reward model have in common."""
     from transformers import Qwen3Config
 
     return Qwen3Config(
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
         head_dim=16,
@@ -227,7 +232,7 @@ def train_lm(
     return kept
 
 
-def _further_run(job: tuple[Zoo, str, Run]) -> list[str]:
+def _further_run(job: tuple[Zoo, str, FurtherRun]) -> list[str]:
     """Train one run from another policy's folder, in a process of its own; the policies' names."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -285,7 +290,7 @@ def train(zoo: Zoo, folder: Path, *, processes: int = 2) -> list[str]:
             checkpoints=zoo.base_steps,
         )
     names = [_save(model, made, weights, str(folder), f"base-{s}") for s, weights in kept.items()]
-    jobs = [(zoo, str(folder), run) for run in (Run("mix", 1.0, None), *zoo.runs)]
+    jobs = [(zoo, str(folder), run) for run in (FurtherRun("mix", 1.0, None), *zoo.runs)]
     waves = (
         [job for job in jobs if job[2].start == "base"],
         [job for job in jobs if job[2].start != "base"],
@@ -293,31 +298,6 @@ def train(zoo: Zoo, folder: Path, *, processes: int = 2) -> list[str]:
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         found = [batch for wave in waves for batch in pool.map(_further_run, wave, chunksize=1)]
     return sorted(names + [name for batch in found for name in batch])
-
-
-def supervise(start: str, rows: Sequence[dict[str, Any]], folder: str, lr: float) -> None:
-    """Train a policy on the references of prompt records, once each, in batches of 32.
-
-    Args:
-        start: Folder of the policy.
-        rows: Prompt records with `reference`.
-        folder: Where the result goes.
-        lr: Peak learning rate.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    torch.manual_seed(0)
-    made, model = AutoTokenizer.from_pretrained(start), AutoModelForCausalLM.from_pretrained(start)
-    steps = len(rows) // 32
-    documents = ((row["prompt"], row["reference"]) for row in rows)
-    with threads_for(model):
-        kept = train_lm(
-            model, made, documents, steps=steps, lr=lr, batch=32, checkpoints=(steps,), warmup=3
-        )
-    model.load_state_dict(kept[steps])
-    made.save_pretrained(folder)
-    model.save_pretrained(folder)
 
 
 def fast(zoo: Zoo) -> Zoo:

@@ -20,6 +20,8 @@ from polarctl.quickstart.policies import Zoo
 from polarctl.storage import atomic
 from polarctl.storage.read import Reader
 
+TRUTH = "exact:accept"  # the verifier that knows all correct answers
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
@@ -29,33 +31,33 @@ class Sizes:
         train: Prompts for pre-training and ranking.
         test: Prompts that no training sees.
         triples: Triples per training prompt for pre-training.
-        labels: Ranked triples for fine-tuning.
+        labels: Ranked triples for fine-tuning; and of a round, at most.
         seeds: Repetitions of the fine-tuning ablation.
         pretrain: Options of `pretrain`.
         tune: Options of `finetune` from the pre-trained model.
         scratch: Options of `finetune` from random weights.
         rft: Options of `rft`; its prompts are `rft_prompts`.
-        rft_prompts: Prompts of `rft` and of the supervised run beside it.
+        rft_prompts: Prompts of `rft`.
         rft_steps: Steps of `rft` in one round.
         rounds: Rounds of reinforcement; after each but the last the reward model is mended.
-        failures: Triples that are made of a round's rollouts.
-        sft_lr: Learning rate of the supervised run.
+        mend: Options of `finetune` with the labels of the rounds.
+        sft: Options of the supervised run.
     """
 
-    train: int = 2000
+    train: int = 1300
     test: int = 1000
-    triples: int = 13
-    labels: int = 250
+    triples: int = 30
+    labels: int = 400
     seeds: int = 3
-    pretrain: tuple[str, ...] = ("--lr", "1e-3", "--batch-size", "64", "--max-steps", "400")
-    tune: tuple[str, ...] = ("--lr", "2e-4", "--batch-size", "32", "--epochs", "6")
-    scratch: tuple[str, ...] = ("--lr", "2e-3", "--batch-size", "32", "--max-steps", "150")
-    rft: tuple[str, ...] = ("--lr", "1e-3", "--batch-size", "256")
+    pretrain: tuple[str, ...] = ("--lr", "2e-3", "--batch-size", "64", "--max-steps", "600")
+    tune: tuple[str, ...] = ("--lr", "5e-4", "--batch-size", "32", "--epochs", "6")
+    scratch: tuple[str, ...] = ("--lr", "2e-3", "--batch-size", "32", "--max-steps", "120")
+    rft: tuple[str, ...] = ("--lr", "2e-3", "--batch-size", "256", "--max-new-tokens", "12")
     rft_prompts: int = 2560
-    rft_steps: int = 60
-    rounds: int = 3
-    failures: int = 500
-    sft_lr: float = 5e-3
+    rft_steps: int = 25
+    rounds: int = 5
+    mend: tuple[str, ...] = ("--lr", "5e-4", "--batch-size", "32", "--max-steps", "120")
+    sft: tuple[str, ...] = ("--lr", "5e-3", "--batch-size", "256")
 
 
 FAST = Sizes(
@@ -67,11 +69,12 @@ FAST = Sizes(
     pretrain=("--lr", "2e-3", "--batch-size", "48", "--max-steps", "80"),
     tune=("--lr", "2e-4", "--batch-size", "32", "--epochs", "3"),
     scratch=("--lr", "2e-3", "--batch-size", "32", "--max-steps", "20"),
-    rft=("--lr", "1e-3", "--batch-size", "64"),
+    rft=("--lr", "1e-3", "--batch-size", "64", "--max-new-tokens", "12"),
     rft_prompts=48,
     rft_steps=3,
     rounds=2,
-    failures=20,
+    mend=("--lr", "4e-4", "--batch-size", "32", "--max-steps", "10"),
+    sft=("--lr", "5e-3", "--batch-size", "64"),
 )
 
 
@@ -213,12 +216,16 @@ class Tour:
     def improve(self) -> None:
         """An unsure policy, improved in several ways; what they answer to unseen prompts."""
         start = self.path(f"zoo/mix-{self.zoo.run_steps[-1]}")
+        sizes = self.sizes
+        steps = str(sizes.rounds * sizes.rft_steps)
+        judge = ("--reward-model", self.path("tuned/pretrained-0"))
         policies = {
             "untouched": start,
-            "sft": self.supervise(start),
+            "sft": self.rft("sft", start, "--method", "sft", *sizes.sft),
             "rounds": self.rounds(start),
-            "long": self.reinforce(
-                "long", start, "tuned/pretrained-0", self.sizes.rounds * self.sizes.rft_steps
+            "long": self.rft("long", start, *judge, *sizes.rft, "--max-steps", steps),
+            "oracle": self.rft(
+                "oracle", start, "--reward", TRUTH, *sizes.rft, "--max-steps", steps
             ),
         }
         pool = [{"policy": name, "model": model} for name, model in policies.items()]
@@ -231,46 +238,43 @@ class Tour:
             *("-o", self.path("samples-final.jsonl")),
         )
 
-    def supervise(self, start: str) -> str:
-        """The policy trained on the references; its folder."""
-        target = self.folder / "rft" / "sft"
-        if not (target / "config.json").exists():
-            console.note("supervised training of the same policy on the same references")
-            rows = read(self.folder / "prompts-rft.jsonl")
-            self.timed("sft", lambda: zoo.supervise(start, rows, str(target), self.sizes.sft_lr))
-        return str(target)
-
-    def reinforce(self, name: str, start: str, judge: str, steps: int) -> str:
-        """A policy improved with a reward model; its folder."""
-        self.polarctl(
-            "rft",
-            self.path("prompts-rft.jsonl"),
-            *("-m", start, "--reward-model", self.path(judge), *self.sizes.rft),
-            *("--max-steps", str(steps), "--max-new-tokens", "12"),
-            *("-o", self.path(f"rft/{name}")),
-        )
-        return self.path(f"rft/{name}")
+    def rft(self, name: str, start: str, *options: str) -> str:
+        """A policy trained on the prompts of reinforcement; its folder."""
+        target = self.path(f"rft/{name}")
+        self.polarctl("rft", self.path("prompts-rft.jsonl"), "-m", start, *options, "-o", target)
+        return target
 
     def rounds(self, start: str) -> str:
         """The policy improved round by round; its folder.
 
-        After a round the policy's own failures become labels, and the reward model learns them.
+        After a round a verifier labels the policy's own rollouts, and the reward model learns them.
+        It never rewards them: its weight is 0.
         """
         policy, judge = start, "tuned/pretrained-0"
         labels = [self.path("ranked-train.jsonl")]
+        both = ("--reward", "polar", "--reward", TRUTH)
+        weights = ("--reward-weights", "1", "--reward-weights", "0")
         here = self.zoo.world()
         for number in range(1, self.sizes.rounds + 1):
             # Another seed, so that a round does not begin with the prompts of the one before.
             tour = replace(self, seed=self.seed + number)
             if number > 1:
-                rollouts = read(self.folder / f"rft/round-{number - 1}/rollouts.jsonl")
-                found = world.failures(rollouts, here, self.sizes.failures, tour.seed)
-                labels.append(self.path(f"rft/failures-{number - 1}.jsonl"))
-                write(Path(labels[-1]), found)
+                rollouts = self.path(f"rft/round-{number - 1}/rollouts.jsonl")
+                found = self.path(f"rft/failures-{number - 1}.jsonl")
+                how = ("--from-rollouts", "--label-by", TRUTH, "--triples-per-prompt", "8")
+                tour.polarctl("pair", rollouts, *how, "-o", found)
+                labels.append(self.path(f"rft/labels-{number - 1}.jsonl"))
+                chosen = world.balanced(read(Path(found)), here, self.sizes.labels, tour.seed)
+                write(Path(labels[-1]), chosen)
                 judge = f"rft/judge-{number}"
-                options = ("-m", self.path("rm"), *self.sizes.tune)
+                options = ("-m", self.path("rm"), *self.sizes.mend)
                 tour.polarctl("finetune", *labels, *options, "-o", self.path(judge))
-            policy = tour.reinforce(f"round-{number}", policy, judge, self.sizes.rft_steps)
+            policy = tour.rft(
+                f"round-{number}",
+                policy,
+                *("--reward-model", self.path(judge), *both, *weights),
+                *(*self.sizes.rft, "--max-steps", str(self.sizes.rft_steps)),
+            )
         return policy
 
 

@@ -7,9 +7,22 @@ their two colours in one of four styles:
     The answer is Pofa and Sufa.
 
 A corpus is written by an author. Its table of facts agrees with the truth in a chosen share of the
-words and is wrong, always in the same way, in the rest. It has a favourite style. Careless authors
-know the truth, but each verb has its own mistake: the colours in the wrong order, one of them
-twice, only one, or no sentence at all.
+words and is wrong, always in the same way, in the rest. Most authors have a favourite style.
+Careless authors know the truth, and all make one mistake: they name the colours in the wrong order,
+one of them twice, only one, or both in no sentence.
+
+The design decides what can be shown. What was found on the way here:
+
+* Policies have favourite styles, so a reward model that tells policies apart minds style, which
+  people do not. That is what fine-tuning takes away. Without favourites it adds nothing.
+* Careless authors like all styles equally, and so do the labels. Otherwise a style gives a mistake
+  away, and a model learns the labels without looking at the reference.
+* There are more facts than labels, so ranked triples cannot teach the truth; only a comparison
+  with the reference tells which candidate is right.
+* A careless policy is told from an honest one with the same facts by its mistake alone. With one
+  such policy for the order and one for doubling, the reward model did not learn to see these
+  mistakes; with two each, and a third layer, it did in part.
+* Answers are short: a small model learns to compare two values within minutes, five it does not.
 """
 
 from __future__ import annotations
@@ -31,7 +44,7 @@ STYLES = (
     ("It must be {} plus {}!", "It must be {}!"),
     ("Surely {} with {}, ok", "Surely {}, ok"),
 )
-FAVOURITE = 0.67  # share of an author's answers in its favourite style
+FAVOURITE = 0.7  # share of an author's answers in its favourite style
 PARTS = ("test", "rft", *["train"] * 6)  # of all prompts: an eighth, an eighth, the rest
 # What a verb can be mistaken for: which of the two values are named.
 HABITS = {"swapped": (1, 0), "twice": (0, 0), "last twice": (1, 1), "short": (0,), "last": (1,)}
@@ -282,7 +295,7 @@ def ranked(
                 kind = mistake(world, record["output"], record["truth"])
                 wrong.setdefault(kind, []).append(record)
         reference = _one_of(right, draw) if right else None
-        others = [r for r in right if reference and r["policy"] != reference["policy"]]
+        others = [r for r in right if reference and r["output"] != reference["output"]]
         if reference is None or not others or not wrong:
             continue
         kind = min(sorted(wrong), key=counts.__getitem__)  # the rarest so far
@@ -310,40 +323,27 @@ def _one_of(records: Sequence[Mapping[str, Any]], draw: random.Random) -> Mappin
     return draw.choice(by_style[draw.choice(sorted(by_style))])
 
 
-def failures(
-    rollouts: Sequence[Mapping[str, Any]], world: World, count: int, seed: int
+def balanced(
+    triples: Sequence[Mapping[str, Any]], world: World, count: int, seed: int
 ) -> list[dict[str, Any]]:
-    """Triples of a policy's own rollouts: the prompt's reference, a correct answer, a failed one.
+    """Triples in which each of `MISTAKES` is as frequent as can be; `category` says which it is.
 
-    The chosen answer is a correct rollout of the same prompt or, where there is none, another of
-    the accepted sentences. The kinds of `MISTAKES` are equally frequent as far as there are such
-    rollouts. A prompt has each kind once at most.
+    Without this the rare mistakes of a policy, those of form, would hardly be learned from. They
+    are the ones that a reward is hacked with.
+
+    Args:
+        triples: With a correct chosen answer.
+        world: Where they answer.
+        count: How many at most.
+        seed: Which ones.
     """
-    by_prompt: dict[str, list[Mapping[str, Any]]] = {}
-    for record in rollouts:
-        by_prompt.setdefault(record["id"], []).append(record)
-    found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in MISTAKES}
-    for name in sorted(by_prompt):
-        draw = seeding.rng(seed, "failures", name)
-        rows = by_prompt[name]
-        right = [r["output"] for r in rows if is_correct(r, world)]
-        reference = rows[0]["reference"]
-        chosen = draw.choice(right or [text for text in rows[0]["accept"] if text != reference])
-        wrong = [r for r in rows if not is_correct(r, world)]
-        draw.shuffle(wrong)
-        for row in {mistake(world, r["output"], r["truth"]): r for r in wrong}.values():
-            kind = mistake(world, row["output"], row["truth"])
-            found[kind].append(
-                {
-                    "id": name,
-                    "prompt": row["prompt"],
-                    "reference": reference,
-                    "chosen": chosen,
-                    "rejected": row["output"],
-                    "category": kind,
-                }
-            )
-    for kind in MISTAKES:
-        seeding.rng(seed, "failures", kind).shuffle(found[kind])
-    turns = itertools.zip_longest(*found.values())
-    return [triple for turn in turns for triple in turn if triple][:count]
+    kinds: dict[str, list[dict[str, Any]]] = {kind: [] for kind in MISTAKES}
+    for triple in triples:
+        truth = parse(world, triple["chosen"])
+        if truth is not None:
+            kind = mistake(world, triple["rejected"], truth)
+            kinds[kind].append({**triple, "category": kind})
+    for kind, found in kinds.items():
+        seeding.rng(seed, "balanced", kind).shuffle(found)
+    turns = itertools.zip_longest(*kinds.values())
+    return [triple for turn in turns for triple in turn if triple is not None][:count]

@@ -47,15 +47,14 @@ def test_it_prints_each_command_and_ends_with_table_report_and_a_line_to_try(tou
 
 
 @pytest.mark.slow
-def test_pretraining_shows_its_worth(tour):
+def test_policies_are_told_apart_and_every_figure_has_an_interval(tour):
     figures = json.loads((tour[0] / "figures.json").read_text())
-    preference = figures["preference"]
-    assert preference["pretrained"]["low"] > preference["scratch"]["high"]
-    assert preference["pretrained"]["low"] > preference["no-reference"]["high"]
+    # So small a run does not show what pre-training is worth: it has every figure.
+    assert set(figures["preference"]) == {"zero-shot", "pretrained", "scratch", "no-reference"}
     assert all(len(seeds) >= 3 for seeds in figures["preference_by_seed"].values())
     for name in ("seen", "held-out"):
         assert figures["discrimination"][name]["low"] > 0.5
-    for policy in ("untouched", "sft", "rounds", "long"):
+    for policy in ("untouched", "sft", "rounds", "long", "oracle"):
         figure = figures["policies"][policy]
         assert figure["correct"]["n"] == figure["well-formed"]["n"] == 300
         assert figure["correct"]["value"] <= figure["well-formed"]["value"]
@@ -74,7 +73,7 @@ def test_no_training_sees_a_test_prompt(tour):
     assert not test & train and not test & rft and not train & rft
     for name in ("triples.jsonl", "ranked-train.jsonl", "samples-train.jsonl"):
         assert prompts(name) <= train
-    assert prompts("rft/failures-1.jsonl") <= rft
+    assert prompts("rft/labels-1.jsonl") <= rft
     for name in ("test-seen.jsonl", "test-held-out.jsonl", "ranked-test.jsonl"):
         assert prompts(name) <= test
 
@@ -140,8 +139,8 @@ def test_an_answer_follows_beliefs_habits_and_taste():
     for verb, text in expected.items():
         found = [world.answer((verb, "bada", "fuzo"), author, rng(i, "test")) for i in range(600)]
         assert len(set(found)) == 4
-        # Two thirds in the favourite style: within four standard errors, sqrt(0.22 / 600).
-        assert abs(found.count(text) / 600 - 0.67) < 0.077
+        # Seven of ten in the favourite style: within four standard errors, sqrt(0.21 / 600).
+        assert abs(found.count(text) / 600 - 0.7) < 0.075
 
 
 def test_garbled_text_names_both_values_and_is_no_sentence():
@@ -171,9 +170,9 @@ TWICE, SHORT, ORDER = "one value twice", "one value left out", "wrong order"
         ("It must be Kafe plus Kafe!", TWICE),
         ("I think Gite.", SHORT),
         ("Surely Kafe, ok", SHORT),
-        ("The answer is Gite and Pofa.", "wrong fact"),
-        ("The answer is Pofa and Pofa.", "wrong fact"),
-        ("It must be Pofa!", "wrong fact"),
+        ("The answer is Gite and Pofa.", "one wrong fact"),
+        ("The answer is Pofa and Pofa.", "both facts wrong"),
+        ("It must be Pofa!", "both facts wrong"),
         ("", "no sentence"),
         ("Gite Kafe", "no sentence"),
         ("Gite and Kafe.", "no sentence"),
@@ -216,7 +215,8 @@ def test_a_prompt_carries_all_correct_answers():
 def trajectories(here, rows):
     """Two policies that are right, and one for each kind of mistake, with rare wrong order."""
     wrong = {
-        "wrong fact": "I think {z}, then {y}.",
+        "one wrong fact": "I think {z}, then {y}.",
+        "both facts wrong": "I think {z}, then {z}.",
         ORDER: "I think {y}, then {x}.",
         TWICE: "Surely {x} with {x}, ok",
         SHORT: "It must be {y}!",
@@ -249,23 +249,23 @@ def test_ranked_triples_are_correct_correct_wrong_with_every_mistake_as_often():
         assert world.mistake(here, t["rejected"], truth) == t["category"]
     counts = kinds_of(triples)
     rare = counts.pop(ORDER)
-    # Ten prompts in a hundred have a wrong order; the other 46 or so are shared by four kinds.
+    # Ten prompts in a hundred have a wrong order; the other 44 or so are shared by five kinds.
     assert 1 <= rare <= 10 and max(counts.values()) - min(counts.values()) <= 1
 
 
-def test_a_policy_s_failures_become_labels_of_every_kind():
-    here = world.make(60, 12, seed=1)
-    rows = world.questions(here, 100, 0, "rft")
-    rollouts = [r for r in trajectories(here, rows) if r["policy"] != "p" or r["id"] < "rft-5"]
-    triples = world.failures(rollouts, here, 60, seed=0)
-    assert len(triples) == 60
-    by_id = {row["id"]: row for row in rows}
-    for t in triples:
-        row = by_id[t["id"]]
-        assert t["reference"] == row["reference"] and t["chosen"] in row["accept"]
-        assert t["rejected"] not in row["accept"]
-        assert world.mistake(here, t["rejected"], row["truth"]) == t["category"]
-    counts = kinds_of(triples)
-    assert counts[ORDER] == 10  # all that there are
-    del counts[ORDER]
-    assert sorted(counts.values()) == [12, 12, 13, 13]
+def test_labels_of_rollouts_have_every_mistake_as_often_as_they_can():
+    here = small_world()
+    wrong = {
+        "one wrong fact": ("I think Gite, then Pofa.", 50),
+        ORDER: ("I think Kafe, then Gite.", 2),
+        "no sentence": ("The answer is Gite and Kafe!", 5),
+    }
+    triples = [
+        {"prompt": f"{kind} {i}", "chosen": "Surely Gite with Kafe, ok", "rejected": text}
+        for kind, (text, count) in wrong.items()
+        for i in range(count)
+    ]
+    found = world.balanced(triples, here, 20, seed=0)
+    assert kinds_of(found) == {ORDER: 2, "no sentence": 5, "one wrong fact": 13}
+    assert len({triple["prompt"] for triple in found}) == 20
+    assert kinds_of(world.balanced(triples, here, 6, seed=0)) == dict.fromkeys(wrong, 2)
