@@ -36,9 +36,10 @@ STYLES = (
     ("I get {} plus {} tens, total {}", "I get {}, total {}"),
     ("We add {}, carry on to {}, answer {}.", "We add {}, answer {}."),
 )
-FAVOURITE = 2 / 3  # how often a writer with a favourite style uses it
-PARTS = ("test", "rft", *["train"] * 6)  # of all prompts: an eighth, an eighth, the rest
-NUMBERS = range(10, 100)
+FAVOURITE = 0.4  # how often a writer with a favourite style uses it
+PARTS = ("test", "rft", "train", "train")  # of all prompts: a quarter, a quarter, the rest
+DIGITS = range(2, 8)  # 36 pairs: small models learn their sums within seconds
+NUMBERS = [10 * tens + ones for tens in DIGITS for ones in DIGITS]
 FORMS = tuple(re.compile(re.escape(form).replace(r"\{\}", r"(\d+)")) for form, _ in STYLES)
 
 Question = tuple[int, int]
@@ -52,10 +53,10 @@ class Author:
     """Who writes a corpus.
 
     Attributes:
-        errors: Share of the 100 pairs of digits whose sum it has wrong by one, always alike.
-        habit: A mistake that it makes wherever it can: `carry` (forgotten), `swap` (the digits of
-            the total exchanged), `order` (the steps exchanged), `twice` (the ones in place of the
-            tens), `short` (a step left out), `loop` (a step said three times).
+        errors: Share of the pairs of digits whose sum it has wrong by one or two, always alike.
+        habit: A mistake, always made: `carry` (forgotten), `swap` (the digits of the total
+            exchanged); or made in every second answer: `order` (the steps exchanged), `twice` (the
+            ones in place of the tens), `short` (a step left out), `loop` (one said three times).
         style: Its favourite style, or None.
         seed: Chooses the wrong pairs.
     """
@@ -68,9 +69,9 @@ class Author:
     def sums(self) -> dict[Question, int]:
         """The sum of every pair of digits as this author has it."""
         draw = seeding.rng(self.seed, "errors")
-        found = {(a, b): a + b for a in range(10) for b in range(10)}
-        for pair in draw.sample(sorted(found), round(100 * self.errors)):
-            found[pair] += draw.choice((-1, 1)) if found[pair] else 1
+        found = {(a, b): a + b for a in DIGITS for b in DIGITS}
+        for pair in draw.sample(sorted(found), round(len(found) * self.errors)):
+            found[pair] += draw.choice((-2, -1, 1, 2))
         return found
 
 
@@ -88,20 +89,21 @@ def answer(question: Question, author: Author, sums: Mapping[Question, int], dra
     """An answer by this author in one of its styles."""
     (tens_a, ones_a), (tens_b, ones_b) = (divmod(number, 10) for number in question)
     ones, tens = sums[ones_a, ones_b], sums[tens_a, tens_b]
+    careless = author.habit if draw.random() < 0.5 else ""
     if author.habit != "carry":
         tens += ones // 10
     total = str(10 * tens + ones % 10)
     if author.habit == "swap":
         total = total[:-2] + total[-2:][::-1]
-    steps = {"order": (tens, ones), "twice": (ones, ones)}.get(author.habit, (ones, tens))
+    steps = {"order": (tens, ones), "twice": (ones, ones)}.get(careless, (ones, tens))
     number = draw.randrange(len(STYLES))
     if author.style is not None and draw.random() < FAVOURITE:
         number = author.style
     form, short = STYLES[number]
-    if author.habit == "short":
+    if careless == "short":
         return short.format(ones, total)
     text = form.format(*steps, total)
-    if author.habit == "loop":
+    if careless == "loop":
         words = text.split()
         text = " ".join(words[:2] * 3 + words[2:])
     return text
@@ -152,7 +154,7 @@ def questions(count: int, seed: int, part: str) -> list[dict[str, Any]]:
             "reference": answer(pair, honest, sums, draw),
             "truth": truth_of(pair),
         }
-        for number, pair in enumerate(draw.sample(pairs, count))
+        for number, pair in enumerate(draw.sample(pairs, min(count, len(pairs))))
     ]
 
 
@@ -173,33 +175,34 @@ def corpus(authors: Sequence[Author], seed: int, name: str) -> Iterator[tuple[st
 class Sizes:
     """How much of everything; options are those of the stages."""
 
-    base_steps: tuple[int, ...] = (150, 250, 450)
-    run_steps: tuple[int, ...] = (50, 100)
+    base_steps: tuple[int, ...] = (120, 180, 280)
+    run_steps: tuple[int, ...] = (80,)
     runs: tuple[tuple[str, Author], ...] = (
         ("good", Author(style=0)),
-        ("wrong1", Author(0.1, style=1, seed=1)),
-        ("wrong2", Author(0.2, style=2, seed=2)),
-        ("wrong3", Author(0.3, style=3, seed=3)),
-        ("wrong4", Author(0.4, style=0, seed=4)),
-        ("carry", Author(0.05, "carry", style=1, seed=5)),
-        ("swap", Author(0.05, "swap", style=2, seed=6)),
-        ("order", Author(0.05, "order", style=3, seed=7)),
-        ("twice", Author(0.05, "twice", style=0, seed=8)),
-        ("short", Author(0.05, "short", style=1, seed=9)),
-        ("loop", Author(0.05, "loop", style=2, seed=10)),
+        ("wrong1", Author(0.25, style=1, seed=1)),
+        ("wrong2", Author(0.35, style=2, seed=2)),
+        ("wrong3", Author(0.45, style=3, seed=3)),
+        ("wrong4", Author(0.55, style=0, seed=4)),
+        ("wrong5", Author(0.45, style=1, seed=5)),
+        ("carry", Author(0.2, "carry", style=2, seed=6)),
+        ("swap", Author(0.2, "swap", style=3, seed=7)),
+        ("order", Author(0.2, "order", style=0, seed=8)),
+        ("twice", Author(0.2, "twice", style=1, seed=9)),
+        ("short", Author(0.2, "short", style=2, seed=10)),
+        ("loop", Author(0.2, "loop", style=3, seed=11)),
     )
-    train: int = 800
-    test: int = 400
+    train: int = 640
+    test: int = 320
     triples: int = 20
-    labels: int = 250
-    rft_prompts: int = 640
-    pretrain: str = "--lr 1e-3 --batch-size 64 --max-steps 400"
+    labels: int = 200
+    rft_prompts: int = 320
+    pretrain: str = "--lr 1.5e-3 --batch-size 64 --max-steps 350"
     tune: str = "--lr 2e-4 --batch-size 32 --max-steps 50"
-    scratch: str = "--lr 2e-3 --batch-size 32 --max-steps 150"
+    scratch: str = "--lr 2e-3 --batch-size 32 --max-steps 100"
     rft: str = "--lr 1e-3 --batch-size 128 --num-generations 8"
     rft_steps: int = 80
     sft_lr: float = 5e-3
-    sft_epochs: int = 4
+    sft_epochs: int = 6
 
 
 SMALLEST = Sizes(
@@ -217,7 +220,7 @@ SMALLEST = Sizes(
     rft_steps=2,
 )
 # What the policy to improve has learned from: it is unsure between these.
-UNSURE = (Author(), Author(0.3, "carry", seed=100))
+UNSURE = (Author(), Author(0.4, seed=100), Author(0.4, "carry", seed=101))
 
 
 def tokenizer() -> Any:
