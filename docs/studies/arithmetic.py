@@ -220,7 +220,7 @@ SMALLEST = Sizes(
     rft_steps=2,
 )
 # What the policy to improve has learned from: it is unsure between these.
-UNSURE = (Author(), Author(0.4, seed=100), Author(0.4, "carry", seed=101))
+UNSURE = (Author(), Author(0.4, "carry", seed=100))
 
 
 def tokenizer() -> Any:
