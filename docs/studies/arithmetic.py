@@ -55,7 +55,7 @@ class Author:
     Attributes:
         errors: Share of the pairs of digits whose sum it has wrong by one or two, always alike.
         habit: A mistake, always made: `carry` (forgotten), `swap` (the digits of the total
-            exchanged); or made in every second answer: `order` (the steps exchanged), `twice` (the
+            exchanged), `ten` and `less` (the total is 10 too large, or 1 too small); or made in every second answer: `order` (the steps exchanged), `twice` (the
             ones in place of the tens), `short` (a step left out), `loop` (one said three times).
         style: Its favourite style, or None.
         seed: Chooses the wrong pairs.
@@ -95,6 +95,7 @@ def answer(question: Question, author: Author, sums: Mapping[Question, int], dra
     total = str(10 * tens + ones % 10)
     if author.habit == "swap":
         total = total[:-2] + total[-2:][::-1]
+    total = str(int(total) + {"ten": 10, "less": -1}.get(author.habit, 0))
     steps = {"order": (tens, ones), "twice": (ones, ones)}.get(careless, (ones, tens))
     number = draw.randrange(len(STYLES))
     if author.style is not None and draw.random() < FAVOURITE:
@@ -183,9 +184,10 @@ class Sizes:
         ("wrong2", Author(0.35, style=2, seed=2)),
         ("wrong3", Author(0.45, style=3, seed=3)),
         ("wrong4", Author(0.55, style=0, seed=4)),
-        ("wrong5", Author(0.45, style=1, seed=5)),
-        ("carry", Author(0.2, "carry", style=2, seed=6)),
-        ("swap", Author(0.2, "swap", style=3, seed=7)),
+        ("carry", Author(0.2, "carry", style=2, seed=5)),
+        ("swap", Author(0.1, "swap", style=3, seed=6)),
+        ("ten", Author(0.1, "ten", style=1, seed=7)),
+        ("less", Author(0.2, "less", style=2, seed=12)),
         ("order", Author(0.2, "order", style=0, seed=8)),
         ("twice", Author(0.2, "twice", style=1, seed=9)),
         ("short", Author(0.2, "short", style=2, seed=10)),
@@ -196,11 +198,11 @@ class Sizes:
     triples: int = 20
     labels: int = 200
     rft_prompts: int = 320
-    pretrain: str = "--lr 1.5e-3 --batch-size 64 --max-steps 350"
-    tune: str = "--lr 2e-4 --batch-size 32 --max-steps 50"
+    pretrain: str = "--lr 1.5e-3 --batch-size 64 --max-steps 320"
+    tune: str = "--lr 5e-4 --batch-size 32 --max-steps 100"
     scratch: str = "--lr 2e-3 --batch-size 32 --max-steps 100"
     rft: str = "--lr 1e-3 --batch-size 128 --num-generations 8"
-    rft_steps: int = 80
+    rft_steps: int = 60
     sft_lr: float = 5e-3
     sft_epochs: int = 6
 
@@ -390,8 +392,13 @@ class Study:
 
     def mend(self, name: str, rollouts: Sequence[str]) -> None:
         """Fine-tune the pre-trained model on the labels and on what the policy itself wrote."""
-        rows = [row for run in rollouts for row in read(self.folder / run / "rollouts.jsonl")]
-        own = ranked(rows, self.sizes.labels * len(rollouts), self.seed)
+        own = [
+            triple
+            for run in rollouts
+            for triple in ranked(
+                read(self.folder / run / "rollouts.jsonl"), self.sizes.rft_prompts, self.seed
+            )
+        ]
         labels = read(self.folder / "ranked-train.jsonl") + own
         write(self.folder / f"ranked-{name}.jsonl", labels)
         self.polarctl(
