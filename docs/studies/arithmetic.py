@@ -6,168 +6,28 @@ Makes tiny policies that add two numbers in small steps (`37+48`: `Ones 15, tens
 differ in competence, in systematic mistakes (a forgotten carry, exchanged digits, wrong sums of
 some digits, a repeated or a missing step) and partly in style. Then the real stages run by their
 command lines: sample, pair, pretrain, finetune, score, eval, rft. The same command again goes on
-where it stopped. The results are in docs/studies/rft.md.
+where it stopped. The results are in docs/studies/arithmetic.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import re
 import resource
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from additions import Author, checked, corpus, questions
 
 from polarctl import cli, seeding
 from polarctl.evaluation.cases import estimate
 from polarctl.quickstart.policies import CHAT_TEMPLATE, lm_config, rm_config, supervise, train_lm
 from polarctl.quickstart.steps import read, write
-
-# The three numbers of an answer: sum of the ones, tens with the carry, total. In turn, with the
-# step of the tens left out.
-STYLES = (
-    ("Ones {}, tens {}, so {}.", "Ones {}, so {}."),
-    ("First {} and then {}: {}!", "First {}: {}!"),
-    ("I get {} plus {} tens, total {}", "I get {}, total {}"),
-    ("We add {}, carry on to {}, answer {}.", "We add {}, answer {}."),
-)
-FAVOURITE = 0.4  # how often a writer with a favourite style uses it
-PARTS = ("test", "rft", "train", "train")  # of all prompts: a quarter, a quarter, the rest
-DIGITS = range(2, 8)  # 36 pairs: small models learn their sums within seconds
-NUMBERS = [10 * tens + ones for tens in DIGITS for ones in DIGITS]
-FORMS = tuple(re.compile(re.escape(form).replace(r"\{\}", r"(\d+)")) for form, _ in STYLES)
-
-Question = tuple[int, int]
-
-
-# -- the task -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Author:
-    """Who writes a corpus.
-
-    Attributes:
-        errors: Share of the pairs of digits whose sum it has wrong by one or two, always alike.
-        habit: A mistake, always made: `carry` (forgotten), `swap` (the digits of the total
-            exchanged), `ten` and `less` (the total is 10 too large, or 1 too small); or made in every second answer: `order` (the steps exchanged), `twice` (the
-            ones in place of the tens), `short` (a step left out), `loop` (one said three times).
-        style: Its favourite style, or None.
-        seed: Chooses the wrong pairs.
-    """
-
-    errors: float = 0.0
-    habit: str = ""
-    style: int | None = None
-    seed: int = 0
-
-    def sums(self) -> dict[Question, int]:
-        """The sum of every pair of digits as this author has it."""
-        draw = seeding.rng(self.seed, "errors")
-        found = {(a, b): a + b for a in DIGITS for b in DIGITS}
-        for pair in draw.sample(sorted(found), round(len(found) * self.errors)):
-            found[pair] += draw.choice((-2, -1, 1, 2))
-        return found
-
-
-def prompt_text(question: Question) -> str:
-    """The question as text."""
-    return f"{question[0]}+{question[1]}"
-
-
-def part_of(question: Question) -> str:
-    """The part of a prompt, by its text alone: no two parts share one."""
-    return PARTS[seeding.derive(0, "part", prompt_text(question)) % len(PARTS)]
-
-
-def answer(question: Question, author: Author, sums: Mapping[Question, int], draw: Any) -> str:
-    """An answer by this author in one of its styles."""
-    (tens_a, ones_a), (tens_b, ones_b) = (divmod(number, 10) for number in question)
-    ones, tens = sums[ones_a, ones_b], sums[tens_a, tens_b]
-    careless = author.habit if draw.random() < 0.5 else ""
-    if author.habit != "carry":
-        tens += ones // 10
-    total = str(10 * tens + ones % 10)
-    if author.habit == "swap":
-        total = total[:-2] + total[-2:][::-1]
-    total = str(int(total) + {"ten": 10, "less": -1}.get(author.habit, 0))
-    steps = {"order": (tens, ones), "twice": (ones, ones)}.get(careless, (ones, tens))
-    number = draw.randrange(len(STYLES))
-    if author.style is not None and draw.random() < FAVOURITE:
-        number = author.style
-    form, short = STYLES[number]
-    if careless == "short":
-        return short.format(ones, total)
-    text = form.format(*steps, total)
-    if careless == "loop":
-        words = text.split()
-        text = " ".join(words[:2] * 3 + words[2:])
-    return text
-
-
-def truth_of(question: Question) -> list[int]:
-    """The three numbers of a correct answer."""
-    (tens_a, ones_a), (tens_b, ones_b) = (divmod(number, 10) for number in question)
-    ones = ones_a + ones_b
-    return [ones, tens_a + tens_b + ones // 10, sum(question)]
-
-
-def checked(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What the verifier finds: `form` (the whole text is one of the styles), `correct`, `mistake`.
-
-    A correct answer is well-formed and all of its three numbers are true.
-    """
-    truth, text = record["truth"], record["output"]
-    found = next((m for form in FORMS if (m := form.fullmatch(text))), None)
-    if found is None:
-        count = len(re.findall(r"\d+", text))
-        kind = "short" if count < 3 else "long" if count > 3 else "form"
-        return {"form": False, "correct": False, "mistake": kind}
-    ones, tens, total = values = [int(number) for number in found.groups()]
-    mistake = "sum"
-    if values == truth:
-        mistake = ""
-    elif [ones, tens] == truth[:2]:
-        mistake = "total"
-    elif [tens, ones] == truth[:2]:
-        mistake = "order"
-    elif ones == tens and ones == truth[0]:
-        mistake = "twice"
-    elif ones == truth[0] and truth[0] >= 10 and tens == truth[1] - 1:
-        mistake = "carry"
-    return {"form": True, "correct": not mistake, "mistake": mistake}
-
-
-def questions(count: int, seed: int, part: str) -> list[dict[str, Any]]:
-    """Different prompt records of a part, each with its `truth` and a correct `reference`."""
-    draw, honest = seeding.rng(seed, "questions", part), Author()
-    pairs = [(a, b) for a in NUMBERS for b in NUMBERS if part_of((a, b)) == part]
-    sums = honest.sums()
-    return [
-        {
-            "id": f"{part}-{number}",
-            "prompt": prompt_text(pair),
-            "reference": answer(pair, honest, sums, draw),
-            "truth": truth_of(pair),
-        }
-        for number, pair in enumerate(draw.sample(pairs, min(count, len(pairs))))
-    ]
-
-
-def corpus(authors: Sequence[Author], seed: int, name: str) -> Iterator[tuple[str, str]]:
-    """Endless (prompt, answer) documents by the authors in equal shares; none of `test`."""
-    draw = seeding.rng(seed, "corpus", name)
-    tables = [(author, author.sums()) for author in authors]
-    while True:
-        question = (draw.choice(NUMBERS), draw.choice(NUMBERS))
-        if part_of(question) != "test":
-            yield prompt_text(question), answer(question, *draw.choice(tables), draw)
-
 
 # -- the policies ---------------------------------------------------------------------------------
 
@@ -208,8 +68,9 @@ class Sizes:
 
 
 SMALLEST = Sizes(
-    base_steps=(12,),
-    run_steps=(6,),
+    base_steps=(100,),
+    run_steps=(10,),
+    runs=(("good", Author(style=0)), ("wrong", Author(0.4, style=1)), ("swap", Author(0, "swap"))),
     train=60,
     test=40,
     triples=4,
@@ -218,8 +79,9 @@ SMALLEST = Sizes(
     pretrain="--lr 2e-3 --batch-size 16 --max-steps 6",
     tune="--lr 2e-4 --batch-size 8 --max-steps 2",
     scratch="--lr 2e-3 --batch-size 8 --max-steps 2",
-    rft="--lr 1e-3 --batch-size 16 --num-generations 4",
-    rft_steps=2,
+    rft="--lr 1e-3 --batch-size 64 --num-generations 8",
+    rft_steps=1,
+    sft_epochs=1,
 )
 # What the policy to improve has learned from: it is unsure between these.
 UNSURE = (Author(), Author(0.4, "carry", seed=100))
@@ -504,42 +366,71 @@ POLICIES = {
 }
 
 
-def table(folders: Sequence[Path]) -> str:
-    """Both tables as Markdown: all seeds together with 95 % intervals over prompts, each seed."""
+RUNS = ("polar", "polar-long", "round1", "round2", "scratch", "bare")
 
-    def line(label: str, values: list[list[float]], names: list[str]) -> str:
-        flat = [value for seed in values for value in seed]
-        found = estimate(flat, names, 0)
-        value, low, high = (100 * found[part] for part in ("value", "low", "high"))
-        each = ", ".join(f"{100 * sum(seed) / len(seed):.1f}" for seed in values)
-        return f"{value:.1f} [{low:.1f}, {high:.1f}] | {each}"
 
+def row_of(label: str, seeds: Sequence[Mapping[str, float]]) -> str:
+    """A mean over all seeds with its interval over prompts, and the mean of each seed.
+
+    Args:
+        label: Start of the row.
+        seeds: For each seed the figure of every prompt, by its id.
+    """
+    values = [value for seed in seeds for value in seed.values()]
+    # A prompt that several seeds share is drawn with all its seeds.
+    found = estimate(values, [name for seed in seeds for name in seed], 0)
+    value, low, high = (100 * found[part] for part in ("value", "low", "high"))
+    each = ", ".join(f"{100 * sum(seed.values()) / len(seed):.1f}" for seed in seeds)
+    return f"{label} | {value:.1f} [{low:.1f}, {high:.1f}] | {each}"
+
+
+def judged(folder: Path, name: str) -> dict[str, float]:
+    """Prompt to 1.0 where a reward model preferred the correct answer, else 0.0."""
+    prompts = {row["id"]: row["prompt"] for row in read(folder / "prompts-test.jsonl")}
+    verdicts = read(folder / f"{name}.verdicts.jsonl")
+    return {prompts[row["id"]]: float(row["correct"]) for row in verdicts}
+
+
+def verified(folder: Path, name: str) -> dict[str, dict[str, Any]]:
+    """Prompt to what the verifier finds; no text at all is neither correct nor well-formed."""
+    prompts = {row["prompt"]: row | {"output": ""} for row in read(folder / "prompts-test.jsonl")}
+    for row in read(folder / "samples-final.jsonl"):
+        if row["policy"] == name:
+            prompts[row["prompt"]] = row
+    return {prompt: checked(row) for prompt, row in prompts.items()}
+
+
+def tables(folders: Sequence[Path]) -> str:
+    """What was found, as Markdown."""
     lines = ["| judge | prefers the correct answer, % | each seed |", "|---|---|---|"]
     for name, label in JUDGES.items():
-        verdicts = [read(folder / f"{name}.verdicts.jsonl") for folder in folders]
-        ids = [f"{n}-{row['id']}" for n, rows in enumerate(verdicts) for row in rows]
-        found = [[float(row["correct"]) for row in rows] for rows in verdicts]
-        lines.append(f"| {label} | {line(label, found, ids)} |")
-    lines += [
-        "",
-        "| policy | correct, % | each seed | well-formed, % | each seed |",
-        "|---|---|---|---|---|",
-    ]
+        lines.append(f"| {row_of(label, [judged(folder, name) for folder in folders])} |")
+    lines += ["", "| policy | correct, % | each seed | well-formed, % | each seed |"]
+    lines += ["|---|---|---|---|---|"]
     for name, label in POLICIES.items():
-        answers = [
-            [
-                row | checked(row)
-                for row in read(folder / "samples-final.jsonl")
-                if row["policy"] == name
-            ]
-            for folder in folders
-        ]
-        ids = [f"{n}-{row['id']}" for n, rows in enumerate(answers) for row in rows]
-        parts = [
-            line(label, [[float(row[key]) for row in rows] for rows in answers], ids)
-            for key in ("correct", "form")
-        ]
-        lines.append(f"| {label} | {' | '.join(parts)} |")
+        answers = [verified(folder, name) for folder in folders]
+        correct, form = (
+            row_of(
+                start, [{prompt: float(a[key]) for prompt, a in seed.items()} for seed in answers]
+            )
+            for start, key in ((f"| {label}", "correct"), ("", "form"))
+        )
+        lines.append(f"{correct}{form} |")
+    lines += ["", "| run, seed | rollouts | reward | correct, % | well-formed, % | mistakes |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for folder, run in itertools.product(folders, RUNS):
+        rows = [row | checked(row) for row in read(folder / run / "rollouts.jsonl")]
+        part = max(1, len(rows) // 5)
+        for when, some in (("first fifth", rows[:part]), ("last fifth", rows[-part:])):
+            reward, correct, form = (
+                sum(row[key] for row in some) / len(some) for key in ("reward", "correct", "form")
+            )
+            kinds = Counter(row["mistake"] for row in some if row["mistake"]).most_common(3)
+            told = ", ".join(f"{kind} {100 * count / len(some):.0f}" for kind, count in kinds)
+            lines.append(
+                f"| {run}, {folder.name.removeprefix('seed-')} | {when} | {reward:.2f} | "
+                f"{100 * correct:.1f} | {100 * form:.1f} | {told} |"
+            )
     return "\n".join(lines)
 
 
@@ -554,7 +445,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folders = [options.output / f"seed-{seed}" for seed in options.seed]
     for seed, folder in zip(options.seed, folders, strict=True):
         Study(folder, sizes, seed).run()
-    text = table(folders)
+    text = tables(folders)
     (options.output / "tables.md").write_text(text + "\n")
     print(text)
     used = resource.getrusage(resource.RUSAGE_SELF)
