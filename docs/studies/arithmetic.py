@@ -1,0 +1,456 @@
+r"""RFT with POLAR on short arithmetic with worked steps: a study that anyone can run again.
+
+    python docs/studies/arithmetic.py --seed 0 1 2 -o arithmetic
+
+Makes tiny policies that add two numbers in small steps (`37+48`: `Ones 15, tens 8, so 85.`). They
+differ in competence, in systematic mistakes (a forgotten carry, exchanged digits, wrong sums of
+some digits, a repeated or a missing step) and partly in style. Then the real stages run by their
+command lines: sample, pair, pretrain, finetune, score, eval, rft. The same command again goes on
+where it stopped. The results are in docs/studies/arithmetic.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import resource
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from additions import Author, checked, corpus, questions
+
+from polarctl import cli, seeding
+from polarctl.evaluation.cases import estimate
+from polarctl.quickstart.policies import CHAT_TEMPLATE, lm_config, rm_config, supervise, train_lm
+from polarctl.quickstart.steps import read, write
+
+# -- the policies ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How much of everything; options are those of the stages."""
+
+    base_steps: tuple[int, ...] = (120, 180, 280)
+    run_steps: tuple[int, ...] = (80,)
+    runs: tuple[tuple[str, Author], ...] = (
+        ("good", Author(style=0)),
+        ("wrong1", Author(0.25, style=1, seed=1)),
+        ("wrong2", Author(0.35, style=2, seed=2)),
+        ("wrong3", Author(0.45, style=3, seed=3)),
+        ("wrong4", Author(0.55, style=0, seed=4)),
+        ("carry", Author(0.2, "carry", style=2, seed=5)),
+        ("swap", Author(0.1, "swap", style=3, seed=6)),
+        ("ten", Author(0.1, "ten", style=1, seed=7)),
+        ("less", Author(0.2, "less", style=2, seed=12)),
+        ("order", Author(0.2, "order", style=0, seed=8)),
+        ("twice", Author(0.2, "twice", style=1, seed=9)),
+        ("short", Author(0.2, "short", style=2, seed=10)),
+        ("loop", Author(0.2, "loop", style=3, seed=11)),
+    )
+    train: int = 640
+    test: int = 320
+    triples: int = 20
+    labels: int = 200
+    rft_prompts: int = 320
+    pretrain: str = "--lr 1.5e-3 --batch-size 64 --max-steps 320"
+    tune: str = "--lr 5e-4 --batch-size 32 --max-steps 100"
+    scratch: str = "--lr 2e-3 --batch-size 32 --max-steps 100"
+    rft: str = "--lr 1e-3 --batch-size 128 --num-generations 8"
+    rft_steps: int = 60
+    sft_lr: float = 5e-3
+    sft_epochs: int = 6
+
+
+SMALLEST = Sizes(
+    base_steps=(100,),
+    run_steps=(10,),
+    runs=(("good", Author(style=0)), ("wrong", Author(0.4, style=1)), ("swap", Author(0, "swap"))),
+    train=60,
+    test=40,
+    triples=4,
+    labels=16,
+    rft_prompts=32,
+    pretrain="--lr 2e-3 --batch-size 16 --max-steps 6",
+    tune="--lr 2e-4 --batch-size 8 --max-steps 2",
+    scratch="--lr 2e-3 --batch-size 8 --max-steps 2",
+    rft="--lr 1e-3 --batch-size 64 --num-generations 8",
+    rft_steps=1,
+    sft_epochs=1,
+)
+# What the policy to improve has learned from: it is unsure between these.
+UNSURE = (Author(), Author(0.4, "carry", seed=100))
+
+
+def tokenizer() -> Any:
+    """A byte-level BPE: the prompt's digits are tokens, and so is each number of an answer."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    texts = itertools.islice(corpus([Author()], 0, "words"), 200)
+    documents = ["\n".join(pair) for pair in texts]
+    documents += ["".join(f" {number}" for number in range(200))] * 20
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r" \d+|\d| ?[^\s\d]+"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000,
+        min_frequency=2,
+        show_progress=False,
+        special_tokens=["<|pad|>", "<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    bpe.train_from_iterator(documents, trainer)
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<|pad|>", eos_token="<|end|>", padding_side="right"
+    )
+    made.chat_template = CHAT_TEMPLATE
+    return made
+
+
+def train_policies(folder: Path, sizes: Sizes, seed: int) -> list[str]:
+    """Train every policy and save each as a model folder; their names, `mix` among them."""
+    import torch
+    from transformers import Qwen3ForCausalLM
+
+    torch.manual_seed(seed)
+    made = tokenizer()
+    model = Qwen3ForCausalLM(lm_config(made))
+    names = []
+
+    def learn(name: str, authors: Sequence[Author], steps: tuple[int, ...], warmup: int) -> None:
+        texts = corpus(authors, seed, name)
+        kept = train_lm(
+            *(model, made, texts),
+            steps=steps[-1],
+            lr=1e-2,
+            batch=32,
+            checkpoints=steps,
+            warmup=warmup,
+        )
+        for step, weights in kept.items():
+            names.append(f"{name}-{step}")
+            model.load_state_dict(weights)
+            model.save_pretrained(folder / names[-1])
+            made.save_pretrained(folder / names[-1])
+
+    learn("base", [Author()], sizes.base_steps, 20)
+    start = {name: weights.clone() for name, weights in model.state_dict().items()}
+    for name, authors in [("mix", UNSURE), *((name, [one]) for name, one in sizes.runs)]:
+        model.load_state_dict(start)
+        learn(name, authors, sizes.run_steps, 5)
+    return names
+
+
+# -- the stages -----------------------------------------------------------------------------------
+
+
+class Study:
+    """One seed of the study, in one folder."""
+
+    def __init__(self, folder: Path, sizes: Sizes, seed: int):
+        self.folder, self.sizes, self.seed = folder, sizes, seed
+        self.mix = self.path(f"zoo/mix-{sizes.run_steps[-1]}")
+
+    def path(self, name: str) -> str:
+        """A path inside the folder."""
+        return str(self.folder / name)
+
+    def polarctl(self, stage: str, *arguments: str, seed: int | None = None) -> None:
+        """Print a command and run it in this process."""
+        words = [stage, *arguments]
+        if stage != "score":
+            words += ["--seed", str(self.seed if seed is None else seed)]
+        print(f"$ polarctl {shlex.join(words)}", file=sys.stderr, flush=True)
+        status = cli.run([*words, "--quiet"])
+        if status:
+            sys.exit(status)
+
+    def make_policies(self) -> None:
+        """The zoo, the pool of pre-training, the reward model's config, the prompts."""
+        if (self.folder / "pool.jsonl").exists():
+            return
+        names = train_policies(self.folder / "zoo", self.sizes, self.seed)
+        made = tokenizer()
+        made.save_pretrained(self.folder / "rm-config")
+        rm_config(made).save_pretrained(self.folder / "rm-config")
+        for part, count in (
+            ("train", self.sizes.train),
+            ("test", self.sizes.test),
+            ("rft", self.sizes.rft_prompts),
+        ):
+            rows = questions(count, self.seed, part)
+            write(self.folder / f"prompts-{part}.jsonl", rows)
+            bare = [{**row, "reference": ""} for row in rows]
+            write(self.folder / f"bare-{part}.jsonl", bare)
+        names = [name for name in names if not name.startswith("mix-")]
+        pool = [{"policy": name, "model": self.path(f"zoo/{name}")} for name in names]
+        write(self.folder / "pool.jsonl", pool)
+
+    def make_triples(self) -> None:
+        """Samples of all policies, unlabelled triples, and triples ranked by the verifier."""
+        for part in ("train", "test"):
+            self.polarctl(
+                *("sample", self.path(f"bare-{part}.jsonl"), "--pool", self.path("pool.jsonl")),
+                *("--max-new-tokens", "24", "--batch-size", "512"),
+                *("-o", self.path(f"samples-{part}.jsonl")),
+            )
+        self.polarctl(
+            *("pair", self.path("samples-train.jsonl"), "-o", self.path("triples.jsonl")),
+            *("--triples-per-prompt", str(self.sizes.triples)),
+        )
+        for part, count in (("train", self.sizes.labels), ("test", self.sizes.test)):
+            rows = read(self.folder / f"samples-{part}.jsonl")
+            triples = ranked(rows, count, self.seed)
+            write(self.folder / f"ranked-{part}.jsonl", triples)
+
+    def make_reward_models(self) -> None:
+        """Pre-trained; fine-tuned from it, from random weights, and those without reference."""
+        fresh = ("--init-from-config", self.path("rm-config"))
+        labels = self.path("ranked-train.jsonl")
+        self.polarctl(
+            *("pretrain", self.path("triples.jsonl"), *fresh, *self.sizes.pretrain.split()),
+            *("-o", self.path("rm")),
+        )
+        scratch = (*fresh, *self.sizes.scratch.split())
+        for name, options in (
+            ("rm-polar", ("-m", self.path("rm"), *self.sizes.tune.split())),
+            ("rm-scratch", scratch),
+            ("rm-bare", (*scratch, "--no-reference")),
+        ):
+            self.polarctl("finetune", labels, *options, "-o", self.path(name))
+        for name in ("rm", "rm-polar", "rm-scratch", "rm-bare"):
+            self.judge(name)
+
+    def judge(self, name: str) -> None:
+        """How often a reward model prefers the correct answer, on unseen prompts."""
+        scores = self.path(f"{name}.scores.jsonl")
+        bare = ("--no-reference",) if name == "rm-bare" else ()
+        self.polarctl(
+            *("score", self.path("ranked-test.jsonl"), "-m", self.path(name), *bare, "-o", scores)
+        )
+        self.polarctl(
+            *("eval", scores, "-o", self.path(f"{name}.verdicts.jsonl")),
+            *("--report", self.path(f"{name}.report")),
+        )
+
+    def improve(self, name: str, start: str, model: str, steps: int, part: str = "prompts") -> None:
+        """RFT of a policy with a reward model."""
+        self.polarctl(
+            *("rft", self.path(f"{part}-rft.jsonl"), "-m", start, "-o", self.path(name)),
+            *("--reward-model", self.path(model), *self.sizes.rft.split()),
+            *("--max-steps", str(steps), "--max-new-tokens", "24"),
+        )
+
+    def mend(self, name: str, rollouts: Sequence[str]) -> None:
+        """Fine-tune the pre-trained model on the labels and on what the policy itself wrote."""
+        own = [
+            triple
+            for run in rollouts
+            for triple in ranked(
+                read(self.folder / run / "rollouts.jsonl"), self.sizes.rft_prompts, self.seed
+            )
+        ]
+        labels = read(self.folder / "ranked-train.jsonl") + own
+        write(self.folder / f"ranked-{name}.jsonl", labels)
+        self.polarctl(
+            *("finetune", self.path(f"ranked-{name}.jsonl"), "-m", self.path("rm")),
+            *(*self.sizes.tune.split(), "-o", self.path(name)),
+        )
+        self.judge(name)
+
+    def make_better_policies(self) -> None:
+        """SFT, and RFT in every way."""
+        steps = self.sizes.rft_steps
+        if not (self.folder / "sft" / "config.json").exists():
+            rows = read(self.folder / "prompts-rft.jsonl") * self.sizes.sft_epochs
+            supervise(self.mix, rows, self.path("sft"), self.sizes.sft_lr)
+        self.improve("polar", self.mix, "rm-polar", steps)
+        self.improve("scratch", self.mix, "rm-scratch", steps)
+        self.improve("bare", self.mix, "rm-bare", steps, "bare")
+        self.improve("polar-long", self.path("polar"), "rm-polar", 2 * steps)
+        self.mend("rm-round1", ["polar"])
+        self.improve("round1", self.path("polar"), "rm-round1", steps)
+        self.mend("rm-round2", ["polar", "round1"])
+        self.improve("round2", self.path("round1"), "rm-round2", steps)
+
+    def check_policies(self) -> None:
+        """One answer of every policy to every unseen prompt."""
+        models = {"base": self.mix, **{name: self.path(name) for name in list(POLICIES)[1:]}}
+        pool = [{"policy": name, "model": model} for name, model in models.items()]
+        write(self.folder / "pool-final.jsonl", pool)
+        self.polarctl(
+            *("sample", self.path("prompts-test.jsonl"), "--samples", "1", "--top-p", "1"),
+            *("--pool", self.path("pool-final.jsonl"), "--top-k", "0", "--max-new-tokens", "24"),
+            *("--no-clean", "-o", self.path("samples-final.jsonl")),
+        )
+
+    def run(self) -> None:
+        """Everything, in order."""
+        (self.folder / "zoo").mkdir(parents=True, exist_ok=True)
+        self.make_policies()
+        self.make_triples()
+        self.make_reward_models()
+        self.make_better_policies()
+        self.check_policies()
+
+
+def ranked(rows: Sequence[Mapping[str, Any]], count: int, seed: int) -> list[dict[str, Any]]:
+    """Triples as the verifier ranks them: reference and chosen are correct, rejected is not.
+
+    The mistakes of the rejected come in equal shares as far as they go. At most one triple a
+    prompt. Where the prompts have a reference, it is the triple's.
+    """
+    by_prompt: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        by_prompt.setdefault(row["id"], []).append({**row, **checked(row)})
+    ids = sorted(by_prompt)
+    seeding.rng(seed, "ranked").shuffle(ids)
+    used: Counter[str] = Counter()
+    triples: list[dict[str, Any]] = []
+    for name in ids:
+        draw = seeding.rng(seed, "ranked", name)
+        right = [row for row in by_prompt[name] if row["correct"]]
+        wrong = [row for row in by_prompt[name] if not row["correct"]]
+        if not wrong or len({row["output"] for row in right}) < 2:
+            continue
+        rarest = min({row["mistake"] for row in wrong}, key=lambda kind: (used[kind], kind))
+        rejected = draw.choice([row for row in wrong if row["mistake"] == rarest])
+        used[rarest] += 1
+        reference = rejected.get("reference") or draw.choice(right)["output"]
+        chosen = draw.choice([row for row in right if row["output"] != reference])
+        triples.append(
+            {
+                "id": name,
+                "prompt": rejected["prompt"],
+                "reference": reference,
+                "chosen": chosen["output"],
+                "rejected": rejected["output"],
+                "category": rarest,
+            }
+        )
+        if len(triples) == count:
+            break
+    return triples
+
+
+# -- the results ----------------------------------------------------------------------------------
+
+JUDGES = {
+    "rm": "pre-trained, no label",
+    "rm-polar": "pre-trained + fine-tuned",
+    "rm-round1": "the same after round 1",
+    "rm-round2": "the same after round 2",
+    "rm-scratch": "fine-tuned only",
+    "rm-bare": "fine-tuned only, without reference",
+}
+POLICIES = {
+    "base": "untouched",
+    "sft": "SFT on the references",
+    "polar": "RFT with POLAR",
+    "scratch": "RFT, RM without pre-training",
+    "bare": "RFT, RM without pre-training and reference",
+    "polar-long": "RFT with POLAR, 3 times as long",
+    "round1": "RFT with POLAR, 2 rounds",
+    "round2": "RFT with POLAR, 3 rounds, 3 times as long",
+}
+
+
+RUNS = ("polar", "polar-long", "round1", "round2", "scratch", "bare")
+
+
+def row_of(label: str, seeds: Sequence[Mapping[str, float]]) -> str:
+    """A mean over all seeds with its interval over prompts, and the mean of each seed.
+
+    Args:
+        label: Start of the row.
+        seeds: For each seed the figure of every prompt, by its id.
+    """
+    values = [value for seed in seeds for value in seed.values()]
+    # A prompt that several seeds share is drawn with all its seeds.
+    found = estimate(values, [name for seed in seeds for name in seed], 0)
+    value, low, high = (100 * found[part] for part in ("value", "low", "high"))
+    each = ", ".join(f"{100 * sum(seed.values()) / len(seed):.1f}" for seed in seeds)
+    return f"{label} | {value:.1f} [{low:.1f}, {high:.1f}] | {each}"
+
+
+def judged(folder: Path, name: str) -> dict[str, float]:
+    """Prompt to 1.0 where a reward model preferred the correct answer, else 0.0."""
+    prompts = {row["id"]: row["prompt"] for row in read(folder / "prompts-test.jsonl")}
+    verdicts = read(folder / f"{name}.verdicts.jsonl")
+    return {prompts[row["id"]]: float(row["correct"]) for row in verdicts}
+
+
+def verified(folder: Path, name: str) -> dict[str, dict[str, Any]]:
+    """Prompt to what the verifier finds; no text at all is neither correct nor well-formed."""
+    prompts = {row["prompt"]: row | {"output": ""} for row in read(folder / "prompts-test.jsonl")}
+    for row in read(folder / "samples-final.jsonl"):
+        if row["policy"] == name:
+            prompts[row["prompt"]] = row
+    return {prompt: checked(row) for prompt, row in prompts.items()}
+
+
+def tables(folders: Sequence[Path]) -> str:
+    """What was found, as Markdown."""
+    lines = ["| judge | prefers the correct answer, % | each seed |", "|---|---|---|"]
+    for name, label in JUDGES.items():
+        lines.append(f"| {row_of(label, [judged(folder, name) for folder in folders])} |")
+    lines += ["", "| policy | correct, % | each seed | well-formed, % | each seed |"]
+    lines += ["|---|---|---|---|---|"]
+    for name, label in POLICIES.items():
+        answers = [verified(folder, name) for folder in folders]
+        correct, form = (
+            row_of(
+                start, [{prompt: float(a[key]) for prompt, a in seed.items()} for seed in answers]
+            )
+            for start, key in ((f"| {label}", "correct"), ("", "form"))
+        )
+        lines.append(f"{correct}{form} |")
+    lines += ["", "| run, seed | rollouts | reward | correct, % | well-formed, % | mistakes |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for folder, run in itertools.product(folders, RUNS):
+        rows = [row | checked(row) for row in read(folder / run / "rollouts.jsonl")]
+        part = max(1, len(rows) // 5)
+        for when, some in (("first fifth", rows[:part]), ("last fifth", rows[-part:])):
+            reward, correct, form = (
+                sum(row[key] for row in some) / len(some) for key in ("reward", "correct", "form")
+            )
+            kinds = Counter(row["mistake"] for row in some if row["mistake"]).most_common(3)
+            told = ", ".join(f"{kind} {100 * count / len(some):.0f}" for kind, count in kinds)
+            lines.append(
+                f"| {run}, {folder.name.removeprefix('seed-')} | {when} | {reward:.2f} | "
+                f"{100 * correct:.1f} | {100 * form:.1f} | {told} |"
+            )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the seeds and print the tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="seeds of the study")
+    parser.add_argument("-o", "--output", type=Path, default=Path("arithmetic"), metavar="DIR")
+    parser.add_argument("--smallest", action="store_true", help="a size for tests: no figures")
+    options = parser.parse_args(arguments)
+    sizes = SMALLEST if options.smallest else Sizes()
+    folders = [options.output / f"seed-{seed}" for seed in options.seed]
+    for seed, folder in zip(options.seed, folders, strict=True):
+        Study(folder, sizes, seed).run()
+    text = tables(folders)
+    (options.output / "tables.md").write_text(text + "\n")
+    print(text)
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    print(f"{(used.ru_utime + used.ru_stime) / 60:.1f} CPU minutes", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

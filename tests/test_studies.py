@@ -1,0 +1,92 @@
+"""The studies under docs/studies run, and their verifiers tell right from wrong."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+STUDIES = Path(__file__).parent.parent / "docs" / "studies"
+
+
+def load(name: str) -> ModuleType:
+    """A file of docs/studies as a module; one imports the other by its bare name."""
+    spec = importlib.util.spec_from_file_location(name, STUDIES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+additions, arithmetic = load("additions"), load("arithmetic")
+
+# 37 + 48: the ones are 15, the tens 3 + 4 + 1 = 8, the total is 85.
+ANSWERS = {
+    "Ones 15, tens 8, so 85.": (True, ""),
+    "First 15 and then 8: 85!": (True, ""),
+    "I get 15 plus 8 tens, total 85": (True, ""),
+    "We add 15, carry on to 8, answer 85.": (True, ""),
+    "Ones 15, tens 7, so 75.": (True, "carry"),
+    "Ones 8, tens 15, so 85.": (True, "order"),
+    "Ones 15, tens 15, so 85.": (True, "twice"),
+    "Ones 15, tens 8, so 58.": (True, "total"),
+    "Ones 14, tens 8, so 84.": (True, "sum"),
+    "Ones 15, so 85.": (False, "short"),
+    "Ones 15, Ones 15, tens 8, so 85.": (False, "long"),
+    "Ones 15, tens 8, so 85. so so": (False, "form"),
+    "Ones 15, tens 8, so 85": (False, "form"),
+    "First 15, tens 8, so 85.": (False, "form"),
+    "": (False, "short"),
+}
+
+
+@pytest.mark.parametrize("text", ANSWERS)
+def test_the_verifier_reads_the_whole_answer(text):
+    form, mistake = ANSWERS[text]
+    found = additions.checked({"truth": [15, 8, 85], "output": text})
+    assert found == {"form": form, "correct": form and not mistake, "mistake": mistake}
+
+
+def test_rollouts_become_triples_by_the_verifier():
+    prompt = {"id": "p", "prompt": "37+48", "truth": [15, 8, 85]}
+    reference = "Ones 15, tens 8, so 85."
+    wrote = [reference, "First 15 and then 8: 85!", "Ones 15, tens 8, so 58.", reference]
+    only_right = [{**prompt, "id": "q", "output": text} for text in wrote[:2]]
+    rollouts = [{**prompt, "reference": reference, "output": text} for text in wrote] + only_right
+    assert arithmetic.ranked(rollouts, 10, seed=0) == [
+        {
+            "id": "p",
+            "prompt": "37+48",
+            "reference": reference,
+            "chosen": "First 15 and then 8: 85!",
+            "rejected": "Ones 15, tens 8, so 58.",
+            "category": "total",
+        }
+    ]
+
+
+@pytest.mark.slow
+def test_the_study_of_additions_runs_from_policies_to_tables(tmp_path):
+    result = subprocess.run(
+        [sys.executable, str(STUDIES / "arithmetic.py"), "--smallest", "-o", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    for row in ("untouched", "SFT on the references", "RFT with POLAR, 3 rounds"):
+        assert f"| {row}" in result.stdout
+    assert result.stdout.endswith((tmp_path / "tables.md").read_text())
+    folder = tmp_path / "seed-0"
+
+    def rows(name):
+        return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+    test = {row["prompt"] for row in rows("prompts-test.jsonl")}
+    assert len(test) == 40
+    for name in ("prompts-train.jsonl", "prompts-rft.jsonl", "round2/rollouts.jsonl"):
+        assert not test & {row["prompt"] for row in rows(name)}
