@@ -515,8 +515,6 @@ REFUSED = {
                 "top_p": "--top-p 1",
                 "max_new_tokens": "--max-new-tokens 9",
                 "rollouts": "--rollouts transformers",
-                "reward": "--reward length:9",
-                "overlong_buffer": "--overlong-buffer 2",
             }.items()
         },
     },
