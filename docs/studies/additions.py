@@ -21,7 +21,7 @@ FAVOURITE = 0.4  # how often a writer with a favourite style uses it
 PARTS = ("test", "rft", "train", "train")  # of all prompts: a quarter, a quarter, the rest
 DIGITS = range(2, 8)  # 36 pairs: small models learn their sums within seconds
 NUMBERS = [10 * tens + ones for tens in DIGITS for ones in DIGITS]
-FORMS = tuple(re.compile(re.escape(form).replace(r"\{\}", r"(\d+)")) for form, _ in STYLES)
+FORMS = tuple(re.compile(re.escape(form).replace(r"\{\}", r"(0|[1-9]\d*)")) for form, _ in STYLES)
 
 Question = tuple[int, int]
 
