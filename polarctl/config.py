@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import typer
@@ -19,6 +19,7 @@ import typer
 from polarctl.errors import UsageError
 
 COMMON = "Common options"
+_MAX_YAML_BYTES = 1 << 20
 KEY_VARIABLE = "POLARCTL_SERVER_KEY"  # of a server that is asked, or that `serve` is
 
 
@@ -282,19 +283,28 @@ def yaml_of(path: str) -> Any:
             """A mapping, refused when it names a key again."""
             seen: set[str] = set()
             for key, _ in node.value:
-                if str(key.value) in seen:
+                if not isinstance(key, yaml.ScalarNode):
+                    raise UsageError(f"{path}:{key.start_mark.line + 1}: a key that is no text")
+                if key.value in seen:
                     raise UsageError(
-                        f"{path}:{key.start_mark.line + 1}: `{key.value}` is given twice"
+                        f"{path}:{key.start_mark.line + 1}: `{key.value[:80]}` is given twice"
                     )
-                seen.add(str(key.value))
+                seen.add(key.value)
             return dict(super().construct_mapping(node, deep))
 
     try:
-        return yaml.load(Path(path).read_text(encoding="utf-8"), Loader)  # noqa: S506
+        with open(path, "rb") as stream:
+            text = stream.read(_MAX_YAML_BYTES + 1)
+        if len(text) > _MAX_YAML_BYTES:
+            raise UsageError(f"{path}: larger than {_MAX_YAML_BYTES >> 10} KiB")
+        return yaml.load(text.decode("utf-8-sig"), Loader)  # noqa: S506
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: no YAML: {' '.join(str(error).split())}") from None
+    except UsageError:
+        raise
+    except Exception as error:  # beside its own, PyYAML lets through what a conversion raises
+        said = " ".join(str(error).split())[:300]
+        raise UsageError(f"{path}: no YAML: {said or type(error).__name__}") from None
 
 
 def read_yaml(path: str, config_type: type[Common]) -> dict[str, Any]:
@@ -314,7 +324,7 @@ def read_yaml(path: str, config_type: type[Common]) -> dict[str, Any]:
     for raw, value in values.items():
         key = str(raw).replace("-", "_")
         if key not in known or key == "config":
-            raise UsageError(f"{path}: unknown key `{raw}`", hint=_nearest(key, known))
+            raise UsageError(f"{path}: unknown key `{str(raw)[:80]}`", hint=_nearest(key, known))
         if key in result:
             raise UsageError(f"{path}: `{raw}` is given twice")
         result[key] = _yaml_value(value, kinds[key], f"{path}: `{raw}`")
@@ -328,13 +338,22 @@ def _yaml_value(value: Any, kind: Any, where: str) -> Any:
     """
     kinds = get_args(kind) if type(None) in get_args(kind) else (kind,)
     takes_list = any(get_origin(k) in (tuple, list) for k in kinds)
-    if takes_list and isinstance(value, str | int | float):
-        return [value]
-    if isinstance(value, dict) or (isinstance(value, list) and not takes_list):
-        raise UsageError(f"{where} takes one value, not {value!r}")
+    parts = value if isinstance(value, list) and takes_list else [value]
+    if any(isinstance(part, dict | list) for part in parts):
+        # Bounded: with YAML's references a few bytes can stand for gigabytes.
+        raise UsageError(f"{where} takes one value, not {reprlib.repr(value)[:100]}")
+    if any(isinstance(part, str) and not _is_text(part) for part in parts):
+        raise UsageError(f"{where} holds a character that no text has: {reprlib.repr(value)[:100]}")
     if isinstance(value, bool) and bool not in kinds:
         raise UsageError(f"{where} takes no `{str(value).lower()}`")
-    return value
+    return [value] if takes_list and isinstance(value, str | int | float) else value
+
+
+def _is_text(value: str) -> bool:
+    try:
+        return b"\0" not in value.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
 
 
 def env_prefix(stage: str) -> str:

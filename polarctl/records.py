@@ -8,6 +8,7 @@ that unknown fields pass through untouched; the classes check it.
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -49,6 +50,10 @@ class Message(Struct):
 Text = str | list[Message]
 Wrapper = Literal["sft", "pretrain"]
 
+_TEXT_FOR_OBJECT = re.compile(r"field `candidates\[.*\]`: expected `object`, got `str`")
+_NO_REFERENCE = (
+    "--map reference=FIELD of `polarctl convert` names a good answer; --no-reference does without"
+)
 _ID = Meta(description="Identity of the prompt; when absent, a hash of the prompt's text.")
 _PROMPT = Meta(description="The prompt: a string or a list of messages.")
 _REFERENCE = Meta(description="The reference trajectory: the answer to compare with.")
@@ -370,7 +375,12 @@ def check(fields: dict[str, Any], kind: type[Struct]) -> None:
     try:
         msgspec.convert(fields, kind)
     except msgspec.ValidationError as error:
-        raise RecordError(_readable(str(error))) from None
+        reason, hint = _readable(str(error)), None
+        if kind is Triple and reason == "missing field `reference`":
+            hint = _NO_REFERENCE
+        elif kind is Candidate and _TEXT_FOR_OBJECT.match(reason):
+            hint = "`polarctl convert` reads candidates that are plain texts"
+        raise RecordError(reason, hint=hint) from None
     if kind is Candidate and ("output" in fields) == ("candidates" in fields):
         raise RecordError("needs either `output` or `candidates`")
     if kind is Candidate and "candidates" in fields and not fields["candidates"]:

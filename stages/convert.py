@@ -1,15 +1,19 @@
 r"""Bring the data formats of other tools to our records, and back.
 
-Reads rows of any format below, or our own records. Writes prompts, triples or candidates, or rows
-of another format: native, trl, openai, sharegpt, nemo, llama-factory, and verl (Parquet when the
-output ends in `.parquet`). gsm8k and gsm8k-solutions are only read. `--from auto` tells the format
-of every row by its fields.
+Reads JSON lines, a JSON array, CSV, Parquet, a folder of these or of `save_to_disk`, or a data set
+of the Hub by its id. `--from auto` tells the format of every row by its fields; at the end it says
+what the rows were, what was written, and which fields it left unused. A row whose answers would go
+unused is refused. Writes prompts, triples or candidates, or rows of another format: native, trl,
+openai, sharegpt, nemo, llama-factory, verl (Parquet when the output ends in `.parquet`).
 
 A preference without a reference becomes a group of two candidates, labels 1 and 0. `--to triples`
 makes a triple of every pair of a group's candidates with different labels; without a reference,
 every ranking A > B > C gives reference A, chosen B, rejected C. The last answer of a conversation
 is the reference; the candidate (`output`) if the row has a reference of its own or if `--answer
-output` says so. `--split` keeps the train or the test part of the prompts, chosen by their text.
+output` says so. An answer with a `label` is always a candidate. `--split` keeps the train or the
+test part of the prompts, chosen by their text. `--by reward` compares by the rewards of `score`:
+pairs are the best and the worst of a group, `--best-of-n` keeps the best alone. `--join FIELD`
+makes a group of neighbouring rows, such as rollouts of one prompt.
 
 `convert checkpoint SRC -o DIR` writes a published InternLM2 reward model, such as POLAR-7B, as a
 plain Llama classifier without remote code; `--to internlm2` writes one of ours in its layout.
@@ -17,6 +21,8 @@ plain Llama classifier without remote code; `--to internlm2` writes one of ours 
 \b
 polarctl convert ranked.jsonl --to triples --split train -o train.jsonl
 polarctl convert ranked.jsonl --to candidates --split test | polarctl score - -m runs/rm
+polarctl convert nvidia/HelpSteer3 --subset preference --to candidates -o helpsteer.jsonl
+polarctl score groups.jsonl -m runs/rm | polarctl convert - --by reward --to trl -o dpo.jsonl
 polarctl convert checkpoint internlm/POLAR-7B -o models/polar-7b
 """
 
@@ -26,7 +32,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,7 +42,8 @@ from polarctl.config import Common, Needs
 
 WINDOW_ROWS = 1024
 SHAPES = ("native", "triples", "candidates", "prompts")
-_COUNTS = ("rows", "other_part", "no_pair", "equal_chosen")
+# Formats whose rows are pairs where a record compares candidates.
+PAIRS = ("trl", "sharegpt", "nemo", "llama-factory", "triples")
 # Told by fields that other tools export as null when they have nothing to say.
 _OPTIONAL = "id reference wrapper category policy rejected_policy label".split()
 
@@ -46,18 +53,33 @@ def _of_rows(config: Any) -> bool:
     return config.input[0] != "checkpoint" or os.path.isfile("checkpoint")
 
 
+def _of_data_sets(config: Any) -> bool:
+    """Whether an input may be a data set with subsets and splits."""
+    from polarctl.formats.sources import hub_id
+
+    return any(os.path.isdir(path) or hub_id(path) for path in config.input)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config(Common):
     """Options of `polarctl convert`."""
 
     NEEDS = [
         Needs(
-            "from_format map answer ranked split test_share limit shard resume manifest rejects",
+            "from_format map answer ranked split test_share limit shard resume manifest rejects "
+            "by best_of_n join subset source_split",
             _of_rows,
             "rows, not for a checkpoint",
         ),
         Needs("seed test_share", lambda c: c.split is not None, "--split"),
         Needs("ranked", lambda c: c.to_format == "triples", "--to triples"),
+        Needs(
+            "by",
+            lambda c: c.best_of_n or c.to_format in PAIRS,
+            "--best-of-n, or formats of pairs: " + ", ".join(PAIRS),
+        ),
+        Needs("min_margin", lambda c: c.by == "reward" and not c.best_of_n, "pairs --by reward"),
+        Needs("subset source_split", _of_data_sets, "data sets: a folder, or an id on the Hub"),
         Needs(
             "answer",
             lambda c: c.from_format not in ("native", "nemo", "gsm8k", "gsm8k-solutions"),
@@ -68,13 +90,22 @@ class Config(Common):
         ),
     ]
 
+    input: Annotated[
+        tuple[str, ...],
+        typer.Argument(
+            metavar="INPUT",
+            help="Files or globs (.gz and .zst too), a data set's folder or Hub id; `-` for stdin.",
+        ),
+    ] = ("-",)
     from_format: Annotated[
         str,
         typer.Option(
             "--from",
             metavar="FORMAT",
-            help="auto, native, trl, openai, sharegpt, nemo, llama-factory, gsm8k, "
-            "gsm8k-solutions.",
+            help="auto, native, trl, openai, sharegpt, nemo, llama-factory, llama-factory-v1, "
+            "ms-swift, verl, helpsteer, pku-saferlhf, nectar, ultrafeedback, arena, gsm8k, "
+            "gsm8k-solutions; benchmarks: rewardbench, rewardbench2, rm-bench, judgebench, "
+            "rewardmath, rmb, ppe.",
         ),
     ] = "auto"
     to_format: Annotated[
@@ -88,7 +119,10 @@ class Config(Common):
     ] = "native"
     map: Annotated[
         tuple[str, ...],
-        typer.Option(metavar="OURS=THEIRS", help="Rename a field first; may be given again."),
+        typer.Option(
+            metavar="OURS=THEIRS",
+            help="Rename a field first, `a.b` for one inside `a`; may be given again.",
+        ),
     ] = ()
     answer: Annotated[
         Literal["reference", "output"],
@@ -112,6 +146,31 @@ class Config(Common):
     test_share: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the prompts in the test part.")
     ] = 0.2
+    by: Annotated[
+        Literal["label", "reward"],
+        typer.Option(help="What candidates are compared by; reward: the best with the worst."),
+    ] = "label"
+    min_margin: Annotated[
+        float,
+        typer.Option(min=0, help="--by reward: by how much the best must exceed the worst."),
+    ] = 0.0
+    best_of_n: Annotated[
+        bool,
+        typer.Option("--best-of-n", help="Keep the best candidate of a group alone, for SFT."),
+    ] = False
+    join: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FIELD", help="Make one group of neighbouring rows with the same FIELD."
+        ),
+    ] = None
+    subset: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Subset (configuration) of a data set.")
+    ] = None
+    source_split: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Split of a data set. Default: train, or its only one."),
+    ] = None
 
 
 def to_native(row: Mapping[str, Any], config: Config) -> tuple[dict[str, Any], str, str]:
@@ -120,10 +179,20 @@ def to_native(row: Mapping[str, Any], config: Config) -> tuple[dict[str, Any], s
     Raises:
         RecordError: The row does not fit the format, or its fields break our schema.
     """
-    from polarctl.formats.groups import check_native
-    from polarctl.formats.rows import field_map, renamed
+    from polarctl.errors import RecordError
+    from polarctl.formats.groups import check_native, merged
+    from polarctl.formats.rows import JOINED, field_map, renamed, with_candidates
     from polarctl.formats.table import FORMATS, detect
+    from polarctl.formats.unused import refuse_answers
 
+    if config.join is not None:
+        if JOINED not in row:
+            raise RecordError(f"no field `{config.join}` (--join {config.join})")
+        alone = replace(config, join=None)
+        read = [to_native(one, alone) for one in row[JOINED]]
+        record = merged([record for record, _, _ in read])
+        check_native(record)
+        return record, *read[0][1:]
     fields = renamed(row, field_map(config.map))
     fields = {k: v for k, v in fields.items() if v is not None or k not in _OPTIONAL}
     if type(fields.get("id")) is int:
@@ -131,24 +200,38 @@ def to_native(row: Mapping[str, Any], config: Config) -> tuple[dict[str, Any], s
     name, reason = config.from_format, "asked for"
     if name == "auto":
         name, reason = detect(fields)
-    read = FORMATS[name].read
-    assert read is not None, "the option was checked"
-    record = read(fields, config.answer)
+    reads = FORMATS[name].read
+    assert reads is not None, "the option was checked"
+    record = with_candidates(reads(fields, config.answer))
     check_native(record)
+    if config.to_format != "prompts":
+        refuse_answers(record)
     return record, name, reason
 
 
 def shaped(record: dict[str, Any], config: Config) -> list[dict[str, Any]]:
     """The rows of `--to` that one of our records gives; none when nothing can be compared."""
-    from polarctl.formats import groups
+    from polarctl.formats import groups, ranking
     from polarctl.formats.table import FORMATS
 
+    if config.best_of_n:
+        record = ranking.best_of(record, config.by)
+    elif config.to_format in PAIRS and groups.shape_of(record) == "group":
+        if config.by == "reward":
+            pair = ranking.best_and_worst(record, config.min_margin)
+            if pair is None:
+                return []
+            record = pair
+        else:
+            ranking.values(record, "label")  # or it would vanish without a word
     if config.to_format == "triples":
         return groups.triples(record, config.ranked)
     if config.to_format == "candidates":
         return [groups.group(record)]
     if config.to_format == "prompts":
         return [groups.prompt(record)]
+    if config.to_format == "verl" and config.split and "split" not in record:
+        record = {**record, "split": config.split}
     write = FORMATS[config.to_format].write
     assert write is not None, "the option was checked"
     return write(record)
@@ -161,25 +244,32 @@ def convert(
 
     Args:
         rows: Decoded rows.
-        config: `from_format`, `to_format`, `map`, `answer`, `ranked`, `equal_chosen`, `split`,
-            `test_share` and `seed` are used.
-        counts: Where to count `rows`, `other_part` (of the split), `no_pair`, and triples with
-            `equal_chosen`.
+        config: The options that say what is read, compared and written are used.
+        counts: Where to count: see `polarctl.formats.summary.FIXED`, and `format.NAME`,
+            `read.SHAPE`, `unused.FIELD`.
 
     Raises:
         RecordError: A row does not fit the format, or the other has no place for it.
     """
+    from polarctl.formats import summary
     from polarctl.formats.groups import is_copy, part_of
 
     counts = Counter() if counts is None else counts
     for row in rows:
-        record = to_native(row, config)[0]
+        record, name, _ = to_native(row, config)
         counts["rows"] += 1
         if config.split and part_of(record, config.test_share, config.seed) != config.split:
             counts["other_part"] += 1
             continue
         made = shaped(record, config)
-        counts["no_pair"] += not made
+        summary.count(
+            counts,
+            record,
+            name,
+            written=bool(made),
+            to=config.to_format,
+            by_label=config.to_format in PAIRS and config.by == "label",
+        )
         if config.to_format == "triples" and (copies := sum(map(is_copy, made))):
             counts["equal_chosen"] += copies
             if config.equal_chosen == "drop":
@@ -192,8 +282,11 @@ def run(config: Config) -> None:
     if not _of_rows(config):
         _checkpoint(config)
         return
+    from functools import partial
+
     from polarctl import console
     from polarctl.errors import UsageError
+    from polarctl.formats import sources, summary
     from polarctl.formats.rows import field_map
     from polarctl.formats.table import readable, require, writable
     from polarctl.records import Record
@@ -206,8 +299,7 @@ def run(config: Config) -> None:
     if config.equal_chosen == "drop" and config.to_format != "triples":
         raise UsageError("`--equal-chosen` is for `--to triples`")
     field_map(config.map)
-    paths = windows.inputs_of("convert", config)
-    _refuse_array(paths)
+    paths = windows.inputs_of("convert", config, sources.expand)
     told: dict[str, str] = {}
 
     def verify(row: Record) -> None:
@@ -217,63 +309,36 @@ def run(config: Config) -> None:
             told[name] = reason
             console.choice("format", ", ".join(told), "; ".join(told.values()))
 
+    make = partial(
+        sources.RowReader,
+        subset=config.subset,
+        source_split=config.source_split,
+        join=config.join,
+    )
     if config.dry_run:
-        windows.dry_run("convert", config, paths, None, verify=verify)
+        windows.dry_run("convert", config, paths, None, verify=verify, make=make)
         return
     if config.output.endswith(".parquet"):
-        _write_parquet(config, paths, verify)
+        _write_parquet(config, paths, verify, make)
         return
     with Output("convert", config, reading.sizes(paths)) as out:
         if out.complete:
             return
-        counts = Counter({key: out.counts.get(key, 0) for key in _COUNTS})
+        counts = summary.resumed(out.counts)
 
         def work(rows: list[Record]) -> Iterator[dict[str, Any]]:
             yield from convert(rows, config, counts)
             out.counts.update(counts)
 
-        reader = windows.reader_of(config, paths, None, on_bad=out.reject, verify=verify)
+        reader = windows.reader_of(config, paths, None, on_bad=out.reject, verify=verify, make=make)
         windows.map_windows(out, reader, work, size=WINDOW_ROWS, title="convert")
-        _say(counts, out.counts["records"])
+        summary.say(counts, out.counts["records"], config.to_format)
 
 
-def _say(counts: Counter[str], records: int) -> None:
-    from polarctl import console
-
-    parts = [f"convert: {counts['rows']:,} rows gave {records:,} records"]
-    if counts["other_part"]:
-        parts.append(f"{counts['other_part']:,} rows are of the other part")
-    if counts["no_pair"]:
-        parts.append(f"{counts['no_pair']:,} rows have no candidates with different labels")
-    if counts["equal_chosen"]:
-        parts.append(f"in {counts['equal_chosen']:,} triples the chosen text is the reference")
-    console.note("; ".join(parts), **counts)
-
-
-def _refuse_array(paths: list[str]) -> None:
-    """Say what to do about a file that is one JSON array, as LLaMA-Factory's and ShareGPT's are."""
-    import os
-
-    from polarctl.errors import RecordError
-    from polarctl.storage.compression import open_bytes
-
-    for path in paths:
-        if not os.path.isfile(path):
-            continue
-        with open_bytes(path) as stream:
-            try:
-                first = stream.read(256).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-            except Exception:  # each kind of compression raises its own
-                continue  # a broken file is the reader's to explain
-        if first == b"[":
-            hint = f"jq -c '.[]' {path} | polarctl convert -"
-            raise RecordError("is one JSON array, not one object a line", where=path, hint=hint)
-
-
-def _write_parquet(config: Config, paths: list[str], verify: Any) -> None:
+def _write_parquet(config: Config, paths: list[str], verify: Any, make: Any) -> None:
     """Write verl's rows as one Parquet file, whole or not at all."""
     from polarctl.errors import UsageError
-    from polarctl.formats import parquet
+    from polarctl.formats import parquet, summary
     from polarctl.storage import read as reading
     from polarctl.storage import windows
 
@@ -281,11 +346,13 @@ def _write_parquet(config: Config, paths: list[str], verify: Any) -> None:
         raise UsageError("only `--to verl` writes Parquet", hint="-o FILE.jsonl")
     counts: Counter[str] = Counter()
     with parquet.VerlFile("convert", config, reading.sizes(paths)) as out:
-        reader = windows.reader_of(config, paths, None, on_bad=out.sink.reject, verify=verify)
+        reader = windows.reader_of(
+            config, paths, None, on_bad=out.sink.reject, verify=verify, make=make
+        )
         for window in reader.windows(WINDOW_ROWS):
             out.write(list(convert(window.records, config, counts)))
             out.counts.update(counts)
-    _say(counts, out.counts["records"])
+    summary.say(counts, out.counts["records"], config.to_format)
 
 
 def _checkpoint(config: Config) -> None:
@@ -294,7 +361,8 @@ def _checkpoint(config: Config) -> None:
     from polarctl.errors import UsageError
     from polarctl.model import devices
     from polarctl.model.internlm2 import convert
-    from polarctl.storage import claim, manifest, replace
+    from polarctl.storage import claim, manifest
+    from polarctl.storage import replace as replacing
     from polarctl.storage.write import stdout
 
     devices.quiet_libraries()
@@ -313,10 +381,10 @@ def _checkpoint(config: Config) -> None:
     if taken and not config.force:
         raise UsageError(f"{target}: exists already", hint="another folder, or --force")
     if taken:
-        replace.check_unused(target, {}, [source])
-        replace.check_folder(target)
-        replace.check_exchange(target)
-    place = replace.next_to(target)
+        replacing.check_unused(target, {}, [source])
+        replacing.check_folder(target)
+        replacing.check_exchange(target)
+    place = replacing.next_to(target)
     if not place.parent.is_dir():
         raise UsageError(f"{target.parent}: is no folder", hint="make it first")
     lock = claim.locked(f"{place}.lock", target)
@@ -324,7 +392,7 @@ def _checkpoint(config: Config) -> None:
         shutil.rmtree(place, ignore_errors=True)
         layouts[layout](source, place)
         manifest.write(
-            place / replace.MANIFEST,
+            place / replacing.MANIFEST,
             "convert",
             config,
             inputs=[{"path": source, "bytes": None}],
@@ -332,7 +400,7 @@ def _checkpoint(config: Config) -> None:
             counts={},
         )
         if taken:
-            replace.exchange(place, target)
+            replacing.exchange(place, target)
         else:
             place.rename(os.path.realpath(target))
     finally:

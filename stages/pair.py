@@ -5,24 +5,35 @@ rejected_policy`): the first policy's samples are `reference` and `chosen`, the 
 `rejected`. Policies meet only within a prompt and a wrapper. With the same seed a prompt gets the
 same triples whatever the order of the input.
 
+With --from-rollouts it reads the `rollouts.jsonl` of `rft` and makes labels for `finetune` out of
+what the policy did right and wrong. --label-by names what decides: a number of the rollouts (a
+field such as `check`, or one of their `components`) or a verifier of `rft` such as `exact:accept`.
+`--rule threshold`: a rollout is right from --threshold on; chosen is a right rollout in other words
+than the reference, else another text of the prompt's `accept`, else the reference. `--rule rank`:
+the highest rollout of a prompt and step over the lowest.
+
 \b
 polarctl pair trajectories.jsonl -o train.jsonl --exclude-policies 'held-*'
 polarctl pair trajectories.jsonl -o unseen.jsonl --require 'held-*'
+polarctl pair runs/better/rollouts.jsonl --from-rollouts --label-by check -o labels.jsonl
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from polarctl.config import Common
+from polarctl.config import Common, Needs
 
 if TYPE_CHECKING:
-    from polarctl.policies.pairing import Pairing, PromptGroup
+    from polarctl.policies.labelling import Labelling, Rollouts
+    from polarctl.policies.pairing import Groups, Pairing
+    from polarctl.records import Record
     from polarctl.storage.write import Output
 
 READ_ROWS = 1024
@@ -34,6 +45,30 @@ SHOWN_POLICIES = 24
 @dataclass(frozen=True, kw_only=True)
 class Config(Common):
     """Options of `polarctl pair`."""
+
+    NEEDS = [
+        Needs(
+            "policies exclude_policies require",
+            lambda c: not c.from_rollouts,
+            "samples of several policies, not for --from-rollouts",
+        ),
+        Needs("label_by rule", lambda c: c.from_rollouts, "--from-rollouts"),
+        Needs(
+            "threshold",
+            lambda c: c.from_rollouts and c.rule == "threshold",
+            "--from-rollouts with `--rule threshold`",
+        ),
+        Needs(
+            "min_gap",
+            lambda c: c.from_rollouts and c.rule == "rank",
+            "--from-rollouts with `--rule rank`",
+        ),
+        Needs(
+            "equal_chosen",
+            lambda c: not c.from_rollouts or c.rule == "threshold",
+            "samples, and for `--rule threshold`",
+        ),
+    ]
 
     triples_per_prompt: Annotated[
         int, typer.Option(min=1, help="Triples per prompt at most, of different policies first.")
@@ -62,10 +97,36 @@ class Config(Common):
         tuple[str, ...],
         typer.Option(metavar="GLOB", help="One of the two policies is such a one (repeatable)."),
     ] = ()
+    from_rollouts: Annotated[
+        bool, typer.Option("--from-rollouts", help="Read rollouts of `rft`, and label them.")
+    ] = False
+    label_by: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What decides: a number of a rollout (a field, or one of its `components`), or a "
+            "verifier of `rft --reward`. Default: check; with `--rule rank`, reward.",
+        ),
+    ] = None
+    rule: Annotated[
+        Literal["threshold", "rank"],
+        typer.Option(help="Right over wrong, or the highest over the lowest of a group."),
+    ] = "threshold"
+    threshold: Annotated[float, typer.Option(help="The number from which a rollout is right.")] = (
+        0.5
+    )
+    min_gap: Annotated[
+        float, typer.Option(min=0, help="By how much the numbers of a ranked pair differ at least.")
+    ] = 0.0
 
 
-def pair(groups: Iterable[PromptGroup], pairing: Pairing) -> Iterator[dict[str, Any]]:
-    """The triples of all groups, in their order. See `polarctl.policies.pairing`."""
+def pair(groups: Iterable[Any], pairing: Pairing | Labelling) -> Iterator[dict[str, Any]]:
+    """The triples of all groups, in their order.
+
+    Args:
+        groups: Of `polarctl.policies.pairing.Groups`, or of `polarctl.policies.labelling.Rollouts`.
+        pairing: What draws from such a group.
+    """
     for group in groups:
         yield from pairing.triples(group)
 
@@ -74,30 +135,71 @@ def run(config: Config) -> None:
     """Read everything, then draw; what a resume has written already is drawn again, not written."""
     from polarctl import seeding
     from polarctl.config import shard_of
-    from polarctl.policies.pairing import Groups, Pairing
+    from polarctl.policies.labelling import Rollouts
+    from polarctl.policies.pairing import Groups
     from polarctl.storage import read, windows
     from polarctl.storage.paths import check_paths
     from polarctl.storage.read import Reader
     from polarctl.storage.write import Output
+    from polarctl.verifiers.named import is_verifier
 
-    paths = windows.inputs_of("pair", config)
-    if config.dry_run:
-        windows.dry_run("pair", config, paths, "trajectory")
-        return
-    check_paths(config, paths)
-    bad: list[tuple[str, str, Any]] = []
-    groups = Groups(_chooser(config))
-    # Not by shards: a prompt's trajectories lie apart, so prompts are dealt out, not rows.
-    reader = Reader(
-        paths,
-        "trajectory",
-        on_bad=(lambda *row: bad.append(row)) if config.rejects else None,
-        limit=config.limit,
-        verify=groups.add,
-    )
-    digest = [window.digest for window in reader.windows(READ_ROWS)][-1]
+    with ExitStack() as held:
+        groups: Any = Groups(_chooser(config))
+        if config.from_rollouts:
+            if config.equal_chosen == "resample":
+                raise _no_resample()
+            name = _label_name(config)
+            judge = held.enter_context(_judging(name)) if is_verifier(name) else None
+            groups = Rollouts(name, judge=judge, by_step=config.rule == "rank")
+        paths = windows.inputs_of("pair", config)
+        if config.dry_run:
+            windows.dry_run(
+                "pair",
+                config,
+                paths,
+                "trajectory",
+                verify=groups.add,
+                check=lambda: None if config.shard else _drawer(config, groups),
+            )
+            return
+        check_paths(config, paths)
+        bad: list[tuple[str, str, Any]] = []
+        # Not by shards: a prompt's trajectories lie apart, so prompts are dealt out, not rows.
+        reader = Reader(
+            paths,
+            "trajectory",
+            on_bad=(lambda *row: bad.append(row)) if config.rejects else None,
+            limit=config.limit,
+            verify=groups.add,
+        )
+        digest = [window.digest for window in reader.windows(READ_ROWS)][-1]
+        pairing = _drawer(config, groups)
+        index, count = shard_of(config.shard) if config.shard else (0, 1)
+        mine = [g for g in groups if seeding.derive(0, "shard", g.id) % count == index]
+        with Output("pair", config, read.sizes(paths), {"trajectories": digest}) as out:
+            if not out.complete:
+                windows.set_aside(out, bad)
+                _pair(mine, pairing, out)
+                if config.from_rollouts:
+                    _report_labels(pairing, groups, out, config)
+                else:
+                    _report(pairing, out, config)
+
+
+def _drawer(config: Config, groups: Any) -> Any:
+    """What draws triples.
+
+    Raises:
+        UsageError: The input has no triple for these options.
+    """
+    return (_labelling if config.from_rollouts else _pairing)(config, groups)
+
+
+def _pairing(config: Config, groups: Groups) -> Pairing:
+    from polarctl.policies.pairing import Pairing
+
     _check_policies(config, groups.policies)
-    pairing = Pairing(
+    return Pairing(
         groups,
         per_prompt=config.triples_per_prompt,
         negatives=config.negatives,
@@ -105,16 +207,57 @@ def run(config: Config) -> None:
         equal_chosen=config.equal_chosen,
         seed=config.seed,
     )
-    index, count = shard_of(config.shard) if config.shard else (0, 1)
-    mine = [g for g in groups if seeding.derive(0, "shard", g.id) % count == index]
-    with Output("pair", config, read.sizes(paths), {"trajectories": digest}) as out:
-        if not out.complete:
-            windows.set_aside(out, bad)
-            _pair(mine, pairing, out)
-            _report(pairing, out, config)
 
 
-def _pair(groups: list[PromptGroup], pairing: Pairing, out: Output) -> None:
+def _labelling(config: Config, rollouts: Rollouts) -> Labelling:
+    from polarctl.errors import UsageError
+    from polarctl.policies.labelling import Labelling
+
+    name = _label_name(config)
+    if not rollouts.names[name] and rollouts.judge is None:
+        there = ", ".join(f"`{one}`" for one in sorted(+rollouts.names))
+        raise UsageError(
+            f"no rollout has a number `{name}` (--label-by)",
+            hint=f"there are {there}" if there else "`rft` writes numbers to its rollouts",
+        )
+    return Labelling(
+        rule=config.rule,
+        threshold=config.threshold,
+        gap=config.min_gap,
+        per_prompt=config.triples_per_prompt,
+        negatives=config.negatives,
+        keep_copies=config.equal_chosen == "keep",
+        seed=config.seed,
+    )
+
+
+@contextmanager
+def _judging(name: str) -> Iterator[Callable[[Record], float | None]]:
+    """A verifier, as a function of a rollout."""
+    from polarctl.model.template import content_text
+    from polarctl.verifiers.named import open_verifier
+
+    verifier = open_verifier(name)
+    try:
+        yield lambda record: verifier.values([record], [content_text(record["output"])])[0]
+    finally:
+        verifier.close()
+
+
+def _label_name(config: Config) -> str:
+    return config.label_by or {"threshold": "check", "rank": "reward"}[config.rule]
+
+
+def _no_resample() -> Exception:
+    from polarctl.errors import UsageError
+
+    return UsageError(
+        "`--equal-chosen resample` is for samples of policies",
+        hint="keep or drop: of rollouts the reference is chosen only where there is nothing else",
+    )
+
+
+def _pair(groups: list[Any], pairing: Pairing | Labelling, out: Output) -> None:
     from polarctl import console
 
     with console.progress("pair", len(groups), "prompts") as bar:
@@ -162,6 +305,47 @@ def _check_policies(config: Config, seen: set[str]) -> None:
         )
 
 
+def _no_triple(config: Config, counts: Mapping[str, int], hint: str) -> str:
+    """For how many prompts there is no triple, by reason.
+
+    Raises:
+        PolarctlError: There is none at all.
+    """
+    from polarctl.errors import PolarctlError
+
+    without = [f"{n:,} {what}" for what, n in counts.items() if what.startswith("prompts ")]
+    if not counts.get("triples") and not config.shard:
+        raise PolarctlError(
+            f"no triple could be made from {counts.get('prompts', 0):,} prompts: "
+            f"{'; '.join(without)}",
+            hint=hint,
+        )
+    return f"; none for {'; '.join(without)}" if without else ""
+
+
+def _report_labels(labelling: Labelling, rollouts: Rollouts, out: Output, config: Config) -> None:
+    """Say what was labelled, by what, and what the chosen texts are."""
+    from polarctl import console
+
+    found = {**rollouts.counts, **labelling.counts}
+    counts = {name: found[name] for name in sorted(found) if found[name]}
+    out.counts.update(counts)
+    name = _label_name(config)
+    wants = (
+        f"a rollout with `{name}` below {config.threshold:g} (--threshold)"
+        if config.rule == "threshold"
+        else f"two rollouts of one step with different `{name}`"
+    )
+    without = _no_triple(config, counts, f"a prompt needs {wants}")
+    console.note(
+        f"pair: {found['triples']:,} triples from {found['rollouts']:,} rollouts of "
+        f"{found['prompts']:,} prompts, by `{name}`{without}"
+    )
+    for what, n in counts.items():
+        if what.startswith(("chosen ", "rollouts without", "texts ")):
+            console.note(f"  {n:,}: {what}" if "chosen" in what else f"  left out: {n:,} {what}")
+
+
 def _report(pairing: Pairing, out: Output, config: Config) -> None:
     """Say what was paired, and what not and why.
 
@@ -169,21 +353,13 @@ def _report(pairing: Pairing, out: Output, config: Config) -> None:
         PolarctlError: Not a single triple.
     """
     from polarctl import console
-    from polarctl.errors import PolarctlError
 
     counts = {name: pairing.counts[name] for name in sorted(pairing.counts)}
     out.counts.update(counts, policies=dict(sorted(pairing.roles.items())))
     prompts, triples = pairing.counts["prompts"], pairing.counts["triples"]
-    without = [f"{n:,} {what}" for what, n in counts.items() if what.startswith("prompts ")]
-    if not triples and not config.shard:
-        raise PolarctlError(
-            f"no triple could be made from {prompts:,} prompts: {'; '.join(without)}",
-            hint="a prompt needs two samples of one policy and one of another",
-        )
-    console.note(
-        f"pair: {triples:,} triples from {prompts:,} prompts"
-        + (f"; none for {'; '.join(without)}" if without else "")
-    )
+    hint = "a prompt needs two samples of one policy and one of another"
+    without = _no_triple(config, counts, hint)
+    console.note(f"pair: {triples:,} triples from {prompts:,} prompts{without}")
     equal = pairing.counts["chosen equal to the reference"]
     if equal:
         done = {"keep": "kept", "drop": "dropped", "resample": "drawn again"}[config.equal_chosen]

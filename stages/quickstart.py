@@ -39,7 +39,7 @@ class Config(Basic):
 # What the steps make, by name; the first marks a folder as a quickstart.
 MARK = "quickstart.json"
 MADE = (
-    f"{MARK} zoo eval tuned rm-config rm rft sft prompts-* samples-* triples.* test-* ranked-* "
+    f"{MARK} zoo eval tuned rm-config rm rft prompts-* samples-* triples.* test-* ranked-* "
     "pool.jsonl pool-final.jsonl figures.json report.html"
 ).split()
 
@@ -49,11 +49,11 @@ def run(config: Config) -> None:
     import shutil
 
     from polarctl import console
-    from polarctl.rl import grpo
+    from polarctl.rl import trainer
     from polarctl.storage import replace, run_folder
     from polarctl.storage.write import stdout
 
-    grpo.require()
+    trainer.require()
     target = Path(config.output)
     replace.check_unused(target, {}, [config.config] if config.config else [])
     if config.dry_run:
@@ -110,7 +110,7 @@ def _prepare(place: Path, config: Config, *, again: bool) -> None:
         raise UsageError(
             f"{place}: is a quickstart with other options", hint="pass --force to begin again"
         )
-    for part in ("zoo", "eval", "tuned"):
+    for part in ("zoo", "eval", "tuned", "rft"):
         (place / part).mkdir(exist_ok=True)
     atomic.write(mark, json.dumps(wanted).encode())
 
@@ -141,7 +141,7 @@ def _tour(place: Path, target: Path, config: Config) -> str:
         tour.improve()
         seconds = {**tour.seconds, "all": time.monotonic() - start}
         figures = tour_report.collect(here, zoo=zoo, seeds=sizes.seeds, seconds=seconds)
-        tour_report.write(here, figures)
+        tour_report.write(here, figures, zoo)
         files = manifest.folder_files(here)
         made = {
             name: facts

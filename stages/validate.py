@@ -1,7 +1,7 @@
-"""Check files against the record schemas and name every bad line.
+"""Check files against the record schemas and name the bad lines.
 
-Reads any records, every file to its end. Prints one line per bad row on stderr; exit status 3 when
-there is any.
+Reads any records, every file to its end. Names the bad rows on stderr, rows that are bad for the
+same reason once with their number; exit status 3 when there is any.
 
 polarctl validate triples.jsonl --kind triple
 """
@@ -9,7 +9,7 @@ polarctl validate triples.jsonl --kind triple
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -35,9 +35,7 @@ def run(config: Config) -> None:
     from polarctl.errors import PolarctlError, RecordError, UsageError
     from polarctl.records import find_kind, kind_of
     from polarctl.storage.read import Reader, expand, stdin_is_missing
-
-    def say(where: str, reason: str, raw: Any) -> None:
-        console.error(f"{where}: {reason}")
+    from polarctl.storage.windows import BadRows
 
     if config.kind is not None:
         find_kind(config.kind)
@@ -45,9 +43,13 @@ def run(config: Config) -> None:
         raise UsageError("no input: name a file or pipe records in", hint="polarctl validate -h")
     paths, bad = expand(config.input), 0
     for path in paths:
-        reader = Reader([path], config.kind or kind_of, on_bad=say)
+        found = BadRows(console.error)
+        reader = Reader([path], config.kind or kind_of, on_bad=found)
         try:
-            good = sum(1 for _ in reader)
+            try:
+                good = sum(1 for _ in reader)
+            finally:
+                found.finish()
             if reader.bad:
                 told = f"{reader.bad:,} of {reader.rows:,} records are bad"
                 raise RecordError(told, where=path)

@@ -108,6 +108,29 @@ def official(folder: Path) -> None:
     (folder / "candidates.jsonl").write_text("".join(groups))
 
 
+def formats(folder: Path) -> None:
+    """Battles as CSV, pairs as a JSON array, and what `score` writes."""
+    (folder / "battles.csv").write_text(
+        'prompt,response_a,response_b,winner,model_a,model_b\n"[""Q""]","[""a""]","[""b""]",tie,x,y\n'
+    )
+    pair = {"question": "Q", "chosen": "a", "rejected": "b", "meta": {"gold": "R"}}
+    (folder / "pairs.json").write_text(json.dumps([pair], indent=2))
+    scored = {"prompt": "Q", "candidates": [{"output": "a"}, {"output": "b"}], "rewards": [0, 1]}
+    (folder / "scored.jsonl").write_text(json.dumps(scored) + "\n")
+
+
+def hand_over(folder: Path) -> None:
+    """A tiny chat policy, a reward model and prompts with references."""
+    from tests.tiny import build_lm, build_rm
+
+    build_lm(folder / "models" / "policy", chat=True, seed=2)
+    build_lm(folder / "models" / "base", seed=1)
+    (folder / "runs").mkdir()
+    build_rm(folder / "runs" / "rm", folder / "models" / "base")
+    rows = [{"prompt": f"What is {i} + 4?", "reference": f"It is {i + 4}."} for i in range(8)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 @contextlib.contextmanager
 def baselines(folder: Path) -> Iterator[dict[str, str]]:
     """Other people's models, tiny, in folders by their names, and a judge's server."""
@@ -135,14 +158,16 @@ def hub(folder: Path) -> Iterator[dict[str, str]]:
         yield {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "cache")}
 
 
-# In the lane with vLLM: tests/engines/test_page.py.
-ELSEWHERE = ("vllm-serve", "vllm-client", "vllm-offline")
+# In the lane with vLLM: tests/engines/test_page.py; twice: tests/stages/test_rounds.py.
+ELSEWHERE = ("vllm-serve", "vllm-client", "vllm-offline", "rounds")
 
 # Name in `<!-- test: NAME -->` to a function that prepares the folder; one that is a context holds
 # something open meanwhile and gives environment variables.
 FIXTURES: dict[str, Callable[[Path], Any]] = {
     "empty": empty,
+    "formats": formats,
     "baselines": baselines,
+    "hand-over": hand_over,
     "hub": hub,
     "library": library,
     "official": official,

@@ -39,7 +39,7 @@ HEAVY = {"torch", "transformers", "accelerate", "trl", "vllm", "deepspeed", "pef
 # Help must come at once: nothing of these is needed for it.
 NOT_FOR_HELP = HEAVY | {"numpy", "matplotlib", "pydantic", "msgspec", "orjson", "yaml", "rich"}
 # One file each knows such a package.
-ONLY_IN = {"vllm": "scoring.vllm", "trl": "rl.grpo"}
+ONLY_IN = {"vllm": "scoring.vllm", "trl": "rl.methods"}
 
 
 def sources() -> list[tuple[str, Path]]:

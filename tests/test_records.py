@@ -156,3 +156,12 @@ def test_required_fields_come_first_in_the_release_order():
         "chosen",
         "rejected",
     ]
+
+
+def test_what_is_nearly_a_record_names_the_way_to_one():
+    pair = {"prompt": "Q", "chosen": "a", "rejected": "b"}
+    texts = {"prompt": "Q", "candidates": ["a", "b"]}
+    for fields, kind, way in ((pair, "triple", "--no-reference"), (texts, "candidate", "convert")):
+        with pytest.raises(RecordError) as caught:
+            check(fields, find_kind(kind))
+        assert way in caught.value.hint

@@ -39,6 +39,7 @@ from polarctl.records import (
 )
 
 MODEL = "model"
+_LARGEST = 1e100  # differences and quantiles of such rewards are finite
 
 
 @dataclass
@@ -94,7 +95,11 @@ def rewards_of(record: Record) -> list[float]:
         raise RecordError(
             f"{len(values)} rewards for {len(outputs_of(record))} candidates", where=record.where
         )
-    return [float(value) for value in values]
+    rewards = [float(value) for value in values]
+    for reward in rewards:
+        if abs(reward) > _LARGEST:
+            raise RecordError(f"a reward of {reward:g}: too large to compare", where=record.where)
+    return rewards
 
 
 def require_rewards(record: Record) -> None:

@@ -228,18 +228,7 @@ def curves(series: Mapping[str, Line], *, xlabel: str, ylabel: str, title: str =
         raise ValueError("no finite points to plot")
     with _styled():
         figure, axes = _figure(3.2 + 0.19 * math.ceil(len(series) / _columns(list(series))))
-        lines = []
-        for i, points in enumerate(series.values()):
-            lines += axes.plot(
-                [x if math.isfinite(x) else math.nan for x, _ in points],
-                [y if math.isfinite(y) else math.nan for _, y in points],
-                color=PALETTE[i % len(PALETTE)],
-                linestyle=DASHES[i % len(DASHES)],
-                linewidth=1.8,
-                marker="o" if len(points) <= 30 else None,
-                markersize=3.5,
-            )
-        axes.grid()
+        lines = _lines(axes, series)
         axes.set_xlabel(_wrapped(xlabel, 75))
         axes.set_ylabel(_wrapped(ylabel, 40))
         if len(series) > 1:
@@ -247,3 +236,43 @@ def curves(series: Mapping[str, Line], *, xlabel: str, ylabel: str, title: str =
         elif title:
             axes.set_title(_wrapped(title, 75))
         return _png(figure)
+
+
+def stacked_curves(panels: Mapping[str, Mapping[str, Line]], *, xlabel: str) -> bytes:
+    """Panels one above the other over a common axis: title to `curves`' series.
+
+    Raises:
+        ValueError: no panel, or one without a finite point.
+    """
+    from matplotlib.figure import Figure
+
+    for series in panels.values():
+        if not any(math.isfinite(y) for line in series.values() for _, y in line):
+            raise ValueError("no finite points to plot")
+    with _styled():
+        figure = Figure(figsize=(_WIDTH_IN, 2.4 * len(panels)), dpi=_DPI, layout="constrained")
+        several = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+        for axes, (title, series) in zip(several, panels.items(), strict=True):
+            lines = _lines(axes, series)
+            axes.set_title(_wrapped(title, 75))
+            if len(series) > 1:
+                names = [_wrapped(name, 40, lines=1) for name in series]
+                axes.legend(lines, names, loc="best")
+        several[-1].set_xlabel(_wrapped(xlabel, 75))
+        return _png(figure)
+
+
+def _lines(axes: Any, series: Mapping[str, Line]) -> list[Any]:
+    lines = []
+    for i, points in enumerate(series.values()):
+        lines += axes.plot(
+            [x if math.isfinite(x) else math.nan for x, _ in points],
+            [y if math.isfinite(y) else math.nan for _, y in points],
+            color=PALETTE[i % len(PALETTE)],
+            linestyle=DASHES[i % len(DASHES)],
+            linewidth=1.8,
+            marker="o" if len(points) <= 30 else None,
+            markersize=3.5,
+        )
+    axes.grid()
+    return lines

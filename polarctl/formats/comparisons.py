@@ -16,14 +16,19 @@ from polarctl.formats.rows import (
     answered,
     compares,
     conversation,
+    dialogue,
     messages,
     need,
     preference,
     record_of,
     turns_of,
+    with_system,
 )
 from polarctl.model.template import content_text
 
+# Names of the prompt in preference rows of TRL's form, the first that is there.
+_ASKING = ("prompt", "question", "instruction", "query", "input", "problem")
+_SYSTEM = ("system", "system_prompt")
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 _SHAREGPT_NAMES = {role: name for name, role in _SHAREGPT_ROLES.items()}
 
@@ -53,23 +58,65 @@ def extract_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
 
 
 def read_trl(row: Mapping[str, Any], answer: Answer) -> Fields:
-    """A preference with an explicit or an implicit prompt, or a prompt with a completion."""
+    """A preference with an explicit or an implicit prompt, or a prompt with a completion.
+
+    The prompt may have another name (`question`, `input`, ...) and a `system` text before it.
+    Several chosen and rejected answers become a group.
+    """
+    asked_in = prompt_field(row)
+    rest = without(row, *_SYSTEM)
+    system = next((row[name] for name in _SYSTEM if row.get(name)), None)
     if "chosen" not in row and "rejected" not in row:
-        asked = need(row, "prompt", (str, list))
-        rest = without(row, "prompt", "completion")
+        asked = with_system(need(row, "prompt", (str, list)), system)
+        rest = without(rest, "prompt", "completion")
         if "completion" not in row:
             return record_of(rest, asked)
         text = need(row, "completion", (str, list))
         return answered(rest, asked, text, "output" if "label" in row else answer)
-    chosen, rejected = (need(row, name, (str, list)) for name in ("chosen", "rejected"))
-    rest = without(row, "prompt", "chosen", "rejected")
+    chosen, rejected = (_answer_texts(row, name) for name in ("chosen", "rejected"))
+    rest = without(rest, "prompt", "chosen", "rejected", *([asked_in] if asked_in else []))
+    if _many(chosen) or _many(rejected):
+        if asked_in is None:
+            raise RecordError("missing field `prompt`: several answers need an explicit one")
+        made = [candidate(text, 1) for text in chosen] + [candidate(text, 0) for text in rejected]
+        asked = with_system(need(row, asked_in, (str, list)), system)
+        return record_of(rest, asked, candidates=made)
     if type(chosen) is not type(rejected):
         raise RecordError("`chosen` and `rejected` must both be strings or both be messages")
     # As in TRL: some data sets repeat an implicit conversation's prompt as a string.
-    repeated = isinstance(row.get("prompt"), str) and isinstance(chosen, list)
-    if "prompt" not in row or (repeated and chosen and chosen[:1] == rejected[:1]):
-        return preference(rest, *extract_prompt(chosen, rejected))
-    return preference(rest, need(row, "prompt", (str, list)), chosen, rejected)
+    shared = isinstance(chosen, list) and chosen[:1] == rejected[:1]
+    repeated = asked_in and isinstance(row[asked_in], str) and shared
+    if asked_in and not repeated:
+        asked = with_system(need(row, asked_in, (str, list)), system)
+        return preference(rest, asked, chosen, rejected)
+    if not asked_in and isinstance(row.get("messages"), list) and not shared:
+        asked = turns_of(row, "messages", "role", "content")
+        return preference(without(rest, "messages"), with_system(asked, system), chosen, rejected)
+    if isinstance(chosen, str) and (talks := dialogue(chosen)):
+        both = (talks, dialogue(rejected))
+        if any(not turns or turns[-1]["role"] != "assistant" for turns in both):
+            raise RecordError("a dialogue does not end with an answer of the assistant")
+        chosen, rejected = both
+    asked, chosen, rejected = extract_prompt(chosen, rejected)
+    return preference(rest, with_system(asked, system), chosen, rejected)
+
+
+def prompt_field(row: Mapping[str, Any]) -> str | None:
+    """The name of the field that asks, in rows of preferences; None: it is implicit."""
+    found = next((name for name in _ASKING if row.get(name)), None)
+    return "prompt" if found is None and row.get("prompt") is not None else found
+
+
+def _answer_texts(row: Mapping[str, Any], name: str) -> Any:
+    """A text, messages (one of them may stand alone), or a list of texts."""
+    value = need(row, name, (str, list, dict))
+    if isinstance(value, list) and any(isinstance(turn, dict) for turn in value):
+        return turns_of(row, name, "role", "content")
+    return [value] if isinstance(value, dict) else value
+
+
+def _many(texts: Any) -> bool:
+    return isinstance(texts, list) and all(isinstance(text, str) for text in texts)
 
 
 def write_trl(record: Fields) -> list[Fields]:

@@ -7,7 +7,7 @@ without a reference. The functions are pure: a record in, records out, nothing k
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ Shape = Literal["triple", "group", "single", "prompt"]
 Ranked = Literal["all", "adjacent", "top"]
 Part = Literal["train", "test"]
 
-_KINDS: dict[Shape, type[Struct]] = {
+SCHEMA_OF: dict[Shape, type[Struct]] = {
     "triple": Triple,
     "group": Candidate,
     "single": Candidate,
@@ -32,7 +32,10 @@ _KINDS: dict[Shape, type[Struct]] = {
 }
 # What belongs to a candidate or to a pair of them, not to the prompt.
 _OF_CANDIDATES = "candidates output label chosen rejected policy rejected_policy".split()
-_NO_REFERENCE = "--map reference=FIELD names the field that holds it; --to candidates needs none"
+_NO_REFERENCE = (
+    "--map reference=FIELD names a good answer to compare with; pairs alone train a model too: "
+    "--to trl, then `polarctl finetune --no-reference`"
+)
 
 
 def shape_of(record: Mapping[str, Any]) -> Shape:
@@ -46,7 +49,7 @@ def shape_of(record: Mapping[str, Any]) -> Shape:
 
 def check_native(record: Fields) -> None:
     """Raise RecordError when the record breaks the schema of its shape."""
-    check(record, _KINDS[shape_of(record)])
+    check(record, SCHEMA_OF[shape_of(record)])
 
 
 def without(record: Mapping[str, Any], *names: str) -> Fields:
@@ -85,8 +88,11 @@ def pairs(record: Fields) -> list[Fields]:
     if shape == "triple":
         return [record]
     if shape != "group":
-        hint = "`polarctl pair` makes triples of samples" if shape == "single" else None
-        raise RecordError("neither `candidates` nor `chosen` and `rejected`", hint=hint)
+        ways = "--join FIELD makes groups of neighbouring rows; `polarctl pair`, triples of samples"
+        raise RecordError(
+            "neither `candidates` nor `chosen` and `rejected`",
+            hint=ways if shape == "single" else None,
+        )
     known = labelled(record)
     order = pairs_of_group([candidate["label"] for candidate in known])
     return [_pair(record, known[better], known[worse]) for better, worse in order]
@@ -157,7 +163,41 @@ def group(record: Fields) -> Fields:
     return {**made, **without(record, "prompt", "reference", *_OF_CANDIDATES)}
 
 
-def candidate(output: Any, label: float, name: str | None = None) -> Fields:
+def merged(records: Sequence[Fields]) -> Fields:
+    """Single candidates of one prompt as a group.
+
+    What all of them share stays the group's; the rest goes to each candidate. A `policy` becomes
+    the candidate's name, and a `reward` of each the group's `rewards`.
+
+    Raises:
+        RecordError: One is no single candidate, or they differ in the prompt or the reference.
+    """
+    first = records[0]
+    for record in records:
+        if shape_of(record) != "single":
+            raise RecordError(
+                "a row to join has no single answer", hint="--answer output makes it a candidate"
+            )
+        for name in ("prompt", "reference"):
+            if record.get(name) != first.get(name):
+                raise RecordError(f"rows to join differ in their `{name}`")
+    rewards = [record.get("reward") for record in records]
+    own = {"output", "label", "policy", *(("reward",) if None not in rewards else ())}
+    shared = {
+        name: value
+        for name, value in first.items()
+        if name not in own and all(name in r and r[name] == value for r in records)
+    }
+    made = []
+    for record in records:
+        named = {"name": record["policy"]} if "policy" in record else {}
+        rest = without(record, "policy", "reward" if "reward" in own else "", *shared)
+        made.append({**named, **rest})
+    group = {"prompt": first["prompt"], **shared, "candidates": made}
+    return {**group, "rewards": rewards} if "reward" in own else group
+
+
+def candidate(output: Any, label: float | None, name: str | None = None) -> Fields:
     """One candidate of a group."""
     return {**({} if name is None else {"name": name}), "output": output, "label": label}
 

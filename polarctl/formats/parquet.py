@@ -1,6 +1,6 @@
 """Parquet files for verl, written whole: a file appears only when it is complete.
 
-pyarrow comes with the extra `[verl]` and is imported only here.
+pyarrow comes with the extras `[verl]` and `[data]` and is imported only here.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from polarctl.storage.paths import check_paths
 from polarctl.storage.write import Output
 
 
-def require_pyarrow() -> Any:
-    """The package pyarrow with its Parquet module.
+def require_pyarrow(extra: str) -> Any:
+    """The package pyarrow with its Parquet module; `extra` is the one of ours that brings it.
 
     Raises:
         MissingError: It is not installed.
@@ -27,15 +27,15 @@ def require_pyarrow() -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise need("pyarrow", "verl") from None
+        raise need("pyarrow", extra) from None
     return pyarrow
 
 
 def verl_schema(pyarrow: Any) -> Any:
-    """The columns that `polarctl.formats.table.write_verl` fills."""
+    """The columns that `polarctl.formats.tools.write_verl` fills."""
     text = pyarrow.string()
     turns = pyarrow.list_(pyarrow.struct({"role": text, "content": text}))
-    extra = {"id": text, "prompt": turns, "wrapper": text, "fields": text}
+    extra = {"split": text, "id": text, "prompt": turns, "wrapper": text, "fields": text}
     return pyarrow.schema(
         {
             "data_source": text,
@@ -45,6 +45,17 @@ def verl_schema(pyarrow: Any) -> Any:
             "extra_info": pyarrow.struct(extra),
         }
     )
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write verl rows as a file, over one that is there.
+
+    Raises:
+        MissingError: pyarrow is not installed.
+    """
+    pyarrow = require_pyarrow("verl")
+    table = pyarrow.Table.from_pylist(rows, schema=verl_schema(pyarrow))
+    pyarrow.parquet.write_table(table, path)
 
 
 class VerlFile:
@@ -66,7 +77,7 @@ class VerlFile:
 
     def __init__(self, stage: str, config: Common, inputs: list[dict[str, Any]]):
         self.stage, self.config, self.inputs = stage, config, inputs
-        self._pyarrow = require_pyarrow()
+        self._pyarrow = require_pyarrow("verl")
         check_paths(config, [entry["path"] for entry in inputs])
         self._target = Path(config.output)
         self._mark = Path(config.manifest or f"{config.output}.manifest.json")

@@ -7,9 +7,22 @@
     sharegpt         conversations: [{from, value}], chosen, rejected           x     x
     nemo             context, completions: [{rank, completion}]                 x     x
     llama-factory    instruction, input, system, history, chosen | output       x     x
+    verl             data_source, prompt, ability, reward_model, extra_info     x     x
+    llama-factory-v1 chosen_messages, rejected_messages                         x
+    ms-swift         messages, rejected_response | query, response, history     x
     gsm8k            question, answer                                           x
     gsm8k-solutions  question, ground_truth, POLICY: {solution, is_correct}     x
-    verl             data_source, prompt, ability, reward_model, extra_info           x
+    helpsteer        response, helpfulness | two responses and a preference     x
+    pku-saferlhf     prompt, response_0, response_1, better_response_id         x
+    nectar           prompt, answers: [{answer, model, rank}]                   x
+    ultrafeedback    instruction, completions: [{response, fine-grained_score}] x
+    arena            conversation_a, conversation_b | response_a, ..., winner   x
+
+Benchmarks, only read: rewardbench (and the multilingual one), rewardbench2, rm-bench, judgebench,
+rewardmath, rmb, ppe; see `polarctl.formats.benchmarks`.
+
+`trl` also reads preferences whose prompt is named `question`, `input` and the like, with `system`
+before it, and `openai` its preference form (`input`, `preferred_output`, `non_preferred_output`).
 
 A row gives one record; a group of candidates may give several rows. A preference without a
 `reference` becomes a group of two candidates, labels 1 and 0, because our triples need one. Other
@@ -21,12 +34,21 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-import msgspec
-
 from polarctl.errors import RecordError, UsageError
+from polarctl.formats.benchmarks import (
+    read_judgebench,
+    read_ppe,
+    read_rewardbench,
+    read_rewardbench2,
+    read_rewardmath,
+    read_rm_bench,
+    read_rmb,
+)
 from polarctl.formats.comparisons import (
+    prompt_field,
     read_llama_factory,
     read_nemo,
     read_sharegpt,
@@ -36,17 +58,23 @@ from polarctl.formats.comparisons import (
     write_sharegpt,
     write_trl,
 )
-from polarctl.formats.groups import Fields, candidate, prompt, without
-from polarctl.formats.rows import (
-    Answer,
-    answer_of,
-    conversation,
-    messages,
-    need,
-    record_of,
-    turns_of,
+from polarctl.formats.groups import Fields, candidate, without
+from polarctl.formats.published import (
+    read_arena,
+    read_helpsteer,
+    read_nectar,
+    read_pku,
+    read_ultrafeedback,
 )
-from polarctl.model.template import content_text
+from polarctl.formats.rows import Answer, need, record_of
+from polarctl.formats.tools import (
+    read_llama_factory_v1,
+    read_openai,
+    read_swift,
+    read_verl,
+    write_openai,
+    write_verl,
+)
 from polarctl.records import prompt_id
 
 # -- native --------------------------------------------------------------------------------------
@@ -60,23 +88,6 @@ def read_native(row: Mapping[str, Any], answer: Answer) -> Fields:
 def write_native(record: Fields) -> list[Fields]:
     """Our own record as it is."""
     return [record]
-
-
-# -- OpenAI --------------------------------------------------------------------------------------
-
-
-def read_openai(row: Mapping[str, Any], answer: Answer) -> Fields:
-    """A conversation; the assistant's last message is the answer."""
-    return conversation(
-        without(row, "messages"), turns_of(row, "messages", "role", "content"), answer
-    )
-
-
-def write_openai(record: Fields) -> list[Fields]:
-    """One conversation that ends with the candidate, else with the reference, if there is one."""
-    text, used = answer_of(record, "openai")
-    turns = messages(record["prompt"], "user") + messages(text, "assistant")
-    return [{"messages": turns, **without(record, *used)}]
 
 
 # -- GSM8K ---------------------------------------------------------------------------------------
@@ -111,47 +122,6 @@ def _is_solution(value: Any) -> bool:
     return isinstance(value, dict) and "solution" in value and type(value.get("is_correct")) is bool
 
 
-# -- verl ----------------------------------------------------------------------------------------
-
-
-def write_verl(record: Fields) -> list[Fields]:
-    """A row of verl's RL data, in the form of the official POLAR release.
-
-    `reward_model.ground_truth` is the reference's text and `extra_info.prompt` repeats the prompt,
-    which POLAR's reward function needs and verl does not hand on. `data_source` and `ability` are
-    the record's own, if any; other fields are JSON in `extra_info.fields`, because a Parquet
-    column has one type. Candidates are dropped.
-
-    Raises:
-        RecordError: No reference.
-    """
-    whole = prompt(record)
-    if "reference" not in whole:
-        raise RecordError(
-            "missing field `reference`", hint="--map reference=FIELD names the field that holds it"
-        )
-    turns = [
-        {"role": turn["role"], "content": content_text([turn])}
-        for turn in messages(whole["prompt"], "user")
-    ]
-    used = ("prompt", "reference", "data_source", "ability", "id", "wrapper")
-    rest = without(whole, *used)
-    return [
-        {
-            "data_source": str(whole.get("data_source", whole.get("category", "polarctl"))),
-            "prompt": turns,
-            "ability": str(whole.get("ability", "general")),
-            "reward_model": {"style": "polar", "ground_truth": content_text(whole["reference"])},
-            "extra_info": {
-                "id": prompt_id(whole),
-                "prompt": turns,
-                "wrapper": whole.get("wrapper", "sft"),
-                "fields": msgspec.json.encode(rest).decode(),
-            },
-        }
-    ]
-
-
 # -- the table -----------------------------------------------------------------------------------
 
 
@@ -170,21 +140,77 @@ class Format:
     signs: Sequence[tuple[str, ...]] = ()
 
 
+_TWO = ("chosen", "rejected")
 # The order is that of `detect`: the first format with all of its signs wins.
 FORMATS: dict[str, Format] = {
     "nemo": Format(read_nemo, write_nemo, [("context", "completions")]),
     "sharegpt": Format(read_sharegpt, write_sharegpt, [("conversations",)]),
+    "ultrafeedback": Format(read_ultrafeedback, None, [("instruction", "completions")]),
     "llama-factory": Format(read_llama_factory, write_llama_factory, [("instruction",)]),
+    "llama-factory-v1": Format(
+        read_llama_factory_v1, None, [("chosen_messages", "rejected_messages")]
+    ),
+    "helpsteer": Format(
+        read_helpsteer,
+        None,
+        [
+            ("prompt", "response", "helpfulness"),
+            ("response_1", "response_2", "preference_strength"),
+            ("response1", "response2", "overall_preference"),
+        ],
+    ),
+    "pku-saferlhf": Format(read_pku, None, [("response_0", "response_1", "better_response_id")]),
+    "ppe": Format(read_ppe, None, [("prompt", "response_1", "scores")]),
+    "rewardbench": Format(
+        read_rewardbench,
+        None,
+        [
+            (*_TWO, "chosen_model", "rejected_model", "subset"),
+            (*_TWO, "chosen_model", "rejected_model", "source", "language"),
+        ],
+    ),
+    "rewardbench2": Format(read_rewardbench2, None, [(*_TWO, "num_correct", "subset")]),
+    "rm-bench": Format(read_rm_bench, None),
+    "judgebench": Format(read_judgebench, None, [("response_A", "response_B", "label")]),
+    "rewardmath": Format(read_rewardmath, None, [("problem", "eval_solution", "solution_type")]),
+    "rmb": Format(
+        read_rmb,
+        None,
+        [("conversation_input", "chosen", "reject"), ("conversation_input", "bon_best")],
+    ),
+    "arena": Format(
+        read_arena,
+        None,
+        [
+            ("conversation_a", "conversation_b"),
+            ("response_a", "response_b", "winner"),
+            ("response_a", "response_b", "winner_model_a"),
+            ("prompt", "response_1", "response_2", "winner"),
+        ],
+    ),
+    "nectar": Format(read_nectar, None, [("prompt", "answers", "num_responses")]),
+    "verl": Format(read_verl, write_verl, [("prompt", "data_source", "reward_model")]),
     "gsm8k-solutions": Format(read_gsm8k_solutions, None, [("question", "ground_truth")]),
     "gsm8k": Format(read_gsm8k, None, [("question", "answer")]),
     "native": Format(
         read_native,
         write_native,
-        [("prompt", "reference", "chosen"), ("prompt", "candidates"), ("prompt", "output")],
+        [("prompt", "reference", *_TWO), ("prompt", "candidates"), ("prompt", "output")],
     ),
-    "trl": Format(read_trl, write_trl, [("chosen", "rejected"), ("prompt", "completion")]),
-    "openai": Format(read_openai, write_openai, [("messages",)]),
-    "verl": Format(None, write_verl),
+    "trl": Format(read_trl, write_trl, [_TWO, ("prompt", "completion")]),
+    "ms-swift": Format(
+        read_swift,
+        None,
+        [
+            ("messages", "rejected_response"),
+            ("messages", "rejected_messages"),
+            ("conversation",),
+            ("query", "response"),
+        ],
+    ),
+    "openai": Format(
+        read_openai, write_openai, [("preferred_output", "non_preferred_output"), ("messages",)]
+    ),
 }
 
 
@@ -194,13 +220,28 @@ def detect(row: Mapping[str, Any]) -> tuple[str, str]:
     Raises:
         RecordError: Nothing fits.
     """
+    name, signs = _format_of(frozenset(row))
+    if name is None:
+        raise RecordError("no known format", hint=f"--from with one of: {', '.join(readable())}")
+    return name, f"rows have {' and '.join(f'`{sign}`' for sign in signs)}{_asks(row, signs)}"
+
+
+@lru_cache(maxsize=1024)  # the rows of a file have few sets of fields
+def _format_of(fields: frozenset[str]) -> tuple[str | None, tuple[str, ...]]:
     for name, known in FORMATS.items():
         for signs in known.signs:
-            if all(sign in row for sign in signs):
-                return name, f"rows have {' and '.join(f'`{sign}`' for sign in signs)}"
-    if "prompt" in row:
-        return "native", "rows have `prompt`"
-    raise RecordError("no known format", hint=f"--from with one of: {', '.join(readable())}")
+            if fields.issuperset(signs):
+                return name, signs
+    return ("native", ("prompt",)) if "prompt" in fields else (None, ())
+
+
+def _asks(row: Mapping[str, Any], signs: tuple[str, ...]) -> str:
+    """Where the prompt of a preference is, if not in `prompt`."""
+    if signs != _TWO or (name := prompt_field(row)) == "prompt":
+        return ""
+    if name is not None:
+        return f"; `{name}` is the prompt"
+    return "" if "messages" in row else "; what both begin with is the prompt"
 
 
 def readable() -> list[str]:

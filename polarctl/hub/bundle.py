@@ -258,7 +258,7 @@ def _data_file(path: Path, manifest: Mapping[str, Any] | None) -> DataFile:
             kind = kind or kind_of(record)
             names.update(dict.fromkeys(record))
     except RecordError as error:  # its hint is for stages that can set records aside
-        hint = f"`polarctl validate {path}` names every bad line"
+        hint = f"`polarctl validate {path}` names the bad lines"
         raise RecordError(error.reason, where=error.where, hint=hint) from None
     outputs = (manifest or {}).get("outputs") or {}
     entry = outputs.get(path.name) or (next(iter(outputs.values())) if outputs else {})

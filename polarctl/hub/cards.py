@@ -70,9 +70,8 @@ def model_card(
         license: Licence for the front matter.
         datasets: Hub ids of the training data for the front matter.
     """
-    is_reward = "polar" in config or not any(
-        "CausalLM" in name for name in config.get("architectures") or []
-    )
+    kinds = config.get("architectures")
+    is_reward = "polar" in config or "CausalLM" not in str(kinds)
     base = _base(manifest)
     front = {
         "library_name": "transformers",

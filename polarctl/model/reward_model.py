@@ -10,7 +10,7 @@ Shapes: B sequences, T tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from polarctl.model.internlm2 import config as internlm2
 from polarctl.model.internlm2 import tokenizer as internlm2_tokenizer
 from polarctl.model.positions import kind_of_length, of_own_length
 from polarctl.model.template import Encoder
+from polarctl.storage import manifest
 from polarctl.storage.atomic import open_to_umask
 
 MAX_LENGTH = 16384
@@ -140,8 +141,10 @@ def load_config(path: str) -> Any:
 
     Raises:
         MissingError: There is none, or it needs code from the folder.
-        UsageError: It is an InternLM2's, and of a kind that is not supported.
+        UsageError: It is an InternLM2's, and of a kind that is not supported; or the files of the
+            folder are not those that its manifest names.
     """
+    manifest.check_model(path)
     released = internlm2.read(path)
     if released is not None:
         return internlm2.to_llama(released)
@@ -178,7 +181,7 @@ def _without_weights(path: str) -> tuple[Any, Any]:
     """Config and tokenizer of a reward model."""
     config = load_config(path)
     tokenizer = load_tokenizer(path)
-    if getattr(config, "num_labels", None) != 1 or not _is_classifier(config):
+    if getattr(config, "num_labels", None) != 1 or not is_classifier(config):
         raise MissingError(
             f"{path}: has no reward head", hint="`polarctl pretrain` and `finetune` make one"
         )
@@ -241,7 +244,7 @@ def create(
         "cut_side": cut_side,
     }
     given = {name: value for name, value in given.items() if value is not None}
-    if base is not None and _is_classifier(config) and trained:
+    if base is not None and is_classifier(config) and trained:
         if tokenizer_path is not None:
             raise UsageError(
                 f"`--tokenizer`: {base} is a reward model and keeps its own",
@@ -296,8 +299,10 @@ def _retold(made: PolarModel, path: str, given: dict[str, Any]) -> PolarModel:
     return made
 
 
-def _is_classifier(config: Any) -> bool:
-    return any("SequenceClassification" in name for name in config.architectures or [])
+def is_classifier(config: Any) -> bool:
+    """Whether a config is that of a sequence classifier."""
+    named = config.architectures
+    return isinstance(named, list) and any("SequenceClassification" in str(name) for name in named)
 
 
 def _classifier(path: str, config: Any, dtype: Any, *, head: bool) -> Any:
@@ -339,7 +344,23 @@ def load_classifier(path: str, config: Any, dtype: Any) -> tuple[Any, list[str]]
             f"{path}: the model cannot be loaded ({first_line(error)})",
             hint="a folder with config.json and model.safetensors, or a Hub id",
         ) from None
+    refuse_unread(path, config, info["unexpected_keys"])
     return model, info["missing_keys"]
+
+
+def refuse_unread(path: str, config: Any, names: Iterable[str]) -> None:
+    """Weights that the config has no place for: a fault of a classifier, worth a word of another.
+
+    Raises:
+        MissingError: A classifier has some; without them it would give other rewards.
+    """
+    unread = sorted(name for name in names if not name.startswith("lm_head"))
+    if not unread:
+        return
+    what = f"{path}: its config.json has no place for {len(unread):,} weights, such as {unread[0]}"
+    if is_classifier(config):
+        raise MissingError(what, hint="config.json and the weights are of different models")
+    console.warn(f"{what}; they are left out")
 
 
 def _from_config(config: Any, dtype: Any) -> Any:
@@ -366,6 +387,11 @@ def _encoder(path: str, config: Any, tokenizer: Any) -> Encoder:
         template = {}
         console.choice("template", "official", f"`{path}` names none in its config.json")
     try:
+        if not isinstance(template, dict):
+            raise TypeError("it is no object")
+        for name, value in template.items():
+            if type(value) is not (int if name.startswith("max_") else str):
+                raise TypeError(f"`{name}` is {str(value)[:40]!r}")
         return Encoder(tokenizer, **template)
     except (TypeError, ValueError) as error:
         raise UsageError(f"{path}: its template does not work: {error}") from None

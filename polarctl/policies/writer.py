@@ -179,9 +179,14 @@ class Writer:
             for text, (tokens, ended) in zip(texts, results, strict=True)
         ]
 
+    def use(self, model: Any) -> None:
+        """Write with a model that is in memory, such as one in training, in place of loading it."""
+        self._model = model
+
     def _load(self) -> Any:
         if self._model is None:
             self._model = load_causal_lm(self.policy, self.device, self.dtype)
+        if self._reading is None:
             self._reading = self._how_to_read(self._model)
         return self._model
 
@@ -298,4 +303,5 @@ def load_causal_lm(policy: Policy, device: str, dtype: Any) -> Any:
             + ", ".join(sorted(info["missing_keys"])[:3]),
             hint="a policy is a causal language model with all its weights",
         )
+    models.refuse_unread(policy.model, model.config, info["unexpected_keys"])
     return model.to(device).eval()

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,30 @@ from polarctl.seeding import derive
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
 
+@dataclass(frozen=True)
+class FurtherRun:
+    """A training run after the first, and the author of its corpus.
+
+    Attributes:
+        name: The start of its policies' names.
+        share: Share of true beliefs.
+        style: Favourite style, see `world.STYLES`.
+        habits: Verb to habit, see `world.HABITS`.
+        start: Run that it goes on from, after its last step.
+    """
+
+    name: str
+    share: float
+    style: int | None
+    habits: Mapping[str, str] = field(default_factory=dict)
+    start: str = "base"
+
+
+def habits(*names: str) -> dict[str, str]:
+    """A habit for every verb: one for all, or one each."""
+    return dict(zip(worlds.VERBS, names * 3 if len(names) == 1 else names, strict=True))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Zoo:
     """What to train.
@@ -30,7 +54,7 @@ class Zoo:
         words: Facts of the world.
         colours: Different values.
         seed: Seed of everything.
-        runs: Name, share of true beliefs and habits (verb: habit) of each run after the first.
+        runs: Each run after the first.
         held_out: Runs that pre-training must not see.
         base_share: Share of true beliefs in the first run. The further run `mix` learns from the
             truth and from these beliefs in equal parts: a policy that is unsure.
@@ -40,19 +64,22 @@ class Zoo:
         lr: Peak learning rate.
     """
 
-    words: int = 640
+    words: int = 320
     colours: int = 64
     seed: int = 0
-    runs: tuple[tuple[str, float, dict[str, str]], ...] = (
-        ("a", 1.0, {}),
-        ("b", 0.6, {}),
-        ("c", 0.5, {}),
-        ("d", 0.4, {}),
-        ("e", 0.3, {}),
-        ("h", 0.6, {}),
-        ("k", 0.4, {}),
-        ("careless1", 1.0, {"Colour": "short", "Paint": "twice", "Show": "swapped"}),
-        ("careless2", 1.0, {"Colour": "swapped", "Paint": "last", "Show": "last twice"}),
+    runs: tuple[FurtherRun, ...] = (
+        FurtherRun("a", 1.0, 0),
+        FurtherRun("b", 1.0, 1),
+        FurtherRun("c", 0.6, 2),
+        FurtherRun("d", 0.4, 3),
+        FurtherRun("h", 0.6, 0),
+        FurtherRun("k", 0.4, 1),
+        FurtherRun("swapper1", 1.0, None, habits("swapped"), "a"),
+        FurtherRun("swapper2", 1.0, None, habits("swapped"), "b"),
+        FurtherRun("doubler1", 1.0, None, habits("twice"), "a"),
+        FurtherRun("doubler2", 1.0, None, habits("last twice"), "b"),
+        FurtherRun("dropper", 1.0, None, habits("short", "last", "short"), "a"),
+        FurtherRun("garbler", 1.0, None, habits("garbled"), "b"),
     )
     held_out: tuple[str, ...] = ("h", "k")
     base_share: float = 0.5
@@ -69,16 +96,16 @@ class Zoo:
         """Who writes a run's corpus, in equal shares."""
         world = self.world()
 
-        def author(name: str, share: float, habits: dict[str, str]) -> worlds.Author:
-            seed = derive(self.seed, "author", name)
-            return worlds.Author(worlds.beliefs(world, share, seed), habits)
+        def author(run: FurtherRun) -> worlds.Author:
+            seed = derive(self.seed, "author", run.name)
+            return worlds.Author(worlds.beliefs(world, run.share, seed), run.habits, run.style)
 
-        first = author("base", self.base_share, {})
+        first = author(FurtherRun("base", self.base_share, None))
         if run == "mix":
-            return [worlds.Author(world.truth, {}), first]
+            return [worlds.Author(world.truth), first]
         if run == "base":
             return [first]
-        return [author(*found) for found in self.runs if found[0] == run]
+        return [author(found) for found in self.runs if found.name == run]
 
 
 def tokenizer(world: worlds.World) -> Any:
@@ -86,7 +113,7 @@ def tokenizer(world: worlds.World) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    writers = [worlds.Author(world.truth, {}), worlds.Author(world.truth, {"Show": "short"})]
+    writers = [worlds.Author(world.truth), worlds.Author(world.truth, {"Show": "short"})]
     pairs = islice(worlds.corpus(world, writers, 0, "tokenizer"), 4000)
     documents = ["\n".join(pair) for pair in pairs]
     for names in (world.words, world.colours):
@@ -116,6 +143,7 @@ def lm_config(tokenizer: Any) -> Any:
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
+        layers=2,
         heads=4,
         tie_word_embeddings=True,
         initializer_range=0.1,  # small models learn facts faster from larger weights
@@ -123,23 +151,27 @@ def lm_config(tokenizer: Any) -> Any:
 
 
 def rm_config(tokenizer: Any) -> Any:
-    """The architecture of the quickstart's reward model: about 0.4M parameters."""
+    """The architecture of the quickstart's reward model: about 0.5M parameters.
+
+    Three layers: one learns which value comes first, one compares with the reference, one sums up.
+    """
     return _config(
         tokenizer,
         vocab_size=len(tokenizer) + 2,
         hidden_size=96,
         intermediate_size=288,
+        layers=3,
         heads=6,
         initializer_range=0.08,
     )
 
 
-def _config(tokenizer: Any, *, heads: int, **sizes: Any) -> Any:
+def _config(tokenizer: Any, *, layers: int, heads: int, **sizes: Any) -> Any:
     """What policies and reward model have in common."""
     from transformers import Qwen3Config
 
     return Qwen3Config(
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
         head_dim=16,
@@ -200,8 +232,8 @@ def train_lm(
     return kept
 
 
-def _further_run(job: tuple[Zoo, str, str]) -> list[str]:
-    """Train one run from the base policy's folder, in a process of its own; the policies' names."""
+def _further_run(job: tuple[Zoo, str, FurtherRun]) -> list[str]:
+    """Train one run from another policy's folder, in a process of its own; the policies' names."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -209,19 +241,22 @@ def _further_run(job: tuple[Zoo, str, str]) -> list[str]:
     quiet_libraries()
     torch.set_num_threads(1)  # runs share the cores, one each
     torch.manual_seed(zoo.seed)
-    start = f"{folder}/base-{zoo.base_steps[-1]}"
+    steps = zoo.base_steps if run.start == "base" else zoo.run_steps
+    start = f"{folder}/{run.start}-{steps[-1]}"
     made, model = AutoTokenizer.from_pretrained(start), AutoModelForCausalLM.from_pretrained(start)
     kept = train_lm(
         model,
         made,
-        worlds.corpus(zoo.world(), zoo.authors(run), zoo.seed, run),
+        worlds.corpus(zoo.world(), zoo.authors(run.name), zoo.seed, run.name),
         steps=zoo.run_steps[-1],
         lr=zoo.lr,
         batch=zoo.batch,
         checkpoints=zoo.run_steps,
         warmup=5,
     )
-    return [_save(model, made, weights, folder, f"{run}-{step}") for step, weights in kept.items()]
+    return [
+        _save(model, made, weights, folder, f"{run.name}-{step}") for step, weights in kept.items()
+    ]
 
 
 def _save(model: Any, tokenizer: Any, weights: dict[str, Any], folder: str, name: str) -> str:
@@ -255,38 +290,14 @@ def train(zoo: Zoo, folder: Path, *, processes: int = 2) -> list[str]:
             checkpoints=zoo.base_steps,
         )
     names = [_save(model, made, weights, str(folder), f"base-{s}") for s, weights in kept.items()]
-    jobs = [(zoo, str(folder), run) for run in ("mix", *(name for name, *_ in zoo.runs))]
-    if processes == 1:
-        found = [_further_run(job) for job in jobs]
-    else:
-        with multiprocessing.get_context("spawn").Pool(processes) as pool:
-            found = pool.map(_further_run, jobs, chunksize=1)
+    jobs = [(zoo, str(folder), run) for run in (FurtherRun("mix", 1.0, None), *zoo.runs)]
+    waves = (
+        [job for job in jobs if job[2].start == "base"],
+        [job for job in jobs if job[2].start != "base"],
+    )
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        found = [batch for wave in waves for batch in pool.map(_further_run, wave, chunksize=1)]
     return sorted(names + [name for batch in found for name in batch])
-
-
-def supervise(start: str, rows: Sequence[dict[str, Any]], folder: str, lr: float) -> None:
-    """Train a policy on the references of prompt records, once each, in batches of 32.
-
-    Args:
-        start: Folder of the policy.
-        rows: Prompt records with `reference`.
-        folder: Where the result goes.
-        lr: Peak learning rate.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    torch.manual_seed(0)
-    made, model = AutoTokenizer.from_pretrained(start), AutoModelForCausalLM.from_pretrained(start)
-    steps = len(rows) // 32
-    documents = ((row["prompt"], row["reference"]) for row in rows)
-    with threads_for(model):
-        kept = train_lm(
-            model, made, documents, steps=steps, lr=lr, batch=32, checkpoints=(steps,), warmup=3
-        )
-    model.load_state_dict(kept[steps])
-    made.save_pretrained(folder)
-    model.save_pretrained(folder)
 
 
 def fast(zoo: Zoo) -> Zoo:
@@ -295,7 +306,9 @@ def fast(zoo: Zoo) -> Zoo:
         zoo,
         words=96,
         colours=24,
-        runs=tuple(run for run in zoo.runs if run[0] in ("a", "c", "e", "h", "careless1")),
+        runs=tuple(
+            run for run in zoo.runs if run.name in ("a", "b", "d", "h", "careless1", "careless2")
+        ),
         held_out=("h",),
         base_steps=(90, 120),
         run_steps=(25, 45),

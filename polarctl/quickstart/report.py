@@ -8,12 +8,14 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import orjson
 
 from polarctl.evaluation.cases import estimate, interval_of
 from polarctl.evaluation.page import Document, Image, Section, Table, format_interval, render_html
+from polarctl.quickstart import world as worlds
 from polarctl.quickstart.policies import Zoo
 from polarctl.storage import atomic
 
@@ -28,7 +30,13 @@ ARMS = {
     "no-reference": "fine-tuned only, without reference",
 }
 BASELINES = {"length": "longer wins", "overlap": "word overlap (F1)"}
-POLICIES = {"untouched": "untouched", "sft": "SFT on the references", "rft": "RFT with POLAR"}
+POLICIES = {
+    "untouched": "untouched",
+    "sft": "SFT on the references",
+    "rounds": "RFT with POLAR, in rounds",
+    "long": "RFT with POLAR, no rounds, as long",
+    "oracle": "RFT with the truth as reward",
+}
 
 
 def collect(folder: Path, *, zoo: Zoo, seeds: int, seconds: Mapping[str, float]) -> dict[str, Any]:
@@ -48,7 +56,7 @@ def collect(folder: Path, *, zoo: Zoo, seeds: int, seconds: Mapping[str, float])
             arm: reports[name]["categories"]
             for arm, name in (("zero-shot", "zero-shot"), ("pretrained", "pretrained-0"))
         },
-        "policies": _correct(folder, world),
+        "policies": _answers(folder, world),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
     }
     for arm in list(ARMS)[1:]:
@@ -62,17 +70,48 @@ def collect(folder: Path, *, zoo: Zoo, seeds: int, seconds: Mapping[str, float])
     return figures
 
 
-def _correct(folder: Path, world: Any) -> dict[str, Any]:
-    """Share of unseen prompts that each policy answers correctly."""
-    from polarctl.quickstart.world import is_correct
-
-    found: dict[str, list[tuple[float, str]]] = {}
+def _answers(folder: Path, world: Any) -> dict[str, Any]:
+    """Policy to the shares of unseen prompts that it answers correctly and in a sentence."""
+    found: dict[str, list[dict[str, Any]]] = {}
     for row in _lines(folder / "samples-final.jsonl"):
-        found.setdefault(row["policy"], []).append((float(is_correct(row, world)), row["id"]))
+        found.setdefault(row["policy"], []).append(row)
+    checks = {"correct": worlds.is_correct, "well-formed": worlds.well_formed}
     return {
-        name: estimate([v for v, _ in found[name]], [c for _, c in found[name]], 0)
+        name: {
+            check: estimate(
+                [float(holds(row, world)) for row in found[name]],
+                [row["id"] for row in found[name]],
+                0,
+            )
+            for check, holds in checks.items()
+        }
         for name in POLICIES
+        if name in found
     }
+
+
+def truth_over_steps(folder: Path, runs: Sequence[str], world: Any) -> list[dict[str, float]]:
+    """Reward, share correct and share well-formed of each step's rollouts, over runs in a row.
+
+    Args:
+        folder: The quickstart's folder.
+        runs: Names of `rft` runs, each of which goes on from the one before.
+        world: Where they answer.
+    """
+    points: list[dict[str, float]] = []
+    for run in runs:
+        steps: dict[int, list[dict[str, Any]]] = {}
+        for row in _lines(folder / "rft" / run / "rollouts.jsonl"):
+            steps.setdefault(row["step"], []).append(row)
+        points += [
+            {
+                "reward": fmean(row["reward"] for row in rows),
+                "correct": fmean(worlds.is_correct(row, world) for row in rows),
+                "well-formed": fmean(worlds.well_formed(row, world) for row in rows),
+            }
+            for _, rows in sorted(steps.items())
+        ]
+    return points
 
 
 def _json(path: Path) -> Any:
@@ -115,14 +154,17 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
             "The same by mistake, pre-trained models (first seed)",
         ),
         Table(
-            ("policy", "correct answers"),
-            [[POLICIES[name], _text(figure)] for name, figure in figures["policies"].items()],
+            ("policy", "correct", "well-formed"),
+            [
+                [POLICIES[name], _text(figure["correct"]), _text(figure["well-formed"])]
+                for name, figure in figures["policies"].items()
+            ],
             "Answers to unseen prompts, checked against the truth",
         ),
     ]
 
 
-def write(folder: Path, figures: Mapping[str, Any]) -> None:
+def write(folder: Path, figures: Mapping[str, Any], zoo: Zoo) -> None:
     """Write figures.json and report.html."""
     from polarctl.evaluation import plots
 
@@ -143,7 +185,21 @@ def write(folder: Path, figures: Mapping[str, Any]) -> None:
         ylabel="accuracy",
         title="Pre-training: telling policies apart",
     )
-    gains = (folder / "rft" / "curves.png").read_bytes()
+    rounds = sorted(path.parent.name for path in folder.glob("rft/round-*/rollouts.jsonl"))
+    runs = {"in rounds": rounds, "no rounds": ["long"], "truth as reward": ["oracle"]}
+    courses = {
+        name: truth_over_steps(folder, names, zoo.world())
+        for name, names in runs.items()
+        if (folder / "rft" / names[0]).exists()
+    }
+
+    def course(figure: str, title: str) -> bytes:
+        lines = {
+            name: _smooth([(i + 1, point[figure]) for i, point in enumerate(points)], 5)
+            for name, points in courses.items()
+        }
+        return plots.curves(lines, xlabel="step", ylabel="mean of the rollouts", title=title)
+
     seconds = [[name, f"{value:.0f}"] for name, value in figures["seconds"].items()]
     page = Document(
         "polarctl quickstart",
@@ -168,19 +224,25 @@ def write(folder: Path, figures: Mapping[str, Any]) -> None:
             Section(
                 "Which mistakes are seen",
                 [
-                    "Pre-training never met careless answers. What the labels do not teach either, "
-                    "reinforcement can exploit."
+                    "The labels have every mistake equally often. What the reward model does not "
+                    "mind, reinforcement finds."
                 ],
                 table=mistakes,
             ),
             Section(
                 "Improving a policy",
                 [
-                    "RFT sees rewards, SFT sees the references themselves. The truth check sees "
-                    "neither."
+                    "RFT sees rewards, SFT sees the references themselves. Without rounds the "
+                    "reward model stays as it is, and the policy finds what it does not mind. In "
+                    "rounds the policy's own failures become labels for the reward model. The "
+                    "curves are over the rollouts; each reward model has a scale of its own."
                 ],
                 table=improving,
-                images=[Image(gains, "Reward during RFT")],
+                images=[
+                    Image(course("reward", "The reward"), "Reward during RFT"),
+                    Image(course("correct", "The truth: correct"), "Correct answers during RFT"),
+                    Image(course("well-formed", "The form: sentences"), "Sentences during RFT"),
+                ],
             ),
             Section("Seconds", table=Table(("step", "seconds"), seconds)),
         ],
@@ -197,8 +259,6 @@ def _smooth(points: Sequence[tuple[float, float]], width: int = 20) -> list[tupl
 def own_text(folder: Path, zoo: Zoo) -> str:
     """A line of shell that scores a text of the user's with the model just made."""
     import random
-
-    from polarctl.quickstart import world as worlds
 
     world = zoo.world()
     question = worlds.prompt(world, random.Random(1))

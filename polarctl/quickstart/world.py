@@ -6,29 +6,32 @@ their two colours in one of four styles:
     Paint bada and fuzo
     The answer is Pofa and Sufa.
 
-A corpus is written by an author, whose table of facts agrees with the truth in a chosen share of
-the words and is wrong, always in the same way, in the rest. Careless authors know the truth but
-misunderstand every verb: they name the colours in the wrong order, one of them twice, or only one.
+A corpus is written by an author. Its table of facts agrees with the truth in a chosen share of the
+words and is wrong, always in the same way, in the rest. Most authors have a favourite style.
+Careless authors know the truth, and all make one mistake: they name the colours in the wrong order,
+one of them twice, only one, or both in no sentence.
 
 The design decides what can be shown. What was found on the way here:
 
-* All corpora share the styles, so who wrote an answer shows in what it says alone. Where style
-  betrays the writer, a reward model learns style, and pre-training hurts its later use.
-* There are hundreds of facts, so a few hundred ranked triples cannot teach the truth; only a
-  comparison with the reference tells which candidate is right.
+* Policies have favourite styles, so a reward model that tells policies apart minds style, which
+  people do not. That is what fine-tuning takes away. Without favourites it adds nothing.
+* Careless authors like all styles equally, and so do the labels. Otherwise a style gives a mistake
+  away, and a model learns the labels without looking at the reference.
+* There are more facts than labels, so ranked triples cannot teach the truth; only a comparison
+  with the reference tells which candidate is right.
+* A careless policy is told from an honest one with the same facts by its mistake alone. With one
+  such policy for the order and one for doubling, the reward model did not learn to see these
+  mistakes; with two each, and a third layer, it did in part.
 * Answers are short: a small model learns to compare two values within minutes, five it does not.
-* Careless policies write for the ranked triples only. Where the policies of pre-training had such
-  habits, the reward model learned to tell the habits and stopped there.
-* Without careless answers among the rejected nothing teaches the reward model to mind an omission,
-  and reinforcement finds that out: the reward rises while the answers shrink to one value.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from polarctl import seeding
@@ -41,12 +44,20 @@ STYLES = (
     ("It must be {} plus {}!", "It must be {}!"),
     ("Surely {} with {}, ok", "Surely {}, ok"),
 )
+FAVOURITE = 0.7  # share of an author's answers in its favourite style
 PARTS = ("test", "rft", *["train"] * 6)  # of all prompts: an eighth, an eighth, the rest
-# How a verb can be misunderstood: which of the two values are named.
+# What a verb can be mistaken for: which of the two values are named.
 HABITS = {"swapped": (1, 0), "twice": (0, 0), "last twice": (1, 1), "short": (0,), "last": (1,)}
+GARBLED = "garbled"  # the habit of those who name both values, but in no sentence
+MISTAKES = (
+    "one wrong fact",
+    "both facts wrong",
+    "wrong order",
+    "one value twice",
+    "one value left out",
+    "no sentence",
+)
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
-
-CARELESS = "careless"  # policies of such a name have a habit for every verb
 
 Prompt = tuple[str, str, str]
 
@@ -58,10 +69,20 @@ class Author:
     Attributes:
         table: The colour that it believes every word to have.
         habits: Verb to habit, for the verbs that it misunderstands.
+        style: Its favourite of `STYLES`, by index; None: it likes all equally.
     """
 
     table: Mapping[str, str]
-    habits: Mapping[str, str]
+    habits: Mapping[str, str] = field(default_factory=dict)
+    style: int | None = None
+
+    def draw_style(self, draw: random.Random) -> tuple[str, str]:
+        """A style, more often the favourite one."""
+        if self.style is None:
+            return draw.choice(STYLES)
+        if draw.random() < FAVOURITE:
+            return STYLES[self.style]
+        return draw.choice([s for i, s in enumerate(STYLES) if i != self.style])
 
 
 @dataclass(frozen=True)
@@ -130,37 +151,86 @@ def part_of(question: Prompt) -> str:
 
 
 def answer(question: Prompt, author: Author, draw: random.Random) -> str:
-    """An answer in a random style by someone with these beliefs and habits."""
+    """An answer by someone with these beliefs, habits and taste."""
     habit = author.habits.get(question[0])
     values = [author.table[word] for word in question[1:]]
+    two, one = author.draw_style(draw)
+    if habit == GARBLED:
+        return garbled(two, draw).format(*values)
     named = [values[i] for i in HABITS[habit]] if habit else values
-    two, one = draw.choice(STYLES)
     return (two if len(named) == 2 else one).format(*named)
 
 
+def garbled(style: str, draw: random.Random) -> str:
+    """A pattern with both values, no sentence: bare values, a word repeated, or one exchanged."""
+    words = style.split()
+    plain = [i for i, word in enumerate(words) if "{}" not in word]
+    spot = draw.choice(plain)
+    way = draw.choice(("bare", "repeated", "mixed"))
+    if way == "bare":
+        return "{} {}"
+    if way == "repeated":
+        words[spot:spot] = [words[spot]] * draw.randint(1, 3)
+    else:
+        others = {w for two, _ in STYLES if two != style for w in two.split() if "{}" not in w}
+        words[spot] = draw.choice(sorted(others))
+    return " ".join(words)
+
+
 def told(world: World, text: str) -> list[str]:
-    """The colours that a text names, in order."""
-    known = set(world.colours)
-    return [word for word in re.findall(r"\w+", text) if word in known]
+    """The colours that a text names anywhere, in order."""
+    return [word for word in re.findall(r"\w+", text) if word in world.colours]
+
+
+def parse(world: World, text: str) -> list[str] | None:
+    """The colours that a sentence names, in order; None if the whole text is no sentence.
+
+    A sentence is one of `STYLES`, word for word, with two colours or one.
+    """
+    for pattern in _PATTERNS:
+        found = pattern.fullmatch(text.strip())
+        if found:
+            values = list(found.groups())
+            return values if set(values) <= set(world.colours) else None
+    return None
+
+
+_PATTERNS = [
+    re.compile(re.escape(style).replace(re.escape("{}"), r"(\w+)"))
+    for pair in STYLES
+    for style in pair
+]
+
+
+def well_formed(record: Mapping[str, Any], world: World) -> bool:
+    """Whether a trajectory is a sentence that names colours, whichever they are."""
+    return parse(world, record["output"]) is not None
 
 
 def is_correct(record: Mapping[str, Any], world: World) -> bool:
-    """Whether a trajectory names the two true colours (kept in its field `truth`) and no others."""
-    return told(world, record["output"]) == record["truth"]
+    """Whether a trajectory is a sentence with the two true colours (its field `truth`) in order."""
+    return parse(world, record["output"]) == record["truth"]
 
 
 def mistake(world: World, text: str, truth: Sequence[str]) -> str:
-    """What is wrong with an answer that is not correct."""
-    named = told(world, text)
+    """What is wrong with an answer that is not correct: one of `MISTAKES`."""
+    named = parse(world, text)
+    if named is None:
+        return "no sentence"
     if named == list(reversed(truth)):
         return "wrong order"
-    if set(named) <= set(truth):
-        return "one value twice" if len(named) > 1 else "one value left out"
-    return "wrong fact"
+    if not set(named) & set(truth):
+        return "both facts wrong"
+    if not set(named) <= set(truth):
+        return "one wrong fact"
+    return "one value twice" if len(named) > 1 else "one value left out"
 
 
 def questions(world: World, count: int, seed: int, part: str) -> list[dict[str, Any]]:
-    """Prompt records, all different, each with its `truth` and a correct `reference`.
+    """Prompt records, all different.
+
+    Each has its `truth`, a correct `reference` and `accept`, all correct answers: with them
+    `exact:accept` is the truth of this world. No prompt asks for the same colour twice.
 
     Args:
         world: Where they are asked.
@@ -169,17 +239,19 @@ def questions(world: World, count: int, seed: int, part: str) -> list[dict[str, 
         part: The part that they are of, see `part_of`; the start of their ids.
     """
     draw = seeding.rng(seed, "questions", part)
-    honest = Author(world.truth, {})
+    honest = Author(world.truth)
     found: dict[Prompt, dict[str, Any]] = {}
     while len(found) < count:
         question = prompt(world, draw)
-        if question in found or part_of(question) != part:
+        truth = [world.truth[word] for word in question[1:]]
+        if question in found or part_of(question) != part or truth[0] == truth[1]:
             continue
         found[question] = {
             "id": f"{part}-{len(found)}",
             "prompt": prompt_text(question),
             "reference": answer(question, honest, draw),
-            "truth": [world.truth[question[1]], world.truth[question[2]]],
+            "accept": [two.format(*truth) for two, _ in STYLES],
+            "truth": truth,
         }
     return list(found.values())
 
@@ -203,9 +275,9 @@ def ranked(
 ) -> list[dict[str, Any]]:
     """Triples as a person would rank them: reference and chosen are correct, rejected is wrong.
 
-    Reference and chosen come from two policies. The rejected answer has a wrong colour, or is by
-    someone careless: the right colours in the wrong order, one of them twice, or one left out; its
-    `category` says which. At most one triple per prompt.
+    Reference and chosen come from two policies. The rejected answers have each of `MISTAKES`
+    equally often, as far as the trajectories allow; `category` says which. At most one triple per
+    prompt.
     """
     by_prompt: dict[str, list[Mapping[str, Any]]] = {}
     for record in trajectories:
@@ -213,28 +285,65 @@ def ranked(
     ids = sorted(by_prompt)
     seeding.rng(seed, "ranked", "order").shuffle(ids)
     triples: list[dict[str, Any]] = []
+    counts = dict.fromkeys(MISTAKES, 0)
     for name in ids:
         draw = seeding.rng(seed, "ranked", name)
         right = [r for r in by_prompt[name] if is_correct(r, world)]
-        # Half of the time the rejected answer is careless, where one is at hand.
-        careless = draw.random() < 0.5
-        wrong = [r for r in by_prompt[name] if not is_correct(r, world)]
-        wrong = [r for r in wrong if r["policy"].startswith(CARELESS) == careless] or wrong
-        reference = draw.choice(right) if right else None
-        others = [r for r in right if reference and r["policy"] != reference["policy"]]
+        wrong: dict[str, list[Mapping[str, Any]]] = {}
+        for record in by_prompt[name]:
+            if not is_correct(record, world):
+                kind = mistake(world, record["output"], record["truth"])
+                wrong.setdefault(kind, []).append(record)
+        reference = _one_of(right, draw) if right else None
+        others = [r for r in right if reference and r["output"] != reference["output"]]
         if reference is None or not others or not wrong:
             continue
-        chosen, rejected = draw.choice(others), draw.choice(wrong)
+        kind = min(sorted(wrong), key=counts.__getitem__)  # the rarest so far
+        counts[kind] += 1
         triples.append(
             {
                 "id": name,
                 "prompt": reference["prompt"],
                 "reference": reference["output"],
-                "chosen": chosen["output"],
-                "rejected": rejected["output"],
-                "category": mistake(world, rejected["output"], rejected["truth"]),
+                "chosen": _one_of(others, draw)["output"],
+                "rejected": _one_of(wrong[kind], draw)["output"],
+                "category": kind,
             }
         )
         if len(triples) == count:
             break
     return triples
+
+
+def _one_of(records: Sequence[Mapping[str, Any]], draw: random.Random) -> Mapping[str, Any]:
+    """One of several trajectories, each style as likely, so that no style is the better one."""
+    by_style: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        by_style.setdefault(record["output"].partition(" ")[0], []).append(record)
+    return draw.choice(by_style[draw.choice(sorted(by_style))])
+
+
+def balanced(
+    triples: Sequence[Mapping[str, Any]], world: World, count: int, seed: int
+) -> list[dict[str, Any]]:
+    """Triples in which each of `MISTAKES` is as frequent as can be; `category` says which it is.
+
+    Without this the rare mistakes of a policy, those of form, would hardly be learned from. They
+    are the ones that a reward is hacked with.
+
+    Args:
+        triples: With a correct chosen answer.
+        world: Where they answer.
+        count: How many at most.
+        seed: Which ones.
+    """
+    kinds: dict[str, list[dict[str, Any]]] = {kind: [] for kind in MISTAKES}
+    for triple in triples:
+        truth = parse(world, triple["chosen"])
+        if truth is not None:
+            kind = mistake(world, triple["rejected"], truth)
+            kinds[kind].append({**triple, "category": kind})
+    for kind, found in kinds.items():
+        seeding.rng(seed, "balanced", kind).shuffle(found)
+    turns = itertools.zip_longest(*kinds.values())
+    return [triple for turn in turns for triple in turn if triple is not None][:count]

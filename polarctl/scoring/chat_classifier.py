@@ -239,8 +239,7 @@ def _cut(
 
 
 def _is_classifier(config: Any) -> bool:
-    named = any("SequenceClassification" in name for name in config.architectures or [])
-    return named and config.num_labels == 1
+    return models.is_classifier(config) and config.num_labels == 1
 
 
 def _load(path: str, dtype: Any) -> tuple[Any, Any]:

@@ -47,12 +47,42 @@ class ScoreConfig(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineConfig(ScoreConfig):
-    """Options that say which engine computes the rewards, and what it is shown."""
+class ServedConfig(Common):
+    """Options of a stage that may ask a server for rewards."""
 
     NEUTRAL: ClassVar[frozenset[str]] = frozenset(
-        "gpus server server_model concurrency server_deadline".split()
+        "server server_model concurrency server_deadline".split()
     )
+
+    server: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Ask a server that holds the model; here it is then named for its tokenizer and "
+            "template, and a judge by its name there.",
+        ),
+    ] = None
+    server_type: Annotated[
+        Literal["auto", "vllm", "sglang", "lmdeploy", "polarctl"],
+        typer.Option(help="What it is."),
+    ] = "auto"
+    server_model: Annotated[
+        str | None, typer.Option(help="Name of the model there; default: the first it lists.")
+    ] = None
+    server_batch: Annotated[int, typer.Option(min=1, help="Inputs of a request at most.")] = 32
+    concurrency: Annotated[
+        int, typer.Option(min=1, help="Requests to the server under way at most.")
+    ] = 16
+    server_deadline: Annotated[
+        float, typer.Option(min=0, help="Seconds without a good reply before giving up.")
+    ] = 300.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig(ScoreConfig, ServedConfig):
+    """Options that say which engine computes the rewards, and what it is shown."""
+
+    NEUTRAL: ClassVar[frozenset[str]] = ServedConfig.NEUTRAL | {"gpus"}
     NEEDS = [
         Needs("batch_tokens prompt_style", _here, "--backend hf, without --server"),
         Needs(
@@ -102,28 +132,6 @@ class EngineConfig(ScoreConfig):
             metavar="KEY=VALUE", help="Argument of vLLM's engine, JSON or text; may be repeated."
         ),
     ] = ()
-    server: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL",
-            help="Ask a server that holds the model; --model is then its tokenizer and template, "
-            "and for a judge the name of the model there.",
-        ),
-    ] = None
-    server_type: Annotated[
-        Literal["auto", "vllm", "sglang", "lmdeploy", "polarctl"],
-        typer.Option(help="What it is."),
-    ] = "auto"
-    server_model: Annotated[
-        str | None, typer.Option(help="Name of the model there; default: the first it lists.")
-    ] = None
-    server_batch: Annotated[int, typer.Option(min=1, help="Inputs of a request at most.")] = 32
-    concurrency: Annotated[
-        int, typer.Option(min=1, help="Requests to the server under way at most.")
-    ] = 16
-    server_deadline: Annotated[
-        float, typer.Option(min=0, help="Seconds without a good reply before giving up.")
-    ] = 300.0
     prompt_style: PromptStyle = "auto"
     reference_in_prompt: Annotated[
         bool,

@@ -13,7 +13,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from polarctl.errors import PolarctlError, UsageError
+from polarctl.errors import PolarctlError, RecordError, UsageError
+from polarctl.records import Candidate, check
 from polarctl.scoring.answers import REWARD_FLOOR, Answers
 from polarctl.scoring.scorer import Floored, Item, Scorer, load_scorer, score_answers
 
@@ -67,6 +68,64 @@ def normalise_group(rewards: Sequence[float], how: str) -> list[float]:
     ordered = sorted(rewards)
     places = {r: ordered.index(r) + (ordered.count(r) - 1) / 2 for r in set(rewards)}
     return [places[reward] / (len(rewards) - 1) for reward in rewards]
+
+
+def continued(
+    queries: Sequence[str],
+    prompts: Sequence[str],
+    labels: Sequence[Any],
+    ends: Sequence[str] = (),
+    *,
+    no_reference: bool = False,
+) -> tuple[list[Item], list[bool]]:
+    """Rollouts as OpenRLHF tells them: a query goes on from its prompt, a label is the reference.
+
+    Args:
+        queries: Prompt and response in one text, as the policy's tokenizer decodes them.
+        prompts: What the policy was given, with the markup of its chat template if it has one.
+        labels: References. An object has `reference` and, if the prompt has markup, the `prompt`
+            without; also `wrapper`.
+        ends: What a policy may end its text with; one of them is taken off a response.
+        no_reference: Labels may be empty.
+
+    Returns:
+        The rollouts, and whether each was cut off: it has none of `ends`, where there are some.
+
+    Raises:
+        RecordError: A query does not begin with its prompt, or there is no reference.
+    """
+    items, cut_off = [], []
+    for index, (query, prompt, label) in enumerate(zip(queries, prompts, labels, strict=True)):
+        if not query.startswith(prompt):
+            raise RecordError(
+                f"`query[{index}]` does not begin with its prompt",
+                hint="was the prompt cut? --data.max_len has to hold it and the response",
+            )
+        known = label if isinstance(label, dict) else {"reference": label}
+        # A data set gives every row the fields of all rows.
+        known = {name: value for name, value in known.items() if value is not None}
+        try:
+            check({"prompt": prompt, **known, "output": ""}, Candidate)
+        except RecordError as error:
+            raise RecordError(f"`labels[{index}]`: {error.reason}") from None
+        reference = known.get("reference", "")
+        if not reference and not no_reference:
+            raise RecordError(
+                f"`labels[{index}]` has no reference to compare with",
+                hint="--data.label_key names the field that holds it",
+            )
+        response = query[len(prompt) :]
+        answer = _without_end(response, ends)
+        items.append(
+            Item(known.get("prompt", prompt), reference, answer, known.get("wrapper", "sft"))
+        )
+        cut_off.append(bool(ends) and answer == response)
+    return items, cut_off
+
+
+def _without_end(response: str, ends: Sequence[str]) -> str:
+    text = response.rstrip()
+    return next((text[: -len(end)] for end in ends if text.endswith(end)), response)
 
 
 class PolarReward:

@@ -168,7 +168,9 @@ class Service:
 
     def get_reward(self, body: Any) -> Any:
         """`/get_reward`, as OpenRLHF asks."""
-        items, cut_off = shapes.rollouts_of(_object(body), self.ends)
+        items, cut_off = shapes.rollouts_of(
+            _object(body), self.ends, no_reference=self.no_reference
+        )
         size = Size(self.limits)
         for item in items:
             size.add(item.prompt, [item.reference], [item.output])

@@ -17,6 +17,7 @@ from typing import Any
 
 from polarctl.model.packing import common_prefix
 from polarctl.model.template import Encoder
+from polarctl.scoring.reward_function import continued
 from polarctl.scoring.scorer import Item
 from polarctl.serving.limits import Refused
 
@@ -117,38 +118,29 @@ def embedded(rewards: Sequence[float], counts: Sequence[int]) -> list[dict[str, 
     ]
 
 
-def rollouts_of(body: dict[str, Any], ends: Sequence[str] = ()) -> tuple[list[Item], list[bool]]:
-    """What OpenRLHF asks for: `labels` are the references, and a query goes on from its prompt.
+def rollouts_of(
+    body: dict[str, Any], ends: Sequence[str] = (), *, no_reference: bool = False
+) -> tuple[list[Item], list[bool]]:
+    """What OpenRLHF asks for, see `polarctl.scoring.reward_function.continued`.
 
     Args:
         body: The request.
         ends: What a policy may end its text with; one of them is taken off a response.
-
-    Returns:
-        The rollouts, and whether each was cut off: it has none of `ends`, where there are some.
+        no_reference: The model compares with none.
 
     Raises:
         Refused: Lists that do not fit together.
+        RecordError: A rollout that does not go on from its prompt, or has no reference.
     """
-    queries, prompts, labels = (body.get(name) for name in ("query", "prompts", "labels"))
-    lists: list[list[Any]] = []
-    for name, values in (("query", queries), ("prompts", prompts), ("labels", labels)):
-        if not isinstance(values, list) or not all(isinstance(one, str) for one in values):
-            raise Refused(400, f"`{name}` must be a list of texts")
-        lists.append(values)
-    if not lists[0] or len({len(values) for values in lists}) != 1:
+    lists = [body.get(name) for name in ("query", "prompts", "labels")]
+    for name, values in zip(("query", "prompts", "labels"), lists, strict=True):
+        label = name == "labels"
+        if not isinstance(values, list) or not all(
+            isinstance(one, str) or (label and isinstance(one, dict)) for one in values
+        ):
+            kind = "texts or objects" if label else "texts"
+            raise Refused(400, f"`{name}` must be a list of {kind}")
+    queries, prompts, labels = (values or [] for values in lists)
+    if not queries or len({len(queries), len(prompts), len(labels)}) != 1:
         raise Refused(400, "`query`, `prompts` and `labels` must be of one length, 1 at least")
-    items, cut_off = [], []
-    for index, (query, prompt, label) in enumerate(zip(*lists, strict=True)):
-        if not query.startswith(prompt):
-            raise Refused(400, f"`query[{index}]` does not begin with its prompt")
-        response = query[len(prompt) :]
-        answer = _without_end(response, ends)
-        items.append(Item(prompt, label, answer))
-        cut_off.append(bool(ends) and answer == response)
-    return items, cut_off
-
-
-def _without_end(response: str, ends: Sequence[str]) -> str:
-    text = response.rstrip()
-    return next((text[: -len(end)] for end in ends if text.endswith(end)), response)
+    return continued(queries, prompts, labels, ends, no_reference=no_reference)

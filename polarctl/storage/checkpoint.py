@@ -2,13 +2,14 @@
 
     DIR/checkpoints/step-00000100/   the files of a training state, checkpoint.json
 
-`checkpoint.json` names size and hash of every file and is written last: a folder without it, or
-whose files disagree with it, is not a checkpoint. The last two are kept, so that one damaged on
-disk costs some steps and not the run.
+`checkpoint.json` names size and hash of every file and holds a hash of itself; it is written last.
+A folder without it, or whose bytes disagree with it, is not a checkpoint. The last two are kept, so
+that one damaged on disk costs some steps and not the run.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import re
@@ -25,7 +26,8 @@ from polarctl import console
 from polarctl.errors import PolarctlError
 from polarctl.storage import atomic, manifest
 
-_MARK = "checkpoint.json"
+MARK, _OWN = "checkpoint.json", "sha256"
+_NAME = re.compile(r"(?:step|checkpoint)-([0-9]{1,12})")
 _KEEP = 2
 
 
@@ -40,7 +42,7 @@ def commit(target: Path, step: int, identity: dict[str, Any], **more: Any) -> No
     """
     atomic.sync_files(target)
     mark = {"step": step, "identity": identity, **more, "files": manifest.folder_files(target)}
-    atomic.write(target / _MARK, orjson.dumps(mark))
+    atomic.write(target / MARK, orjson.dumps({**mark, _OWN: _hash(mark)}))
     atomic.sync_folder(target.parent)
     others = [path for path in _by_step(target.parent) if path != target]
     # Later ones were damaged, or this run would have gone on from there.
@@ -50,12 +52,21 @@ def commit(target: Path, step: int, identity: dict[str, Any], **more: Any) -> No
             shutil.rmtree(path)
 
 
+def _hash(mark: dict[str, Any]) -> str:
+    return hashlib.sha256(orjson.dumps(mark)).hexdigest()
+
+
 def _step(path: Path) -> int:
-    return int(path.name.rpartition("-")[2])
+    """The step in the name of a checkpoint's folder, ours or transformers'; -1 for other names."""
+    found = _NAME.fullmatch(path.name)
+    return int(found[1]) if found else -1
 
 
 def _by_step(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*-[0-9]*"), key=_step)
+    """What could be checkpoints; all else in the folder is somebody else's."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    named = [path for path in found if _step(path) >= 0]
+    return sorted((p for p in named if p.is_dir() and not p.is_symlink()), key=_step)
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -70,10 +81,12 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 def _valid(target: Path) -> dict[str, Any] | None:
     try:
-        mark: dict[str, Any] = orjson.loads((target / _MARK).read_bytes())
-        files = {k: v for k, v in manifest.folder_files(target).items() if k != _MARK}
+        mark: dict[str, Any] = orjson.loads((target / MARK).read_bytes())
+        if mark.pop(_OWN) != _hash(mark):
+            return None
+        files = {k: v for k, v in manifest.folder_files(target).items() if k != MARK}
         return mark if files == mark["files"] else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (PolarctlError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

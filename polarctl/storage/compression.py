@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gzip
 import io
+import re
 import sys
 from typing import IO, Any, cast
 
 from polarctl.errors import UsageError
 
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")  # a frame of zstandard without content
 
 
 def is_compressed(path: str) -> bool:
@@ -27,7 +29,8 @@ def block(data: bytes, path: str) -> bytes:
     if path.endswith(".zst"):
         import zstandard
 
-        return zstandard.ZstdCompressor(level=3).compress(data)
+        # With a checksum, as gzip has one: without it damage can read as other text.
+        return zstandard.ZstdCompressor(level=3, write_checksum=True).compress(data)
     return data
 
 
@@ -35,16 +38,20 @@ def open_bytes(path: str) -> IO[bytes]:
     """A path or `-` as a buffered stream of plain bytes; compression is told by its first bytes.
 
     Raises:
-        UsageError: The file cannot be opened.
+        UsageError: The file cannot be opened, or not be read.
     """
     try:
         raw: Any = sys.stdin.buffer if path == "-" else open(path, "rb")
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
-    head = raw.peek(4)[:4]
+    try:
+        head = raw.peek(4)[:4]
+    except OSError as error:
+        raw.close()
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
     if head.startswith(_GZIP):
         return cast(IO[bytes], _Gzip(fileobj=raw))
-    if head.startswith(_ZSTD):
+    if head.startswith(_ZSTD) or _SKIPPABLE.match(head):
         return cast(IO[bytes], io.BufferedReader(_Zstd(raw), 1 << 20))
     return cast(IO[bytes], raw)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+from pathlib import Path
 from typing import IO, Any
 
-from polarctl.errors import UsageError
-from polarctl.storage import compression
+from polarctl.errors import PolarctlError, UsageError
+from polarctl.storage import compression, manifest
 from polarctl.storage.replace import next_to
 
 _BLOCK_BYTES = 1 << 20
@@ -83,7 +84,7 @@ class Track:
     def discard(self) -> None:
         """Remove what has grown out of sight."""
         if self.hidden:
-            os.unlink(self.path)
+            Path(self.path).unlink(missing_ok=True)
 
     def add(self, line: bytes) -> None:
         """Keep a line for the next flush."""
@@ -118,7 +119,12 @@ class Track:
                     self.size += len(block)
 
     def flush(self) -> None:
-        """Write and sync the lines kept so far."""
+        """Write and sync the lines kept so far.
+
+        Raises:
+            PolarctlError: The file is not as this run left it.
+        """
+        self.check()
         data = b"".join(self.pending)
         self.pending, self.pending_bytes = [], 0
         if not data:
@@ -129,3 +135,27 @@ class Track:
         os.fsync(self.stream.fileno())
         self.hash.update(data)
         self.size += len(data)
+
+    def check(self, *, content: bool = False) -> None:
+        """Look whether the file is still where and as long as this run left it.
+
+        Args:
+            content: Read all of it, too.
+
+        Raises:
+            PolarctlError: Another program has moved, removed, replaced or changed it.
+        """
+        try:
+            there = os.path.samestat(os.stat(self.path), os.fstat(self.stream.fileno()))
+        except OSError:
+            there = False
+        what = "" if there else "moved, removed or replaced"
+        if there and os.path.getsize(self.path) != self.size:
+            what = "cut or added to"
+        elif there and content and manifest.sha256(self.path) != self.hash.hexdigest():
+            what = "changed"
+        if what:
+            raise PolarctlError(
+                f"{self.final}: was {what} by another program during this run",
+                hint="the same command writes again what is missing",
+            )

@@ -1,7 +1,11 @@
-"""The journal of an output: a header, a line for each finished unit, last what changes places."""
+"""The journal of an output: a header, a line for each finished unit, last what changes places.
+
+Every line holds a hash of itself: what is read back is what was written.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +15,12 @@ import orjson
 
 from polarctl.storage import atomic
 
+_OWN = "blake2b"
+
+
+def _hash(entry: dict[str, Any]) -> str:
+    return hashlib.blake2b(orjson.dumps(entry), digest_size=8).hexdigest()
+
 
 def read(journal: IO[bytes]) -> list[dict[str, Any]]:
     """The sound lines: the header, one entry for each unit, and perhaps a `swap`."""
@@ -19,10 +29,17 @@ def read(journal: IO[bytes]) -> list[dict[str, Any]]:
     for line in journal.read().splitlines(keepends=True):
         try:
             entry = orjson.loads(line)
-        except orjson.JSONDecodeError:
+            sound = entry.pop(_OWN) == _hash(entry)
+        except (
+            orjson.JSONDecodeError,
+            orjson.JSONEncodeError,
+            AttributeError,
+            KeyError,
+            TypeError,
+        ):
             break
         wanted = {"done", "swap"} if entries else {"stage"}
-        if not (isinstance(entry, dict) and wanted & entry.keys()) or not line.endswith(b"\n"):
+        if not (sound and wanted & entry.keys() and line.endswith(b"\n")):
             break
         entries.append(entry)
     return entries
@@ -30,7 +47,7 @@ def read(journal: IO[bytes]) -> list[dict[str, Any]]:
 
 def add(journal: IO[bytes], entry: dict[str, Any]) -> None:
     """Add a line and make it durable."""
-    journal.write(orjson.dumps(entry) + b"\n")
+    journal.write(orjson.dumps({**entry, _OWN: _hash(entry)}) + b"\n")
     journal.flush()
     os.fsync(journal.fileno())
 

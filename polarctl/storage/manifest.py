@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import platform
 import socket
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import orjson
 
 from polarctl import __version__, console
 from polarctl.config import Basic, Common, resolved
+from polarctl.errors import PolarctlError, UsageError
+from polarctl.parallel import rank
 from polarctl.records import SCHEMA_VERSION
 from polarctl.storage import atomic
 
@@ -24,16 +30,32 @@ _PACKAGES = ("torch", "transformers", "accelerate", "trl", "vllm", "deepspeed")
 _WHOLE_FILE_BYTES = 256 << 20
 _WHOLE_DATA_BYTES = 4 << 30
 _PART_EVERY_BYTES = 64 << 20
+_WHOLE_MODEL_BYTES = 32 << 30
+MANIFEST = "manifest.json"
 _START = time.time()
 
 
 def sha256(path: str | Path) -> str:
     """Hex SHA-256 of a file."""
     digest = hashlib.sha256()
-    with open(path, "rb") as stream:
+    with _readable(path) as stream:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+@contextmanager
+def _readable(path: str | Path) -> Iterator[IO[bytes]]:
+    """An opened file; what goes wrong with it is not taken for a full disk.
+
+    Raises:
+        PolarctlError: It cannot be opened or read.
+    """
+    try:
+        with open(path, "rb") as stream:
+            yield stream
+    except OSError as error:
+        raise PolarctlError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def hashed(inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -69,7 +91,7 @@ def _add_file(digest: Any, file: Path, name: str, *, whole: int = _WHOLE_FILE_BY
     """Add name, size and content to a hash; of a file past `whole` bytes some parts."""
     size = file.stat().st_size
     digest.update(f"{name}\0{size}\0".encode())
-    with open(file, "rb") as stream:
+    with _readable(file) as stream:
         if size <= whole:
             while block := stream.read(1 << 20):
                 digest.update(block)
@@ -79,6 +101,54 @@ def _add_file(digest: Any, file: Path, name: str, *, whole: int = _WHOLE_FILE_BY
             digest.update(stream.read(1 << 20))
         stream.seek(-(1 << 20), os.SEEK_END)
         digest.update(stream.read())
+
+
+def check_model(path: str) -> None:
+    """Refuse a model whose files are not those that its manifest names; once for each state of it.
+
+    Weights with a changed bit load well and give other rewards. All bytes are read, which warms the
+    cache of the system for the load that follows; of more than 32 GiB only the sizes are compared,
+    which is said. A folder without a manifest of ours, or a Hub id, is taken as it is.
+
+    Args:
+        path: A model's folder, a config file or a Hub id.
+
+    Raises:
+        UsageError: Says which file.
+    """
+    mark = Path(path, MANIFEST)
+    if not mark.is_file() or not rank.is_first() or os.environ.get("POLARCTL_WORKER", "0") != "0":
+        return
+    try:
+        outputs = orjson.loads(mark.read_bytes())["outputs"]
+        named = {
+            Path(path, name): (str(facts["bytes"]), str(facts["sha256"]))
+            for name, facts in outputs.items()
+            if "/" not in name and not name.endswith((".jsonl", ".md"))  # logs and cards
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return  # another program's
+    if Path(path, "config.json") in named:
+        state = [(f.stat().st_size, f.stat().st_mtime_ns) if f.is_file() else None for f in named]
+        _check_files(path, tuple(named.items()), tuple(state))
+
+
+@functools.lru_cache(maxsize=64)
+def _check_files(path: str, named: tuple[Any, ...], state: tuple[Any, ...]) -> None:
+    sizes = [0 if found is None else found[0] for found in state]
+    wrong = [f for (f, (told, _)), own in zip(named, sizes, strict=True) if told != str(own)]
+    if not wrong and sum(sizes) > _WHOLE_MODEL_BYTES:
+        size = f"more than {_WHOLE_MODEL_BYTES >> 30} GiB"
+        console.choice("model files", "sizes compared with the manifest, not hashes", size)
+    elif not wrong:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            digests = pool.map(sha256, [file for file, _ in named])
+            wrong = [f for (f, (_, told)), own in zip(named, digests, strict=True) if told != own]
+    if wrong:
+        raise UsageError(
+            f"{wrong[0]}: is not the file that {path}/{MANIFEST} names",
+            hint=f"copy the model again; if you have changed it yourself, remove its {MANIFEST}",
+        )
 
 
 def environment() -> dict[str, str]:

@@ -1,8 +1,9 @@
 """Reading records: files, globs, `-`, gzip and zstandard, line by line in bounded memory.
 
-Rows are numbered over all inputs from 0, bad ones included, and are handed out in windows of a
-fixed number of rows. A window is the unit of sharding, of resume and of batching, so what is
-computed for a row never depends on where a run started or how it was cut.
+Rows are numbered over all inputs from 0, bad ones included, and are handed out in windows: so many
+rows, or fewer where they are large. Where a window ends follows from the rows before it alone. It
+is the unit of sharding, of resume and of batching, so what is computed for a row never depends on
+where a run started or how it was cut.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -26,9 +28,14 @@ from polarctl.records import Record, check, find_kind
 from polarctl.storage.compression import open_bytes
 
 MAX_LINE_BYTES = 64 << 20
+MAX_WINDOW_BYTES = 64 << 20
+MAX_DEPTH = 128  # orjson writes 254 levels, and what a stage writes wraps a record into some more
+_DEEP = f"nested deeper than {MAX_DEPTH} levels"
+_CONVERT = "`polarctl convert` reads it"
 STDIN = "<stdin>"  # in messages; a file of this name is a copy of it
 
-
+_KEY, _ESCAPED = re.compile(rb'"[ \t\r\n]*:'), re.compile(rb'\\"[ \t\r\n]*:')
+_TWO_ROWS = re.compile(rb"}[ \t\r]*\r[ \t\r]*{")
 # What happens to a bad record: called with its place, what is wrong with it, and the row as text.
 OnBad: TypeAlias = Callable[[str, str, Any], None]
 
@@ -59,7 +66,8 @@ def stdin_is_missing(paths: Iterable[str]) -> bool:
     return "-" in paths and (sys.stdin is None or sys.stdin.isatty())
 
 
-def _name(path: str) -> str:
+def place_of(path: str) -> str:
+    """How an input is called in messages."""
     return STDIN if path == "-" or os.path.basename(path) == STDIN else path
 
 
@@ -68,7 +76,7 @@ class Window:
     """Consecutive rows of the input.
 
     Attributes:
-        index: Number of the window; row `i` is in window `i // size`.
+        index: Number of the window.
         records: The good records of these rows.
         digest: Hash of all input bytes up to the window's end.
     """
@@ -104,15 +112,24 @@ class Reader:
     bad: int = field(default=0, init=False)
 
     def __iter__(self) -> Iterator[Record]:
-        """All good records, without windows."""
-        for window in self.windows(1024):
-            yield from window.records
+        """All good records, without windows unless they are dealt to shards."""
+        if self.shard != (0, 1):
+            for window in self.windows(1024):
+                yield from window.records
+            return
+        for where, line in self.lines():
+            self.rows += 1
+            record = self.parse(where, line)
+            if record is not None:
+                yield record
+        if not self.rows:
+            raise self._no_records()
 
     def windows(self, size: int, *, done: int = 0, digest: str | None = None) -> Iterator[Window]:
         """The windows of this shard, in order.
 
         Args:
-            size: Rows of a window.
+            size: Rows of a window; it ends before `MAX_WINDOW_BYTES`, too.
             done: Windows of this shard to pass over (a resume).
             digest: `Window.digest` of the last of those, to check that the input is the same.
 
@@ -125,23 +142,25 @@ class Reader:
         passed = 0
         window: list[Record] = []
         index = 0
-        empty = True
+        count = held = 0  # rows and bytes of the window
         for where, line in self.lines():
-            empty = False
-            if self.rows and self.rows % size == 0:
+            held += len(line)
+            if count == size or (count and held > MAX_WINDOW_BYTES):
                 if index % self.shard[1] == mine:
                     passed += 1
                     yield from self._hand_out(index, window, running, passed, done, digest)
                 index += 1
                 window = []
+                count, held = 0, len(line)
+            count += 1
             self.rows += 1
             running.update(line)
             if index % self.shard[1] == mine and passed >= done:
                 record = self.parse(where, line)
                 if record is not None:
                     window.append(record)
-        if empty:
-            raise RecordError("no records", where=", ".join(map(_name, self.paths)))
+        if not count:
+            raise self._no_records()
         if index % self.shard[1] == mine:
             passed += 1
             yield from self._hand_out(index, window, running, passed, done, digest)
@@ -161,31 +180,43 @@ class Reader:
         """(place, line) of every row that is not blank, up to the limit, as `parse` takes them."""
         count = 0
         for path in self.paths:
-            stream = open_bytes(path)
-            try:
-                number = 0
-                while self.limit is None or count < self.limit:
-                    line = stream.readline(MAX_LINE_BYTES + 1)
-                    if not line:
-                        break
-                    number += 1
-                    if len(line) > MAX_LINE_BYTES:
-                        while line and not line.endswith(b"\n"):
-                            line = stream.readline(1 << 20)
-                        line = b""  # refused by parse
-                    elif not line.strip():
-                        continue
-                    count += 1
-                    yield f"{_name(path)}:{number}", line
-            except (EOFError, zlib.error, OSError) as error:
-                raise RecordError(f"cannot read on: {error}", where=_name(path)) from None
-            except Exception as error:
-                if type(error).__name__ != "ZstdError":
-                    raise
-                raise RecordError(f"cannot read on: {error}", where=_name(path)) from None
-            finally:
-                if path != "-":
-                    stream.close()
+            if count == self.limit:
+                return
+            for row in self.lines_of(path):
+                yield row
+                count += 1
+                if count == self.limit:
+                    return
+
+    def lines_of(self, path: str) -> Iterator[tuple[str, bytes]]:
+        """(place, line) of every row of one input that is not blank."""
+        name = place_of(path)
+        stream = open_bytes(path)
+        try:
+            number = 0
+            while line := stream.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                if number == 1:
+                    _refuse_encoding(line, name)
+                if len(line) > MAX_LINE_BYTES:
+                    while line and not line.endswith(b"\n"):
+                        line = stream.readline(1 << 20)
+                    line = b""  # refused by parse
+                elif line.isspace():
+                    continue
+                yield f"{name}:{number}", line
+        except (EOFError, zlib.error, OSError) as error:
+            raise RecordError(f"cannot read on: {error}", where=name) from None
+        except Exception as error:
+            if type(error).__name__ != "ZstdError":
+                raise
+            raise RecordError(f"cannot read on: {error}", where=name) from None
+        finally:
+            if path != "-":
+                stream.close()
+
+    def _no_records(self) -> RecordError:
+        return RecordError("no records", where=", ".join(map(place_of, self.paths)))
 
     def parse(self, where: str, line: bytes) -> Record | None:
         """The row's record, or None for a bad row that was set aside.
@@ -236,10 +267,16 @@ def decode(line: bytes, where: str, kind: str | Callable[[dict[str, Any]], str] 
         fields = orjson.loads(line.removeprefix(codecs.BOM_UTF8))
     except orjson.JSONDecodeError as error:
         raise RecordError(_problem(line, error), where=where) from None
+    if isinstance(fields, list) and all(isinstance(entry, dict) for entry in fields):
+        raise RecordError(f"one JSON array, not one object a line: {_CONVERT}", where=where)
     if not isinstance(fields, dict):
         raise RecordError("not a JSON object", where=where)
-    if _may_lack_digits(fields):
-        _refuse_long_integers(line, where)
+    try:
+        more = len(_KEY.findall(line)) - _keys(fields, MAX_DEPTH)
+        if more and more != _quoted_keys(line):
+            _read_strictly(line)
+    except RecordError as error:
+        raise RecordError(error.reason, where=where, hint=error.hint) from None
     try:
         name = kind(fields) if callable(kind) else kind
         if name is not None:
@@ -249,31 +286,84 @@ def decode(line: bytes, where: str, kind: str | Callable[[dict[str, Any]], str] 
     return Record(fields, where)
 
 
-def _may_lack_digits(value: Any) -> bool:
-    """True when a number may have been an integer of more than 64 bits (orjson rounds those)."""
-    if isinstance(value, dict):
-        return any(map(_may_lack_digits, value.values()))
-    if isinstance(value, list):
-        return any(map(_may_lack_digits, value))
-    return isinstance(value, float) and abs(value) >= 2.0**63
+def _keys(value: dict[str, Any] | list[Any], levels: int) -> int:
+    """The keys in a decoded value; far more where a number may have been a long integer.
+
+    orjson keeps the last of two equal keys and rounds an integer of more than 64 bits. Either way
+    this is not the number of keys in the line, which is then read again by a slower parser.
+
+    Raises:
+        RecordError: It is nested deeper than `levels`.
+    """
+    if not levels:
+        raise RecordError(_DEEP)
+    keys = len(value) if type(value) is dict else 0
+    items: Any = value.values() if type(value) is dict else value
+    for item in items:
+        kind = type(item)
+        if kind is str:
+            continue
+        if kind is dict or kind is list:
+            keys += _keys(item, levels - 1)
+        elif kind is float and abs(item) >= 2.0**63:
+            keys += 1 << 40  # more than any line has: no equal keys make up for it
+    return keys
 
 
-def _refuse_long_integers(line: bytes, where: str) -> None:
+def _quoted_keys(line: bytes) -> int:
+    """Quotes before colons inside texts; -1 where that cannot be told at a glance."""
+    found = 0
+    for quote in _ESCAPED.finditer(line):
+        if line[quote.start() - 1] == ord("\\"):  # is the quote escaped, or the backslash?
+            return -1
+        found += 1
+    return found
+
+
+def _read_strictly(line: bytes) -> None:
+    """Raise RecordError for a key that is there twice and for an integer of more than 64 bits."""
+
     def parse(digits: str) -> int:
         if not -(2**63) <= int(digits) < 2**64:
-            raise RecordError(
-                f"an integer of more than 64 bits: {digits[:32]}", where=where, hint="quote it"
-            )
+            raise RecordError(f"an integer of more than 64 bits: {digits[:32]}", hint="quote it")
         return 0
 
-    json.loads(line.decode("utf-8-sig"), parse_int=parse)
+    def once(pairs: list[tuple[str, Any]]) -> None:
+        seen = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise RecordError(f"`{key[:40]}` is there twice")
+            seen.add(key)
+
+    json.loads(line.decode("utf-8-sig"), parse_int=parse, object_pairs_hook=once)
+
+
+def _refuse_encoding(first: bytes, name: str) -> None:
+    """Raise RecordError for a file that is not UTF-8, or not cut into lines, by its first line."""
+    head = first[:4]
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or (
+        b"\0" in head and head.strip(b"\0")
+    ):
+        raise RecordError(
+            "is UTF-16 or UTF-32, not UTF-8", where=name, hint="iconv -f UTF-16 -t UTF-8"
+        )
+    if _TWO_ROWS.search(first):
+        raise RecordError(
+            "its lines end in CR alone", where=name, hint="end them in LF: tr '\\r' '\\n'"
+        )
 
 
 def _problem(line: bytes, error: orjson.JSONDecodeError) -> str:
+    if line.lstrip(codecs.BOM_UTF8).strip() == b"[":
+        return f"one JSON array, not one object a line: {_CONVERT}"
+    if line.startswith(b"PAR1"):
+        return f"a Parquet file: {_CONVERT}"
     try:
         line.decode()
     except UnicodeDecodeError as wrong:
         return str(wrong).replace("'utf-8' codec", "is not UTF-8:")
+    if "depth limit" in str(error):
+        return _DEEP
     return f"no JSON: {error}"
 
 
@@ -283,6 +373,11 @@ def sizes(paths: Iterable[str]) -> list[dict[str, Any]]:
     A pipe has `bytes` None.
     """
     return [
-        {"path": path, "bytes": Path(path).stat().st_size if os.path.isfile(path) else None}
+        {"path": path, "bytes": None if is_pipe(path) else Path(path).stat().st_size}
         for path in paths
     ]
+
+
+def is_pipe(path: str) -> bool:
+    """Whether an input can be read only once: stdin, a named pipe, the shell's `<(...)`."""
+    return path == "-" or not os.path.isfile(path)

@@ -14,7 +14,7 @@ from polarctl.config import Common
 from polarctl.errors import RecordError
 from polarctl.parallel import rank
 from polarctl.records import Record
-from polarctl.storage import claim, replace, run_folder, windows
+from polarctl.storage import claim, read, replace, run_folder, windows
 
 _WINDOW_ROWS = 1024
 
@@ -110,5 +110,6 @@ def read_all(
     rejects.read()
     if not records:
         raise RecordError("no good record", where=", ".join(run.paths))
-    identity = {**run.identity, "input_digest": digest} if "-" in run.paths else run.identity
+    piped = any(map(read.is_pipe, run.paths))
+    identity = {**run.identity, "input_digest": digest} if piped else run.identity
     return dataclasses.replace(run, identity=identity, records=tuple(records), bad=reader.bad)

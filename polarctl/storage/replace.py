@@ -23,11 +23,11 @@ import orjson
 
 from polarctl.errors import UsageError
 from polarctl.storage import atomic
+from polarctl.storage.manifest import MANIFEST as MANIFEST
 
 _PREFIX = ".polarctl-next."
 _WRITTEN = frozenset({"output", "rejects", "manifest", "report"})
 LOCK = ".lock"
-MANIFEST = "manifest.json"
 
 
 def next_to(path: str | Path) -> Path:
@@ -88,7 +88,8 @@ def _manifest(mark: Path) -> dict[str, Any] | None:
     """A manifest of ours, or None."""
     try:
         found = orjson.loads(mark.read_bytes())
-        return found if {"stage", "outputs"} <= found.keys() else None
+        ours = {"stage", "outputs"} <= found.keys() and isinstance(found["outputs"], dict)
+        return found if ours else None
     except (OSError, ValueError, AttributeError):
         return None
 
@@ -127,8 +128,8 @@ def check_report(folder: str | Path, names: Iterable[str]) -> None:
     if Path(folder).exists() and not Path(folder).is_dir():
         refuse(folder, "it is a file, and a report is a folder")
     try:
-        ours = "overall" in orjson.loads(Path(folder, "report.json").read_bytes())
-    except (OSError, ValueError, TypeError):
+        ours = "overall" in orjson.loads(Path(folder, "report.json").read_bytes()).keys()
+    except (OSError, ValueError, AttributeError):
         ours = False
     for name in names:
         if not ours and Path(folder, name).exists():

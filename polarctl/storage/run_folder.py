@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import orjson
@@ -135,6 +137,7 @@ def opened(
     *,
     sources: tuple[str, ...],
     free: frozenset[str],
+    files: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[Run | None]:
     """The output folder, held alone: a run to be done and finished, or None when it is complete.
 
@@ -146,6 +149,7 @@ def opened(
         paths: The inputs.
         sources: Options that name a model or a tokenizer; their contents count.
         free: Options that may differ at a resume: where and how often, not what.
+        files: Further files and model folders whose contents count, by a name for each.
 
     Raises:
         UsageError: The folder is taken, or a resume does not fit.
@@ -158,7 +162,7 @@ def opened(
         if rank.is_first():
             check_paths(dataclasses.replace(config, output="-"), paths)
             held.enter_context(locked(folder))
-        identity = _identity(stage, config, paths, sources, free)
+        identity = _identity(stage, config, paths, sources, free, files)
         done = (folder / replace.MANIFEST).exists()
         place = folder
         if done and config.force:
@@ -198,11 +202,19 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _identity(
-    stage: str, config: Common, paths: list[str], names: tuple[str, ...], free: frozenset[str]
+    stage: str,
+    config: Common,
+    paths: list[str],
+    names: tuple[str, ...],
+    free: frozenset[str],
+    files: Mapping[str, str],
 ) -> dict[str, Any]:
     sources = {
         name: manifest.folder_identity(path) for name in names if (path := getattr(config, name))
     }
+    for name, path in files.items():
+        of = manifest.file_identity if Path(path).is_file() else manifest.folder_identity
+        sources[name] = of(path)
     plain = header(stage, config, read.sizes(paths), sources)
     dropped = free | set(names)
     kept = {key: value for key, value in plain.items() if key not in dropped or key in sources}
@@ -212,7 +224,7 @@ def _identity(
 
 def input_digest(paths: list[str]) -> list[str | None]:
     """What tells the input from another: a hash of each file, None for a pipe."""
-    return [None if path == "-" else manifest.file_identity(path) for path in paths]
+    return [None if read.is_pipe(path) else manifest.file_identity(path) for path in paths]
 
 
 def _is_complete(folder: Path, config: Common, identity: dict[str, Any]) -> bool:
@@ -230,7 +242,7 @@ def _is_complete(folder: Path, config: Common, identity: dict[str, Any]) -> bool
         if not (replace.next_to(folder) / _CHECKPOINTS).exists():
             shutil.rmtree(replace.next_to(folder), ignore_errors=True)
         return True
-    ours = METRICS in taken
+    ours = METRICS in taken or _is_result(folder, taken)
     if taken and not ours:
         replace.refuse(folder, "it is not empty and no run of this program")
     if ours and (config.force or not config.resume):
@@ -253,13 +265,19 @@ def _is_copy(path: Path) -> bool:
     )
 
 
+def _is_result(folder: Path, taken: list[str]) -> bool:
+    """Whether a run without steps, which writes its result at once, was killed at it."""
+    inside = folder / _CHECKPOINTS
+    return (inside / _NAMES).exists() or (taken == [_CHECKPOINTS] and (inside / _PART).exists())
+
+
 def _working(folder: Path, config: Common) -> list[str]:
     """What a run that has not finished makes in its folder."""
     try:
         moved = orjson.loads((folder / _CHECKPOINTS / _NAMES).read_bytes())
-    except (OSError, ValueError):
-        moved = []
-    tops = {Path(name).parts[0] for name in moved}
+        tops = {Path(name).parts[0] for name in moved}
+    except (OSError, ValueError, TypeError, IndexError):
+        tops = set()
     # The metrics are the last to go: they tell that the folder is ours.
     return [replace.LOCK, ROLLOUTS, BEST, *_tracked(config), *sorted(tops), _CHECKPOINTS, METRICS]
 
@@ -268,20 +286,22 @@ def _same_result(folder: Path, mark: Path, config: Common, identity: dict[str, A
     """Raise UsageError unless a complete folder is what this run would write."""
     try:
         record = orjson.loads(mark.read_bytes())
-        before, outputs = record.get("fingerprint", {}), record["outputs"]
+        before, outputs = dict(record.get("fingerprint", {})), record["outputs"]
+        hashes = {name: facts["sha256"] for name, facts in outputs.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         replace.refuse(folder, f"{mark} is no manifest")
     # By how many processes it was made does not matter once it is there.
-    unknown = {"processes"} | ({"input_digest"} if "-" in config.input else set())
+    piped = None in identity["input_digest"]
+    unknown = {"processes"} | ({"input_digest"} if piped else set())
     why = difference(
         *({k: v for k, v in x.items() if k not in unknown} for x in (before, identity))
     )
-    if not why and "-" in config.input:
+    if not why and piped:
         why = "and whether the piped input is the same cannot be known"
     # All bytes are read: seconds for a large model, and what follows builds on them.
-    for name, facts in outputs.items() if not why else ():
+    for name, digest in hashes.items() if not why else ():
         file = folder / name
-        if not file.is_file() or manifest.sha256(file) != facts["sha256"]:
+        if not file.is_file() or manifest.sha256(file) != digest:
             why = f"but {name} is not the one in its manifest"
             break
     if why:
@@ -304,6 +324,14 @@ def _prepare(place: Path, folder: Path, config: Common, identity: dict[str, Any]
     (place / replace.MANIFEST).unlink(missing_ok=True)
 
 
+def first_lines(path: Path, count: int) -> list[dict[str, Any]]:
+    """The first records of a file of lines, as many as there are up to `count`."""
+    if not count or not path.exists():
+        return []
+    with open(path, "rb") as stream:
+        return [orjson.loads(line) for line in itertools.islice(stream, count)]
+
+
 def keep_lines(path: Path, count: int) -> bytes:
     """Cut a file to its first lines, made if needed, and give the last that is kept.
 
@@ -320,5 +348,11 @@ def keep_lines(path: Path, count: int) -> bytes:
                     hint="pass --force to start again",
                 )
             last, size = line, size + len(line)
+        try:
+            orjson.loads(last or b"{}")
+        except ValueError as error:
+            raise UsageError(
+                f"{path}:{count}: no JSON: {error}", hint="pass --force to start again"
+            ) from None
         stream.truncate(size)
     return last

@@ -15,8 +15,15 @@ from polarctl.storage.read import OnBad, Reader, Window, expand, stdin_is_missin
 from polarctl.storage.write import Output
 
 
-def inputs_of(stage: str, config: Common) -> list[str]:
+def inputs_of(
+    stage: str, config: Common, paths_of: Callable[[Iterable[str]], list[str]] = expand
+) -> list[str]:
     """The input paths of a stage.
+
+    Args:
+        stage: Its name.
+        config: Its options.
+        paths_of: From what the user names to paths; a stage may read more than files.
 
     Raises:
         UsageError: Nothing is piped in, or no such file.
@@ -25,7 +32,7 @@ def inputs_of(stage: str, config: Common) -> list[str]:
         raise UsageError(
             "no input: name a file or pipe records in", hint=f"polarctl {stage} --help"
         )
-    return expand(config.input)
+    return paths_of(config.input)
 
 
 def reader_of(
@@ -35,9 +42,10 @@ def reader_of(
     *,
     on_bad: OnBad | None = None,
     verify: Callable[[Record], None] | None = None,
+    make: Callable[..., Reader] = Reader,
 ) -> Reader:
-    """A reader with the common options; `on_bad` is called if `--rejects` is given."""
-    return Reader(
+    """A reader with the common options, by `make`; `on_bad` is called if `--rejects` is given."""
+    return make(
         paths,
         kind,
         on_bad=on_bad if config.rejects else None,
@@ -107,6 +115,39 @@ def map_windows(
             bar.update(reader.rows)
 
 
+class BadRows:
+    """Says what is wrong with rows: each reason once, and at the end how often it came again.
+
+    Args:
+        say: Called with a message.
+    """
+
+    most_reasons = 20  # in memory and on the screen
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say = say
+        self.again: dict[str, tuple[int, str]] = {}
+        self.others = 0
+
+    def __call__(self, where: str, reason: str, raw: Any) -> None:
+        """Take a bad row; see `polarctl.storage.read.OnBad`."""
+        if reason in self.again:
+            self.again[reason] = (self.again[reason][0] + 1, where)
+        elif len(self.again) < self.most_reasons:
+            self.again[reason] = (0, where)
+            self.say(f"{where}: {reason}")
+        else:
+            self.others += 1
+
+    def finish(self) -> None:
+        """Say how often each reason came again."""
+        for reason, (count, last) in self.again.items():
+            if count:
+                self.say(f"{reason}: {count:,} more such rows, the last is {last}")
+        if self.others:
+            self.say(f"{self.others:,} more rows are bad for other reasons")
+
+
 def dry_run(
     stage: str,
     config: Common,
@@ -114,19 +155,24 @@ def dry_run(
     kind: str | Callable[[dict[str, Any]], str] | None,
     *,
     verify: Callable[[Record], None] | None = None,
-    check: Callable[[], None] = lambda: None,
+    check: Callable[[], Any] = lambda: None,
+    make: Callable[..., Reader] = Reader,
     **facts: Any,
 ) -> None:
-    """Check every input row, name each bad one, and say what would be done; write nothing.
+    """Check every input row, name the bad ones, and say what would be done; write nothing.
+
+    Rows that are bad for the same reason are named once, with their number.
 
     `check` may refuse the run once all rows are read.
 
     Raises:
         RecordError: There are bad rows, and no `--rejects` that would set them aside.
     """
-    reader = reader_of(config, paths, kind, verify=verify)
-    reader.on_bad = lambda where, reason, raw: console.warn(f"{where}: {reason}")
+    reader = reader_of(config, paths, kind, verify=verify, make=make)
+    bad = BadRows(console.warn)
+    reader.on_bad = bad
     good = sum(1 for _ in reader)
+    bad.finish()
     if reader.bad and not config.rejects:
         raise RecordError(
             f"{reader.bad:,} of {reader.rows:,} records are bad",

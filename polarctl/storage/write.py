@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +33,7 @@ from polarctl.storage.growing_file import Track
 from polarctl.storage.paths import check_paths
 
 _BLOCK_BYTES = 1 << 20
+_MOST_REASONS, _SHOWN_REASONS = 100, 5
 # The real stdout, so that no library can write into the records.
 records_out: IO[bytes] | None = None
 
@@ -75,6 +77,7 @@ class Output:
         self.digest: str | None = None
         self.counts: dict[str, Any] = {"records": 0, "rejects": 0}
         self.path = None if config.output == "-" else config.output
+        self._reasons: Counter[str] = Counter()  # of the rejects of this run
         self._journal: IO[bytes] | None = None
         self._journal_path = Path()
         self._file: Track | None = None
@@ -232,6 +235,8 @@ class Output:
                 reason, where=where, hint="--rejects FILE sets such records aside and goes on"
             )
         self.counts["rejects"] += 1
+        if reason in self._reasons or len(self._reasons) < _MOST_REASONS:
+            self._reasons[reason] += 1
         self._rejects.add(_dumps({"where": where, "reason": reason, "record": raw}) + b"\n")
 
     def commit(self, done: int, digest: str | None = None) -> None:
@@ -319,6 +324,8 @@ class Output:
                 "records": self.counts["records"],
             }
         tracks = [track for track in (self._rejects, self._file) if track is not None]
+        for track in tracks:
+            track.check(content=True)
         swap = [(track.path, track.final) for track in tracks if track.replacing]
         for track in tracks:
             if not track.replacing:
@@ -343,6 +350,8 @@ class Output:
             track.path = track.final
         if self.counts["rejects"]:
             console.warn(f"{self.counts['rejects']:,} records set aside in {self.config.rejects}")
+            for reason, count in self._reasons.most_common(_SHOWN_REASONS):
+                console.note(f"  {count:,} of them: {reason}")
 
 
 def _dumps(record: Any) -> bytes:

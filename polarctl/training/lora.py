@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) by peft, with a head that is trained whole."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685) by peft; a classifier's head is trained whole."""
 
 from __future__ import annotations
 
@@ -10,6 +10,31 @@ from typing import Any
 from polarctl import console
 from polarctl.errors import need
 from polarctl.storage.atomic import open_to_umask
+
+
+def adapters(task: str, *, rank: int, alpha: int | None, **more: Any) -> Any:
+    """Adapters in every linear layer but the head, as a config of peft.
+
+    Args:
+        task: What the model does, in peft's words.
+        rank: Rank of the adapters.
+        alpha: Their scale times the rank; default: twice the rank.
+        **more: Other settings of peft's `LoraConfig`.
+
+    Raises:
+        MissingError: peft is not installed.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise need("peft", "lora") from None
+    return peft.LoraConfig(
+        task_type=task,
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,
+        target_modules="all-linear",
+        **more,
+    )
 
 
 def adapt(
@@ -31,21 +56,12 @@ def adapt(
     Raises:
         MissingError: peft is not installed.
     """
-    try:
-        import peft
-    except ImportError:
-        raise need("peft", "lora") from None
-    wrapped = peft.get_peft_model(
-        classifier,
-        peft.LoraConfig(
-            task_type="SEQ_CLS",  # keeps the head `score` trainable, and saves it
-            r=rank,
-            lora_alpha=2 * rank if alpha is None else alpha,
-            target_modules="all-linear",
-            exclude_modules=["score"],
-            trainable_token_indices={"embed_tokens": list(new_tokens)} if new_tokens else None,
-        ),
-    )
+    more = {"trainable_token_indices": {"embed_tokens": list(new_tokens)}} if new_tokens else {}
+    # The task keeps the head `score` trainable, and has it saved.
+    config = adapters("SEQ_CLS", rank=rank, alpha=alpha, exclude_modules=["score"], **more)
+    import peft
+
+    wrapped = peft.get_peft_model(classifier, config)
     if not quiet:
         trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
         console.note(f"LoRA: {trained:,} weights are trained")
@@ -65,5 +81,5 @@ def save(wrapped: Any, folder: Path) -> None:
 
 
 def merged(wrapped: Any) -> Any:
-    """The classifier with the adapters added to its weights, as a plain model."""
+    """The model with the adapters added to its weights, as a plain one."""
     return wrapped.merge_and_unload()

@@ -36,15 +36,22 @@ class TrainConfig(Common):
     ] = None
     lr: Annotated[
         float | None,
-        typer.Option(min=0, help="Peak learning rate; default: the paper's."),
+        typer.Option(
+            min=0, help="Peak learning rate; default: the paper's, higher for small models."
+        ),
     ] = None
     batch_size: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Triples of one optimiser step, over all processes; default: the paper's."
+            min=1,
+            help="Triples of one optimiser step, over all processes; default: the paper's, fewer "
+            "for few data.",
         ),
     ] = None
-    epochs: Annotated[float, typer.Option(min=1e-6, help="Passes over the data.")] = 1.0
+    epochs: Annotated[
+        float | None,
+        typer.Option(min=1e-6, help="Passes over the data; default: 1, few data up to 4."),
+    ] = None
     max_steps: Annotated[
         int | None,
         typer.Option(min=1, help="Optimiser steps, in place of --epochs; the data is not counted."),

@@ -48,11 +48,7 @@ def accelerator(config: dict[str, Any], *, cpu: bool) -> accelerate.Accelerator:
     Raises:
         MissingError: DeepSpeed is not installed.
     """
-    if cpu:  # both are read once, at the first use
-        os.environ["DS_ACCELERATOR"] = os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-    _import_quietly()
-    backend = "gloo" if cpu else "nccl"
-    _join(backend)
+    backend = join(cpu=cpu)
     boss = accelerate.Accelerator(
         # `cpu=True` would switch DeepSpeed off; the backend is what keeps it on the CPU.
         cpu=False,
@@ -64,6 +60,48 @@ def accelerator(config: dict[str, Any], *, cpu: bool) -> accelerate.Accelerator:
     # are made whole and cut up by the engine: a new head and the probe of `Packed` need weights.
     unset_hf_deepspeed_config()
     return boss
+
+
+def join(*, cpu: bool) -> str:
+    """Load DeepSpeed and join the processes of the run; the name of what they talk by.
+
+    Args:
+        cpu: Stay on the CPU even where there is a GPU.
+
+    Raises:
+        MissingError: DeepSpeed is not installed.
+    """
+    if cpu:  # both are read once, at the first use
+        os.environ["DS_ACCELERATOR"] = os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    _import_quietly()
+    backend = "gloo" if cpu else "nccl"
+    _join(backend)
+    return backend
+
+
+def ready_for_a_trainer(*, cpu: bool) -> None:
+    """Join the processes, and tell accelerate how: transformers' trainer cannot say it for a CPU.
+
+    Args:
+        cpu: Stay on the CPU even where there is a GPU.
+
+    Raises:
+        MissingError: DeepSpeed is not installed.
+    """
+    backend = join(cpu=cpu)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    accelerate.PartialState(backend=backend)
+
+
+def whole(module: nn.Module) -> AbstractContextManager[Any]:
+    """Have the weights of a module whole on every process; all of them call it."""
+    weights = list(module.parameters())
+    if not any(hasattr(weight, "ds_id") for weight in weights):
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return GatheredParameters(weights)
 
 
 def _import_quietly() -> None:

@@ -162,7 +162,32 @@ RFT_BASE = (
     "rft prompts.jsonl -m lm --reward-model rm -o made --device cpu --max-steps 1 --batch-size 4 "
     "--num-generations 2 --max-new-tokens 4 --lr 1e-3 -q"
 )
+ELSEWHERE = (
+    "rft prompts.jsonl -m lm --reward-model rm -o made --max-new-tokens 4 -q --engine openrlhf "
+    "--server http://scorer:8000"
+)
+RFT_PROGRAM = RFT_BASE.replace(" --reward-model rm", "") + " --reward 'command:sleep 0.5'"
+RFT_REWARDS: dict[str, Case | Seen] = {
+    "reward": add(RFT_BASE, "--reward polar --reward length:9"),
+    "reward_model": swap(RFT_BASE, "--reward-model rm", "--reward-model other-rm"),
+    "combine": Seen("rl/test_rft_rewards.py", "--combine zsum"),
+    "reward_weights": Seen("rl/test_rft_rewards.py", "--reward-weights 0.5"),
+    "overlong_buffer": Seen("rl/test_rft_rewards.py", "--overlong-buffer 4"),
+    "verifier_timeout": add(RFT_PROGRAM, "--verifier-timeout 0.1", "more than 0.1 s"),
+    "verifier_memory": Seen("verifiers/test_programs.py", "memory_gib=0.5"),
+    "check": add(RFT_BASE, "--check exact"),
+    "check_prompts": Seen("rl/test_rft_check.py", '"--check-prompts", str(held)'),
+    "check_steps": Seen("rl/test_rft_check.py", '"--check-steps", "3"'),
+    "patience": Seen("rl/test_rft_check.py", '"--patience", "3"'),
+    "server": Seen("rl/test_rft_rewards.py", '"--server", server.url'),
+    "server_type": Seen("rl/test_rft_rewards.py", '"--server-type", "vllm"'),
+    "server_model": Seen("rl/test_rft_rewards.py", '"--server-model", "rm"'),
+    "server_batch": Seen("rl/test_rft_rewards.py", '"--server-batch", "2"'),
+    "concurrency": Seen("scoring/test_server.py", '"--concurrency"'),
+    "server_deadline": Seen("rl/test_rft_rewards.py", '"--server-deadline", "0.2"'),
+}
 RFT: dict[str, Case | Seen] = {
+    **RFT_REWARDS,
     **voice(RFT_BASE, RFT_BASE.replace(" -q", " --dry-run")),
     "input": swap(RFT_BASE, "prompts.jsonl", "more-prompts.jsonl"),
     "output": swap(RFT_BASE, "-o made", "-o other"),
@@ -174,7 +199,6 @@ RFT: dict[str, Case | Seen] = {
     "dry_run": add(RFT_BASE, "--dry-run"),
     "rejects": add(RFT_BASE.replace("prompts", "bad-prompts"), "--rejects r.jsonl", "status"),
     "model": swap(RFT_BASE, "-m lm", "-m chat"),
-    "reward_model": swap(RFT_BASE, "--reward-model rm", "--reward-model other-rm"),
     "num_generations": swap(RFT_BASE, "--num-generations 2", "--num-generations 4"),
     "batch_size": swap(RFT_BASE, "--batch-size 4", "--batch-size 2"),
     "micro_batch_size": add(RFT_BASE, "--micro-batch-size 3", "status"),
@@ -191,8 +215,18 @@ RFT: dict[str, Case | Seen] = {
     "reward_floor": Seen("stages/test_rft.py", '"--reward-floor", "-20"'),
     "batch_tokens": Seen("scoring/test_scorer.py", "batch_tokens"),
     "save_steps": Seen("stages/test_rft.py", "--save-steps 1"),
+    "method": add(RFT_BASE, "--method rloo"),
+    "preset": Seen("stages/test_rft_methods.py", '"--preset", "laptop"'),
+    "rollouts": Seen("engines/test_vllm_rollouts.py", '"--rollouts", "vllm"'),
+    "vllm_server": add(RFT_BASE + " --rollouts vllm-server", "--vllm-server http://x", "status"),
+    "lora_rank": add(RFT_BASE, "--lora-rank 2"),
+    "lora_alpha": add(RFT_BASE + " --lora-rank 2", "--lora-alpha 64"),
+    "deepspeed": Seen("stages/test_rft_methods.py", "--deepspeed zero2"),
+    "gpus": Seen("stages/test_rft_methods.py", "--gpus 2"),
+    "nnodes": add(RFT_BASE, "--nnodes 2", "status"),
     "device": swap(RFT_BASE, "--device cpu", "--device cuda:99", "status"),
     "dtype": add(RFT_BASE, "--dtype bfloat16"),
+    "engine": swap(ELSEWHERE, "--engine openrlhf", "--engine verl", "status"),
 }
 
 # -- records --------------------------------------------------------------------------------------
@@ -223,6 +257,7 @@ SAMPLE: dict[str, Case | Seen] = {
 }
 
 PAIR_BASE = "pair trajectories.jsonl -o out.jsonl -q"
+LABEL_BASE = "pair rollouts.jsonl -o out.jsonl --from-rollouts -q"
 PAIR: dict[str, Case | Seen] = {
     **records(
         PAIR_BASE, PAIR_BASE.replace(" -q", ""), PAIR_BASE.replace("traj", "bad-traj"), "--seed 1"
@@ -234,6 +269,11 @@ PAIR: dict[str, Case | Seen] = {
     "exclude_policies": add(PAIR_BASE, "--exclude-policies a"),
     "require": add(PAIR_BASE, "--require c"),
     "equal_chosen": Seen("stages/test_pair.py", '"--equal-chosen", choice'),
+    "from_rollouts": add("pair rollouts.jsonl -o out.jsonl -q", "--from-rollouts", "status"),
+    "label_by": add(LABEL_BASE, "--label-by other"),
+    "rule": add(LABEL_BASE, "--rule rank"),
+    "threshold": add(LABEL_BASE, "--threshold 2"),
+    "min_gap": add(LABEL_BASE + " --rule rank", "--min-gap 3"),
 }
 
 SCORE_BASE = "score candidates.jsonl -m rm -o out.jsonl --device cpu -q"
@@ -302,6 +342,12 @@ CONVERT: dict[str, Case | Seen] = {
     "split": add(CONVERT_BASE, "--split test"),
     "test_share": add(CONVERT_BASE + " --split test", "--test-share 0.9"),
     "equal_chosen": Seen("stages/test_convert.py", '"--equal-chosen", choice'),
+    "by": Seen("stages/test_convert.py", '"--by", "reward", "--min-margin", "1"'),
+    "min_margin": Seen("stages/test_convert.py", '"--by", "reward", "--min-margin", "1"'),
+    "best_of_n": add(CONVERT_BASE, "--best-of-n"),
+    "join": Seen("stages/test_convert.py", '"--join", "prompt"'),
+    "subset": Seen("formats/test_sources.py", '"--subset", "two"'),
+    "source_split": Seen("formats/test_sources.py", '"--source-split", "test"'),
 }
 
 # -- the others -----------------------------------------------------------------------------------
@@ -375,6 +421,7 @@ TABLE: dict[str, dict[str, Case | Seen]] = {
     "validate": VALIDATE,
 }
 
+RFT_VERIFIED = "rft prompts.jsonl -m lm -o made --reward exact"
 # A command for each option that some mode does not use; the option comes last.
 JUDGE = "score candidates.jsonl -m rm --backend principle"
 SERVER = "score candidates.jsonl -m rm --server http://127.0.0.1:9"
@@ -389,6 +436,14 @@ REFUSED = {
     "pair": {
         "resume": "pair trajectories.jsonl --no-resume",
         "force": "pair trajectories.jsonl --force",
+        "policies": LABEL_BASE + " --policies a",
+        "exclude_policies": LABEL_BASE + " --exclude-policies a",
+        "require": LABEL_BASE + " --require a",
+        "equal_chosen": LABEL_BASE + " --rule rank --equal-chosen drop",
+        "label_by": PAIR_BASE + " --label-by check",
+        "rule": PAIR_BASE + " --rule rank",
+        "threshold": LABEL_BASE + " --rule rank --threshold 1",
+        "min_gap": LABEL_BASE + " --min-gap 1",
     },
     "pretrain": {
         "resume": "pretrain triples.jsonl -m lm --no-resume",
@@ -429,16 +484,54 @@ REFUSED = {
         "dtype": "eval scored.jsonl --dtype float32",
     },
     "rft": {
+        "reward_model": RFT_VERIFIED + " --reward-model rm",
+        "server": RFT_VERIFIED + " --server http://127.0.0.1:9",
+        "server_type": RFT_BASE + " --server-type vllm",
+        "server_model": RFT_BASE + " --server-model rm",
+        "server_batch": RFT_BASE + " --server-batch 9",
+        "concurrency": RFT_BASE + " --concurrency 9",
+        "server_deadline": RFT_BASE + " --server-deadline 9",
+        "combine": RFT_BASE + " --combine zsum",
+        "reward_weights": RFT_BASE + " --reward-weights 2",
+        "check_prompts": RFT_BASE + " --check-prompts prompts.jsonl",
+        "check_steps": RFT_BASE + " --check-steps 9",
+        "patience": RFT_BASE + " --patience 9",
+        "verifier_timeout": RFT_BASE + " --verifier-timeout 9",
+        "verifier_memory": RFT_BASE + " --verifier-memory 9",
         "resume": RFT_BASE.replace("-o made", "") + " --no-resume",
         "force": RFT_BASE.replace("-o made", "") + " --force",
         "epochs": RFT_BASE + " --epochs 2",
+        "loss_type": RFT_BASE + " --method rloo --loss-type dapo",
+        "kl_coef": RFT_BASE + " --method distill --kl-coef 0",
+        "lora_alpha": RFT_BASE + " --lora-alpha 2",
+        "vllm_server": RFT_BASE + " --vllm-server http://x",
+        **{
+            name: f"rft prompts.jsonl -m lm -o made --method sft {more}"
+            for name, more in {
+                "reward": "--reward length:9",
+                "overlong_buffer": "--overlong-buffer 2",
+                "strip_thinking": "--strip-thinking",
+                "temperature": "--temperature 1",
+                "top_p": "--top-p 1",
+                "max_new_tokens": "--max-new-tokens 9",
+                "rollouts": "--rollouts transformers",
+                "reward": "--reward length:9",
+                "overlong_buffer": "--overlong-buffer 2",
+            }.items()
+        },
     },
     "convert": {
         "force": "convert ranked.jsonl --force",
+        "min_margin": "convert ranked.jsonl --to trl --min-margin 1",
         **{
             name: f"{CHECKPOINT} {more}"
             for name, more in {
                 "from_format": "--from trl",
+                "by": "--by reward",
+                "best_of_n": "--best-of-n",
+                "join": "--join id",
+                "subset": "--subset a",
+                "source_split": "--source-split a",
                 "map": "--map a=b",
                 "answer": "--answer output",
                 "ranked": "--ranked top",
@@ -456,6 +549,9 @@ REFUSED = {
 }
 # Further modes of the same options.
 REFUSED_TOO = [
+    RFT_VERIFIED + " --normalize polar-7b",
+    RFT_VERIFIED + " --reward-floor 0",
+    RFT_VERIFIED + " --batch-tokens 9",
     JUDGE + " --batch-tokens 9",
     JUDGE + " --prompt-style chat",
     SERVER + " --device cpu",
@@ -471,9 +567,16 @@ REFUSED_TOO = [
     "convert ranked.jsonl -o out.jsonl --seed 1",
     "convert ranked.jsonl -o out.jsonl --test-share 0.1",
     "convert ranked.jsonl -o out.jsonl --ranked top",
+    "convert ranked.jsonl -o out.jsonl --by reward",
+    "convert ranked.jsonl -o out.jsonl --subset a",
+    "convert ranked.jsonl -o out.jsonl --to trl --best-of-n --by reward --min-margin 1",
     "convert ranked.jsonl -o out.jsonl --from native --answer output",
     "convert ranked.jsonl -o out.parquet --to verl --no-resume",
     "push data.jsonl me/data --dry-run --dataset me/other",
+    ELSEWHERE + " --save-steps 5 --batch-tokens 9",
+    ELSEWHERE + " --dtype float32",
+    ELSEWHERE + " --gpus 2",
+    ELSEWHERE + " --server-type vllm",
 ]
 
 
@@ -531,6 +634,15 @@ def world(tmp_path_factory, tiny_rm):
             for p in range(6)
             for w in "abc"
             for s in range(2)
+        ],
+        "rollouts": [
+            {
+                **{"prompt": f"p{p}", "reference": f"yes {p}", "policy": "lm", "step": s},
+                **{"output": f"{w} {s} {p}", "check": s, "other": 1 - s, "reward": p * ord(w)},
+            }
+            for p in range(6)
+            for w in "abc"
+            for s in range(3)
         ],
         "scored": [{**t, "rewards": [i % 3, 1.5 + i % 2]} for i, t in enumerate(triples)],
         "ranked": [

@@ -205,6 +205,7 @@ def test_verl_rows_have_the_shape_of_the_official_release():
             "ability": "general",
             "reward_model": {"style": "polar", "ground_truth": "A"},
             "extra_info": {
+                "split": "train",
                 "id": "q1",
                 "prompt": [user("Q")],
                 "wrapper": "sft",
@@ -422,7 +423,7 @@ def test_unknown_fields_and_names_are_refused():
     with pytest.raises(UsageError, match="no such format") as near:
         require("--from", "share-gpt", readable())
     assert near.value.hint == "did you mean `sharegpt`?"
-    with pytest.raises(UsageError, match="only written"):
-        require("--from", "verl", readable())
+    with pytest.raises(UsageError, match="no such format"):
+        require("--from", "verll", readable())
     with pytest.raises(UsageError, match="only read"):
         require("--to", "gsm8k", writable())

@@ -384,7 +384,7 @@ def test_a_text_of_30_mib_is_refused_before_it_is_tokenized(plain, wanted):
         ("/score", {**GROUP, "candidates": [{"output": "a"}, {"output": text}]}),
         ("/classify", {"input": text}),
         ("/pooling", {"input": ["a", text]}),
-        ("/get_reward", {"query": ["a" + text], "prompts": ["a"], "labels": [""]}),
+        ("/get_reward", {"query": ["a" + text], "prompts": ["a"], "labels": ["r"]}),
     ):
         said = post(plain, route, body, 413)["error"]["message"]
         assert re.search(r"31,4\d\d,\d\d\d characters; .* 262,144 \(--max-text-chars\)", said)

@@ -172,3 +172,23 @@ def test_a_field_that_no_record_has_groups_nothing(more, tmp_path, capfd):
     assert not out.exists()
     assert run([*command, "--by", "category"]) == 2  # asked for, and not there
     assert run([*command, "--by", "domain"]) == 0
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rewards": [1e308, -1e308]},  # no difference that a float can hold
+        {"rewards": [None, 1]},
+        {"rewards": 1},
+        {"rewards": [1, 2, 3]},
+        {"chosen": None},
+        {"rejected": ...},  # left out
+    ],
+)
+def test_what_is_no_scored_record_is_named(tmp_path, capfd, fields):
+    record = {"prompt": "a", "reference": "b", "chosen": "c", "rejected": "d", "rewards": [1, 0]}
+    bad = {k: v for k, v in {**record, **fields}.items() if v is not ...}
+    path = tmp_path / "scores.jsonl"
+    path.write_text(json.dumps(record) + "\n" + json.dumps(bad) + "\n")
+    assert run(["eval", str(path), "-q"]) == 3
+    assert f"polarctl: {path}:2: " in capfd.readouterr().err

@@ -287,10 +287,10 @@ def test_without_trl_the_extra_is_named(
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     from polarctl.errors import MissingError
-    from polarctl.rl import grpo
+    from polarctl.rl import trainer
 
     with pytest.raises(MissingError) as error:
-        grpo.require()
+        trainer.require()
     assert error.value.hint == "pip install 'polarctl[rft]'"
 
 

@@ -62,7 +62,6 @@ def test_lines_are_records_with_their_place(tmp_path):
         (b'{"n":1}', [1]),  # no final newline
         (b'\n\n{"n":1}\n\n\n', [1]),
         (b' {"n" : 1} \n', [1]),
-        (b'{"n":1,"n":2}\n', [2]),  # the last of equal keys counts, as everywhere
         (b'{"n":18446744073709551615}\n', [2**64 - 1]),
         (b'{"n":-9223372036854775808}\n', [-(2**63)]),
         (b'{"n":1e30}\n', [1e30]),
@@ -85,7 +84,8 @@ UNSOUND = [
     (b'{"n": "\xed\xa0\x80"}', "UTF-8"),  # a surrogate in UTF-8
     (b'{"n": "a\x00b"}', "no JSON"),
     (b'\xff\xfe{\x00"\x00', "UTF-8"),  # UTF-16
-    (DEEP, "depth"),
+    (DEEP, "nested deeper than 128 levels"),
+    (b'{"n": 1, "n": 2}', "`n` is there twice"),
     (b"[1]", "not a JSON object"),
     (b"null", "not a JSON object"),
     (b"3", "not a JSON object"),
@@ -421,3 +421,15 @@ def test_rows_that_are_passed_over_are_not_parsed_again(tmp_path):
 
 def test_every_error_of_this_module_is_one_of_ours():
     assert issubclass(RecordError, PolarctlError) and issubclass(UsageError, PolarctlError)
+
+
+def test_files_that_are_not_json_lines_name_the_command_that_reads_them(tmp_path):
+    path = tmp_path / "rows"
+    for data, kind in (
+        (b'[\n {"prompt": "Q"}\n]', "one JSON array"),
+        (b'\xef\xbb\xbf[{"prompt": "Q"}]', "one JSON array"),
+        (b"PAR1\x15\x04\x15", "a Parquet file"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(RecordError, match=f"rows:1: {kind}.* `polarctl convert` reads it"):
+            list(Reader([str(path)], None))

@@ -68,7 +68,8 @@ def _read(path: str, changed: int | None) -> dict[str, Any] | None:
         content, _ = transformers.PretrainedConfig.get_config_dict(path)
     except Exception:  # OSError, ValueError, ...: whoever loads it otherwise says what is wrong
         return None
-    return content if content.get("model_type") == MODEL_TYPE else None
+    ours = isinstance(content, dict) and content.get("model_type") == MODEL_TYPE
+    return content if ours else None
 
 
 def to_llama(released: dict[str, Any]) -> transformers.LlamaConfig:
