@@ -40,6 +40,7 @@ ANSWERS = {
     "Ones 15, tens 8, so 85. so so": (False, "form"),
     "Ones 15, tens 8, so 85": (False, "form"),
     "First 15, tens 8, so 85.": (False, "form"),
+    "Ones 015, tens 8, so 85.": (False, "form"),
     "": (False, "short"),
 }
 

@@ -21,7 +21,7 @@ FAVOURITE = 0.4  # how often a writer with a favourite style uses it
 PARTS = ("test", "rft", "train", "train")  # of all prompts: a quarter, a quarter, the rest
 DIGITS = range(2, 8)  # 36 pairs: small models learn their sums within seconds
 NUMBERS = [10 * tens + ones for tens in DIGITS for ones in DIGITS]
-FORMS = tuple(re.compile(re.escape(form).replace(r"\{\}", r"(\d+)")) for form, _ in STYLES)
+FORMS = tuple(re.compile(re.escape(form).replace(r"\{\}", r"(0|[1-9]\d*)")) for form, _ in STYLES)
 
 Question = tuple[int, int]
 
@@ -123,7 +123,7 @@ def checked(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def questions(count: int, seed: int, part: str) -> list[dict[str, Any]]:
-    """Different prompt records of a part, each with its `truth` and a correct `reference`."""
+    """Different prompts of a part: a correct `reference`, the `truth`, all answers to `accept`."""
     draw, honest = seeding.rng(seed, "questions", part), Author()
     pairs = [(a, b) for a in NUMBERS for b in NUMBERS if part_of((a, b)) == part]
     sums = honest.sums()
@@ -133,6 +133,7 @@ def questions(count: int, seed: int, part: str) -> list[dict[str, Any]]:
             "prompt": prompt_text(pair),
             "reference": answer(pair, honest, sums, draw),
             "truth": truth_of(pair),
+            "accept": [form.format(*truth_of(pair)) for form, _ in STYLES],
         }
         for number, pair in enumerate(draw.sample(pairs, min(count, len(pairs))))
     ]

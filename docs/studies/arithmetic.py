@@ -245,10 +245,11 @@ class Study:
         )
 
     def improve(self, name: str, start: str, model: str, steps: int, part: str = "prompts") -> None:
-        """RFT of a policy with a reward model."""
+        """RFT of a policy with a reward model, or with the verifier (an empty `model`)."""
+        reward = ("--reward-model", self.path(model)) if model else ("--reward", "exact:accept")
         self.polarctl(
             *("rft", self.path(f"{part}-rft.jsonl"), "-m", start, "-o", self.path(name)),
-            *("--reward-model", self.path(model), *self.sizes.rft.split()),
+            *(*reward, *self.sizes.rft.split()),
             *("--max-steps", str(steps), "--max-new-tokens", "24"),
         )
 
@@ -278,6 +279,7 @@ class Study:
         self.improve("polar", self.mix, "rm-polar", steps)
         self.improve("scratch", self.mix, "rm-scratch", steps)
         self.improve("bare", self.mix, "rm-bare", steps, "bare")
+        self.improve("oracle", self.mix, "", steps)
         self.improve("polar-long", self.path("polar"), "rm-polar", 2 * steps)
         self.mend("rm-round1", ["polar"])
         self.improve("round1", self.path("polar"), "rm-round1", steps)
@@ -360,13 +362,14 @@ POLICIES = {
     "polar": "RFT with POLAR",
     "scratch": "RFT, RM without pre-training",
     "bare": "RFT, RM without pre-training and reference",
+    "oracle": "RFT with the verifier as reward",
     "polar-long": "RFT with POLAR, 3 times as long",
     "round1": "RFT with POLAR, 2 rounds",
     "round2": "RFT with POLAR, 3 rounds, 3 times as long",
 }
 
 
-RUNS = ("polar", "polar-long", "round1", "round2", "scratch", "bare")
+RUNS = ("polar", "polar-long", "round1", "round2", "scratch", "bare", "oracle")
 
 
 def row_of(label: str, seeds: Sequence[Mapping[str, float]]) -> str:
