@@ -21,6 +21,7 @@ from polarctl.storage import atomic
 from polarctl.storage.read import Reader
 
 TRUTH = "exact:accept"  # the verifier that knows all correct answers
+CLEARLY = 0.05  # more than chance makes of the few hundred rollouts that a round is judged by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,8 +249,8 @@ class Tour:
         """The policy improved round by round; its folder.
 
         After a round a verifier labels the policy's own rollouts, and the reward model learns them.
-        It never rewards them: its weight is 0. A round after which fewer rollouts are right than
-        after the best one before is taken back: its labels count, its policy does not.
+        It never rewards them: its weight is 0. A round after which clearly fewer rollouts are
+        right than after the best one is taken back: its labels count, its policy does not.
         """
         policy, judge, best = start, "tuned/pretrained-0", -1.0
         labels = [self.path("ranked-train.jsonl")]
@@ -277,8 +278,8 @@ class Tour:
                 *(*self.sizes.rft, "--max-steps", str(self.sizes.rft_steps)),
             )
             right = right_at_the_end(read(Path(candidate) / "rollouts.jsonl"))
-            if right >= best:
-                policy, best = candidate, right
+            if right >= best - CLEARLY:
+                policy, best = candidate, max(best, right)
             else:
                 console.note(f"round {number} is taken back: {right:.1%} right after {best:.1%}")
         return policy
