@@ -26,7 +26,7 @@ from additions import Author, checked, corpus, questions
 
 from polarctl import cli, seeding
 from polarctl.evaluation.cases import estimate
-from polarctl.quickstart.policies import CHAT_TEMPLATE, lm_config, rm_config, supervise, train_lm
+from polarctl.quickstart.policies import CHAT_TEMPLATE, lm_config, rm_config, train_lm
 from polarctl.quickstart.steps import read, write
 
 # -- the policies ---------------------------------------------------------------------------------
@@ -63,8 +63,7 @@ class Sizes:
     scratch: str = "--lr 2e-3 --batch-size 32 --max-steps 100"
     rft: str = "--lr 1e-3 --batch-size 128 --num-generations 8"
     rft_steps: int = 60
-    sft_lr: float = 5e-3
-    sft_epochs: int = 6
+    sft: str = "--lr 5e-3 --batch-size 256 --epochs 6"
 
 
 SMALLEST = Sizes(
@@ -81,7 +80,7 @@ SMALLEST = Sizes(
     scratch="--lr 2e-3 --batch-size 8 --max-steps 2",
     rft="--lr 1e-3 --batch-size 64 --num-generations 8",
     rft_steps=1,
-    sft_epochs=1,
+    sft="--lr 5e-3 --batch-size 64 --epochs 1",
 )
 # What the policy to improve has learned from: it is unsure between these.
 UNSURE = (Author(), Author(0.4, "carry", seed=100))
@@ -183,7 +182,9 @@ class Study:
         names = train_policies(self.folder / "zoo", self.sizes, self.seed)
         made = tokenizer()
         made.save_pretrained(self.folder / "rm-config")
-        rm_config(made).save_pretrained(self.folder / "rm-config")
+        config = rm_config(made)
+        config.num_hidden_layers, config.layer_types = 2, config.layer_types[:2]
+        config.save_pretrained(self.folder / "rm-config")
         for part, count in (
             ("train", self.sizes.train),
             ("test", self.sizes.test),
@@ -273,9 +274,10 @@ class Study:
     def make_better_policies(self) -> None:
         """SFT, and RFT in every way."""
         steps = self.sizes.rft_steps
-        if not (self.folder / "sft" / "config.json").exists():
-            rows = read(self.folder / "prompts-rft.jsonl") * self.sizes.sft_epochs
-            supervise(self.mix, rows, self.path("sft"), self.sizes.sft_lr)
+        self.polarctl(
+            *("rft", self.path("prompts-rft.jsonl"), "-m", self.mix, "-o", self.path("sft")),
+            *("--method", "sft", *self.sizes.sft.split()),
+        )
         self.improve("polar", self.mix, "rm-polar", steps)
         self.improve("scratch", self.mix, "rm-scratch", steps)
         self.improve("bare", self.mix, "rm-bare", steps, "bare")
