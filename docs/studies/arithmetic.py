@@ -67,8 +67,8 @@ class Sizes:
 
 
 SMALLEST = Sizes(
-    base_steps=(100,),
-    run_steps=(10,),
+    base_steps=(180,),
+    run_steps=(8,),
     runs=(("good", Author(style=0)), ("wrong", Author(0.4, style=1)), ("swap", Author(0, "swap"))),
     train=60,
     test=40,
