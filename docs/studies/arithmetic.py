@@ -240,10 +240,7 @@ class Study:
         self.polarctl(
             *("score", self.path("ranked-test.jsonl"), "-m", self.path(name), *bare, "-o", scores)
         )
-        self.polarctl(
-            *("eval", scores, "-o", self.path(f"{name}.verdicts.jsonl")),
-            *("--report", self.path(f"{name}.report")),
-        )
+        self.polarctl("eval", scores, "-o", self.path(f"{name}.verdicts.jsonl"))
 
     def improve(self, name: str, start: str, model: str, steps: int, part: str = "prompts") -> None:
         """RFT of a policy with a reward model, or with the verifier (an empty `model`)."""
@@ -396,6 +393,17 @@ def judged(folder: Path, name: str) -> dict[str, float]:
     return {prompts[row["id"]]: float(row["correct"]) for row in verdicts}
 
 
+def by_mistake(folders: Sequence[Path], name: str) -> str:
+    """The same share for each mistake of the rejected answer."""
+    right, cases = Counter[str](), Counter[str]()
+    for folder in folders:
+        kinds = {row["prompt"]: row["category"] for row in read(folder / "ranked-test.jsonl")}
+        for prompt, correct in judged(folder, name).items():
+            right[kinds[prompt]] += correct == 1
+            cases[kinds[prompt]] += 1
+    return ", ".join(f"{kind} {100 * right[kind] / cases[kind]:.0f}" for kind in sorted(cases))
+
+
 def verified(folder: Path, name: str) -> dict[str, dict[str, Any]]:
     """Prompt to what the verifier finds; no text at all is neither correct nor well-formed."""
     prompts = {row["prompt"]: row | {"output": ""} for row in read(folder / "prompts-test.jsonl")}
@@ -407,9 +415,11 @@ def verified(folder: Path, name: str) -> dict[str, dict[str, Any]]:
 
 def tables(folders: Sequence[Path]) -> str:
     """What was found, as Markdown."""
-    lines = ["| judge | prefers the correct answer, % | each seed |", "|---|---|---|"]
+    lines = ["| judge | prefers the correct answer, % | each seed | by mistake, % |"]
+    lines += ["|---|---|---|---|"]
     for name, label in JUDGES.items():
-        lines.append(f"| {row_of(label, [judged(folder, name) for folder in folders])} |")
+        row = row_of(label, [judged(folder, name) for folder in folders])
+        lines.append(f"| {row} | {by_mistake(folders, name)} |")
     lines += ["", "| policy | correct, % | each seed | well-formed, % | each seed |"]
     lines += ["|---|---|---|---|---|"]
     for name, label in POLICIES.items():
