@@ -26,7 +26,7 @@ from additions import Author, checked, corpus, questions
 
 from polarctl import cli, seeding
 from polarctl.evaluation.cases import estimate
-from polarctl.quickstart.policies import CHAT_TEMPLATE, lm_config, rm_config, supervise, train_lm
+from polarctl.quickstart.policies import CHAT_TEMPLATE, lm_config, rm_config, train_lm
 from polarctl.quickstart.steps import read, write
 
 # -- the policies ---------------------------------------------------------------------------------
@@ -63,13 +63,12 @@ class Sizes:
     scratch: str = "--lr 2e-3 --batch-size 32 --max-steps 100"
     rft: str = "--lr 1e-3 --batch-size 128 --num-generations 8"
     rft_steps: int = 60
-    sft_lr: float = 5e-3
-    sft_epochs: int = 6
+    sft: str = "--lr 5e-3 --batch-size 256 --epochs 6"
 
 
 SMALLEST = Sizes(
-    base_steps=(100,),
-    run_steps=(10,),
+    base_steps=(180,),
+    run_steps=(8,),
     runs=(("good", Author(style=0)), ("wrong", Author(0.4, style=1)), ("swap", Author(0, "swap"))),
     train=60,
     test=40,
@@ -81,7 +80,7 @@ SMALLEST = Sizes(
     scratch="--lr 2e-3 --batch-size 8 --max-steps 2",
     rft="--lr 1e-3 --batch-size 64 --num-generations 8",
     rft_steps=1,
-    sft_epochs=1,
+    sft="--lr 5e-3 --batch-size 64 --epochs 1",
 )
 # What the policy to improve has learned from: it is unsure between these.
 UNSURE = (Author(), Author(0.4, "carry", seed=100))
@@ -183,7 +182,9 @@ class Study:
         names = train_policies(self.folder / "zoo", self.sizes, self.seed)
         made = tokenizer()
         made.save_pretrained(self.folder / "rm-config")
-        rm_config(made).save_pretrained(self.folder / "rm-config")
+        config = rm_config(made)
+        config.num_hidden_layers, config.layer_types = 2, config.layer_types[:2]
+        config.save_pretrained(self.folder / "rm-config")
         for part, count in (
             ("train", self.sizes.train),
             ("test", self.sizes.test),
@@ -239,10 +240,7 @@ class Study:
         self.polarctl(
             *("score", self.path("ranked-test.jsonl"), "-m", self.path(name), *bare, "-o", scores)
         )
-        self.polarctl(
-            *("eval", scores, "-o", self.path(f"{name}.verdicts.jsonl")),
-            *("--report", self.path(f"{name}.report")),
-        )
+        self.polarctl("eval", scores, "-o", self.path(f"{name}.verdicts.jsonl"))
 
     def improve(self, name: str, start: str, model: str, steps: int, part: str = "prompts") -> None:
         """RFT of a policy with a reward model, or with the verifier (an empty `model`)."""
@@ -273,9 +271,10 @@ class Study:
     def make_better_policies(self) -> None:
         """SFT, and RFT in every way."""
         steps = self.sizes.rft_steps
-        if not (self.folder / "sft" / "config.json").exists():
-            rows = read(self.folder / "prompts-rft.jsonl") * self.sizes.sft_epochs
-            supervise(self.mix, rows, self.path("sft"), self.sizes.sft_lr)
+        self.polarctl(
+            *("rft", self.path("prompts-rft.jsonl"), "-m", self.mix, "-o", self.path("sft")),
+            *("--method", "sft", *self.sizes.sft.split()),
+        )
         self.improve("polar", self.mix, "rm-polar", steps)
         self.improve("scratch", self.mix, "rm-scratch", steps)
         self.improve("bare", self.mix, "rm-bare", steps, "bare")
@@ -394,6 +393,17 @@ def judged(folder: Path, name: str) -> dict[str, float]:
     return {prompts[row["id"]]: float(row["correct"]) for row in verdicts}
 
 
+def by_mistake(folders: Sequence[Path], name: str) -> str:
+    """The same share for each mistake of the rejected answer."""
+    right, cases = Counter[str](), Counter[str]()
+    for folder in folders:
+        kinds = {row["prompt"]: row["category"] for row in read(folder / "ranked-test.jsonl")}
+        for prompt, correct in judged(folder, name).items():
+            right[kinds[prompt]] += correct == 1
+            cases[kinds[prompt]] += 1
+    return ", ".join(f"{kind} {100 * right[kind] / cases[kind]:.0f}" for kind in sorted(cases))
+
+
 def verified(folder: Path, name: str) -> dict[str, dict[str, Any]]:
     """Prompt to what the verifier finds; no text at all is neither correct nor well-formed."""
     prompts = {row["prompt"]: row | {"output": ""} for row in read(folder / "prompts-test.jsonl")}
@@ -405,9 +415,11 @@ def verified(folder: Path, name: str) -> dict[str, dict[str, Any]]:
 
 def tables(folders: Sequence[Path]) -> str:
     """What was found, as Markdown."""
-    lines = ["| judge | prefers the correct answer, % | each seed |", "|---|---|---|"]
+    lines = ["| judge | prefers the correct answer, % | each seed | by mistake, % |"]
+    lines += ["|---|---|---|---|"]
     for name, label in JUDGES.items():
-        lines.append(f"| {row_of(label, [judged(folder, name) for folder in folders])} |")
+        row = row_of(label, [judged(folder, name) for folder in folders])
+        lines.append(f"| {row} | {by_mistake(folders, name)} |")
     lines += ["", "| policy | correct, % | each seed | well-formed, % | each seed |"]
     lines += ["|---|---|---|---|---|"]
     for name, label in POLICIES.items():
