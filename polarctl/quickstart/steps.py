@@ -21,7 +21,6 @@ from polarctl.storage import atomic
 from polarctl.storage.read import Reader
 
 TRUTH = "exact:accept"  # the verifier that knows all correct answers
-CLEARLY = 0.05  # more than chance makes of the few hundred rollouts that a round is judged by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,13 +248,12 @@ class Tour:
         """The policy improved round by round; its folder.
 
         After a round a verifier labels the policy's own rollouts, and the reward model learns them.
-        It never rewards them: its weight is 0. A round after which clearly fewer rollouts are
-        right than after the best one is taken back: its labels count, its policy does not.
+        It never rewards them: it labels, and by `--check` it looks at prompts that are held out, so
+        that a round gives the best policy it came by, the one it began with included.
         """
-        policy, judge, best = start, "tuned/pretrained-0", -1.0
+        policy, judge = start, "tuned/pretrained-0"
         labels = [self.path("ranked-train.jsonl")]
-        both = ("--reward", "polar", "--reward", TRUTH)
-        weights = ("--reward-weights", "1", "--reward-weights", "0")
+        watched = ("--check", TRUTH, "--check-steps", "5")
         here = self.zoo.world()
         for number in range(1, self.sizes.rounds + 1):
             # Another seed, so that a round does not begin with the prompts of the one before.
@@ -271,25 +269,13 @@ class Tour:
                 judge = f"rft/judge-{number}"
                 options = ("-m", self.path("rm"), *self.sizes.mend)
                 tour.polarctl("finetune", *labels, *options, "-o", self.path(judge))
-            candidate = tour.rft(
+            policy = tour.rft(
                 f"round-{number}",
                 policy,
-                *("--reward-model", self.path(judge), *both, *weights),
+                *("--reward-model", self.path(judge), *watched),
                 *(*self.sizes.rft, "--max-steps", str(self.sizes.rft_steps)),
             )
-            right = right_at_the_end(read(Path(candidate) / "rollouts.jsonl"))
-            if right >= best - CLEARLY:
-                policy, best = candidate, max(best, right)
-            else:
-                console.note(f"round {number} is taken back: {right:.1%} right after {best:.1%}")
         return policy
-
-
-def right_at_the_end(rollouts: Sequence[dict[str, Any]], steps: int = 3) -> float:
-    """Share of right rollouts, by the verifier, in the last steps of a run."""
-    last = max(row["step"] for row in rollouts)
-    found = [row["components"][TRUTH] for row in rollouts if row["step"] > last - steps]
-    return sum(found) / len(found)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ _TRL_METRICS = {
     "grad_norm": "grad_norm",
     "lr": "learning_rate",
     "entropy": "entropy",
-    "accuracy": "mean_token_accuracy",
+    "token_accuracy": "mean_token_accuracy",
     "clip_ratio": "clip_ratio/region_mean",
     "completion_length": "completions/mean_length",
     "completion_cut": "completions/clipped_ratio",

@@ -9,7 +9,7 @@ from itertools import islice
 
 import pytest
 
-from polarctl.quickstart import steps, world
+from polarctl.quickstart import world
 from polarctl.seeding import rng
 
 
@@ -269,12 +269,3 @@ def test_labels_of_rollouts_have_every_mistake_as_often_as_they_can():
     assert kinds_of(found) == {ORDER: 2, "no sentence": 5, "one wrong fact": 13}
     assert len({triple["prompt"] for triple in found}) == 20
     assert kinds_of(world.balanced(triples, here, 6, seed=0)) == dict.fromkeys(wrong, 2)
-
-
-def test_a_round_is_judged_by_its_last_steps():
-    rows = [
-        {"step": step, "components": {"exact:accept": float(step < 8)}}
-        for step in (1, 2, 7, 7, 8, 9)
-    ]
-    # Steps 7, 8 and 9 have two right rollouts of four.
-    assert steps.right_at_the_end(rows) == 0.5
