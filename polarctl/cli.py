@@ -47,6 +47,38 @@ _TYPER: dict[str, Any] = {
 }
 
 
+# Names that options have in transformers, TRL, vLLM and LLaMA-Factory.
+_ELSEWHERE = {
+    "learning-rate": "lr",
+    "model-name-or-path": "model",
+    "base-model": "model",
+    "output-dir": "output",
+    "out": "output",
+    "num-train-epochs": "epochs",
+    "num-epochs": "epochs",
+    "train-batch-size": "batch-size",
+    "per-device-train-batch-size": "batch-size",
+    "max-seq-length": "max-length",
+    "max-seq-len": "max-length",
+    "cutoff-len": "max-length",
+    "warmup-ratio": "warmup",
+    "bf16": "dtype",
+    "fp16": "dtype",
+    "torch-dtype": "dtype",
+    "tensor-parallel-size": "gpus",
+    "nproc-per-node": "gpus",
+    "lora-r": "lora-rank",
+    "beta": "kl-coef",
+    "max-completion-length": "max-new-tokens",
+    "max-tokens": "max-new-tokens",
+    "n": "samples",
+    "resume-from-checkpoint": "resume",
+    "eval-steps": "val-steps",
+    "overwrite-output-dir": "force",
+    "overwrite": "force",
+}
+
+
 class _Stages(typer.core.TyperGroup):
     """The stages as commands, each made when it is asked for."""
 
@@ -389,17 +421,32 @@ def _fail(exit_status: int, message: str, hint: str | None) -> int:
     return exit_status
 
 
-def _usage(error: TyperException, arguments: list[str]) -> int:
+def _usage(error: Any, arguments: list[str]) -> int:
     """Say a fault of the command line as one of our own errors."""
     message = error.format_message()
     if arguments:  # without any argument the message is the help text itself
         stage = next((word for word in arguments if word in STAGES), None)
+        if type(error).__name__ == "NoSuchOption":
+            unknown = error.option_name
+            return _fail(2, f"no such option: {unknown}", _meant(unknown, error, stage))
         message = " ".join(message.replace("Value error, ", "").split())
         message = re.sub(r"'([^'\s]+)'", r"`\1`", message)
         message = message[:1].lower() + message[1:].rstrip(".")
         return _fail(2, message, f"polarctl {stage} --help" if stage else "polarctl --help")
     sys.stderr.write(message + "\n")
     return 2
+
+
+def _meant(unknown: str, error: Any, stage: str | None) -> str:
+    """What an option that does not exist may have been meant for."""
+    context = error.ctx
+    known = [name for p in context.command.params for name in p.opts] if context else []
+    word = unknown.lstrip("-").replace("_", "-")
+    elsewhere = [f"--{word}", f"--{_ELSEWHERE.get(word, word)}"]
+    near = [name for name in elsewhere if name in known]
+    near += difflib.get_close_matches(f"--{word}", known, 2, cutoff=0.75)
+    help_text = f"polarctl {stage} --help" if stage else "polarctl --help"
+    return f"did you mean `{near[0]}`? {help_text}" if near else help_text
 
 
 def main() -> None:

@@ -188,7 +188,8 @@ def locked(folder: Path) -> Iterator[None]:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder}: is a file; a training stage writes a folder")
     replace.mend(folder)
-    if not folder.exists():
+    made = not folder.exists()
+    if made:
         try:
             folder.mkdir(parents=True)
         except OSError as error:
@@ -199,6 +200,11 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         (folder / replace.LOCK).unlink(missing_ok=True)
         lock.close()
+        if made:  # a run that failed before it wrote anything leaves no empty folder
+            with contextlib.suppress(OSError):
+                (folder / _CHECKPOINTS).rmdir()
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def _identity(

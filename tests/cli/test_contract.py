@@ -407,3 +407,41 @@ def test_schema_prints_json_or_the_list_of_kinds():
         "trajectory",
         "triple",
     ]
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ("finetune x.jsonl -m m -o o --learning-rate 1e-5", "--lr"),
+        ("pretrain x.jsonl --model_name_or_path m -o o", "--model"),
+        ("finetune x.jsonl -m m -o o --num-train-epochs 3", "--epochs"),
+        ("score x.jsonl --modle m", "--model"),
+        ("rft x.jsonl --beta 0.1", "--kl-coef"),
+        ("sample x.jsonl --max_tokens 9", "--max-new-tokens"),
+    ],
+)
+def test_an_option_of_another_tool_is_told_by_our_name(words, meant, capfd):
+    assert cli.run(words.split()) == 2
+    said = capfd.readouterr().err
+    assert f"hint: did you mean `{meant}`? polarctl {words.split()[0]} --help" in said
+
+
+def test_every_name_of_another_tool_leads_to_an_option():
+    options = {
+        name
+        for stage in cli.STAGES
+        for parameter in cli.stage_command(stage).params
+        for name in parameter.opts
+    }
+    assert {f"--{name}" for name in cli._ELSEWHERE.values()} <= options
+
+
+def test_a_run_that_fails_at_once_leaves_no_folder(tmp_path, capfd):
+    data = tmp_path / "t.jsonl"
+    data.write_text('{"prompt": "p", "reference": "a", "chosen": "a", "rejected": "b"}\n')
+    out = tmp_path / "rm"
+    assert cli.run(["finetune", str(data), "-m", str(tmp_path / "nope"), "-o", str(out), "-q"]) == 4
+    assert not out.exists()
+    out.mkdir()  # the user's own stays
+    assert cli.run(["finetune", str(data), "-m", str(tmp_path / "nope"), "-o", str(out), "-q"]) == 4
+    assert list(out.iterdir()) in ([], [out / "checkpoints"])
