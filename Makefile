@@ -1,6 +1,7 @@
 # make setup       a virtual environment in .venv with everything in it
 # make quickstart  the whole pipeline at toy size, results in quickstart/
-# make test        linters, types and all tests
+# make test        linters, types and all tests but the slow ones
+# make test-slow   those: kills, full disks, several processes, the quickstart and the study
 # make test-vllm   the tests that need vLLM (its CPU build), in .venv-vllm
 # make test-trainers verl's and OpenRLHF's own code with what we write for them, in .venv-trainers
 # make test-kills  the training runs of rft, each killed ten times
@@ -16,7 +17,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup quickstart test test-vllm test-trainers test-kills test-oldest bench reference clean
+.PHONY: setup quickstart test test-slow test-vllm test-trainers test-kills test-oldest bench reference clean
 
 setup: $(STAMP)
 
@@ -41,7 +42,10 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-slow: setup
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 # vLLM pins its own torch; its image and audio packages have no build for the CPU one.
 .venv-vllm/.installed: pyproject.toml
@@ -98,7 +102,7 @@ OLDEST_TESTS := tests/test_*.py tests/storage tests/cli/test_contract.py tests/s
 	tests/policies/test_decoding.py tests/training/test_loop.py
 
 test-oldest: .venv-oldest/.installed
-	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile $(OLDEST_TESTS)
+	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile -m "not slow" $(OLDEST_TESTS)
 
 bench: setup
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
