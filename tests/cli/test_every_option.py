@@ -510,7 +510,10 @@ REFUSED = {
             for name, more in {
                 "reward": "--reward length:9",
                 "overlong_buffer": "--overlong-buffer 2",
+                "normalize": "--normalize none",
                 "strip_thinking": "--strip-thinking",
+                "reward_floor": "--reward-floor none",
+                "batch_tokens": "--batch-tokens 9",
                 "temperature": "--temperature 1",
                 "top_p": "--top-p 1",
                 "max_new_tokens": "--max-new-tokens 9",
