@@ -82,10 +82,8 @@ class RowReader(reading.Reader):
     def _rows_of(self, path: str) -> Iterator[tuple[str, bytes]]:
         if os.path.isdir(path) or not (path == "-" or os.path.exists(path)):
             return self._dataset(path)
-        if os.path.isfile(path):
-            with open(path, "rb") as file:
-                if file.read(4) == b"PAR1":
-                    return _parquet(path)
+        if os.path.isfile(path) and _first_bytes(path) == b"PAR1":
+            return _parquet(path)
         plain = re.sub(r"\.(gz|zst)$", "", path.lower())
         if plain.endswith((".csv", ".tsv")):
             return _csv(path, "\t" if plain.endswith(".tsv") else ",")
@@ -95,6 +93,14 @@ class RowReader(reading.Reader):
         data = open_dataset(path, self.subset, self.source_split)
         for number, row in enumerate(data, 1):
             yield f"{path}:{number}", _line(row, f"{path}:{number}")
+
+
+def _first_bytes(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(4)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _joined(rows: Iterable[tuple[str, bytes]], name: str) -> Iterator[tuple[str, bytes]]:
