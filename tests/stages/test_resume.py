@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import orjson
 import psutil
 import pytest
 import torch
@@ -209,6 +210,8 @@ def with_mark(checkpoint):
     for name in mark["files"]:
         data = (checkpoint / name).read_bytes()
         mark["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    del mark["sha256"]
+    mark["sha256"] = hashlib.sha256(orjson.dumps(mark)).hexdigest()
     (checkpoint / "checkpoint.json").write_text(json.dumps(mark))
 
 
