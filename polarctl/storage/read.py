@@ -362,7 +362,7 @@ def _problem(line: bytes, error: orjson.JSONDecodeError) -> str:
         line.decode()
     except UnicodeDecodeError as wrong:
         return str(wrong).replace("'utf-8' codec", "is not UTF-8:")
-    if "depth limit" in str(error):
+    if "depth" in str(error):  # "depth limit" in orjson of today, "recursion depth" in 3.10
         return _DEEP
     return f"no JSON: {error}"
 
