@@ -54,6 +54,15 @@ Device = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or 
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Precision of computing.")
 ]
+LoraAlpha = Annotated[int | None, typer.Option(min=1, help="Their scale; default: twice the rank.")]
+DeepSpeed = Annotated[
+    str | None, typer.Option(metavar="CONFIG", help="zero1, zero2, zero3 or a JSON file.")
+]
+Gpus = Annotated[int, typer.Option(min=1, help="Processes on this machine.")]
+Nnodes = Annotated[
+    int,
+    typer.Option(min=1, help="Machines; MASTER_ADDR, MASTER_PORT and NODE_RANK say the rest."),
+]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Only warnings and errors.", rich_help_panel=COMMON)
 ]

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from polarctl.config import Device, Dtype, Needs
+from polarctl.config import DeepSpeed, Device, Dtype, Gpus, LoraAlpha, Needs, Nnodes
 from polarctl.rl.options import RewardConfig
 
 if TYPE_CHECKING:
@@ -134,19 +134,10 @@ class Config(RewardConfig):
     lora_rank: Annotated[int | None, typer.Option(min=1, help="Train low-rank adapters alone.")] = (
         None
     )
-    lora_alpha: Annotated[
-        int | None,
-        typer.Option(min=1, help="Their scale; default: twice the rank."),
-    ] = None
-    deepspeed: Annotated[
-        str | None,
-        typer.Option(metavar="CONFIG", help="zero1, zero2, zero3 or a JSON file."),
-    ] = None
-    gpus: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1
-    nnodes: Annotated[
-        int,
-        typer.Option(min=1, help="Machines; MASTER_ADDR, MASTER_PORT and NODE_RANK say the rest."),
-    ] = 1
+    lora_alpha: LoraAlpha = None
+    deepspeed: DeepSpeed = None
+    gpus: Gpus = 1
+    nnodes: Nnodes = 1
     device: Device = "auto"
     dtype: Dtype = "auto"
     # -- who trains --

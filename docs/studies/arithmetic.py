@@ -26,7 +26,7 @@ from additions import Author, checked, corpus, questions
 
 from polarctl import cli, seeding
 from polarctl.evaluation.cases import estimate
-from polarctl.quickstart.policies import CHAT_TEMPLATE, lm_config, rm_config, train_lm
+from polarctl.quickstart.policies import bpe_tokenizer, lm_config, rm_config, train_lm
 from polarctl.quickstart.steps import read, write
 
 # -- the policies ---------------------------------------------------------------------------------
@@ -88,33 +88,18 @@ UNSURE = (Author(), Author(0.4, "carry", seed=100))
 
 def tokenizer() -> Any:
     """A byte-level BPE: the prompt's digits are tokens, and so is each number of an answer."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Regex, pre_tokenizers
 
     texts = itertools.islice(corpus([Author()], 0, "words"), 200)
     documents = ["\n".join(pair) for pair in texts]
     documents += ["".join(f" {number}" for number in range(200))] * 20
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+    pieces = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(r" \d+|\d| ?[^\s\d]+"), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000,
-        min_frequency=2,
-        show_progress=False,
-        special_tokens=["<|pad|>", "<|end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    bpe.train_from_iterator(documents, trainer)
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token="<|pad|>", eos_token="<|end|>", padding_side="right"
-    )
-    made.chat_template = CHAT_TEMPLATE
-    return made
+    return bpe_tokenizer(documents, pieces, 1000)
 
 
 def train_policies(folder: Path, sizes: Sizes, seed: int) -> list[str]:

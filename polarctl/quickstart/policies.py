@@ -110,19 +110,32 @@ class Zoo:
 
 def tokenizer(world: worlds.World) -> Any:
     """A byte-level BPE: every word of the world is one token, and any text can be written."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import pre_tokenizers
 
     writers = [worlds.Author(world.truth), worlds.Author(world.truth, {"Show": "short"})]
     pairs = islice(worlds.corpus(world, writers, 0, "tokenizer"), 4000)
     documents = ["\n".join(pair) for pair in pairs]
     for names in (world.words, world.colours):
         documents += [" " + " ".join(names)] * 20
+    return bpe_tokenizer(documents, pre_tokenizers.ByteLevel(add_prefix_space=False), 4000)
+
+
+def bpe_tokenizer(documents: Sequence[str], pre_tokenizer: Any, vocab_size: int) -> Any:
+    """A byte-level BPE trained on texts, with a padding and an end token and a chat template.
+
+    Args:
+        documents: The texts.
+        pre_tokenizer: Cuts them into pieces (of the package tokenizers), in bytes in the end.
+        vocab_size: Tokens at most.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = pre_tokenizer
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=4000,
+        vocab_size=vocab_size,
         min_frequency=2,
         show_progress=False,
         special_tokens=["<|pad|>", "<|end|>"],

@@ -14,11 +14,11 @@ from typing import Any, Protocol
 
 from polarctl import console
 from polarctl.errors import PolarctlError, RecordError, UsageError
-from polarctl.model import reward_model
 from polarctl.model.template import content_text
 from polarctl.parallel import rank
 from polarctl.records import Record
 from polarctl.rl.combine import combined, overlong_penalty
+from polarctl.scoring import engines
 from polarctl.scoring.answers import REWARD_FLOOR, Answers, floor_of
 from polarctl.scoring.reward_function import PolarReward
 from polarctl.scoring.scorer import Item, Scorer, load_scorer, score_answers
@@ -375,17 +375,7 @@ def open_rewards(config: Any, *, device: str, dtype: str, thinking_opened: bool 
 def _polar_scorer(config: Any, place: dict[str, Any]) -> Scorer:
     if config.server is None:
         return load_scorer(config.reward_model, **place)
-    from polarctl.scoring.server import ServerScorer
-
-    return ServerScorer(
-        config.server,
-        reward_model.load_encoder(config.reward_model),
-        kind=config.server_type,
-        name=config.server_model,
-        concurrency=config.concurrency,
-        batch=config.server_batch,
-        deadline_s=config.server_deadline,
-    )
+    return engines.open_served(config, config.reward_model)
 
 
 def needs_reference(record: Record, why: str) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from polarctl import console
 from polarctl.errors import MissingError, UsageError
 from polarctl.model import devices, reward_model
-from polarctl.scoring.options import EngineConfig
+from polarctl.scoring.options import EngineConfig, ServedConfig
 from polarctl.scoring.scorer import ModelScorer, Scorer, load_scorer
 from polarctl.storage import manifest
 
@@ -147,6 +147,27 @@ def _visible(found: int) -> list[str]:
     return given.split(",") if given else list(map(str, range(found)))
 
 
+def open_served(config: ServedConfig, model: str) -> Scorer:
+    """A POLAR model on the server of `--server`.
+
+    Args:
+        config: Options about the server.
+        model: Folder or Hub id of the model, for its tokenizer and template.
+    """
+    from polarctl.scoring.server import ServerScorer
+
+    assert config.server is not None
+    return ServerScorer(
+        config.server,
+        reward_model.load_encoder(model),
+        kind=config.server_type,
+        name=config.server_model,
+        concurrency=config.concurrency,
+        batch=config.server_batch,
+        deadline_s=config.server_deadline,
+    )
+
+
 def open_scorer(config: EngineConfig, *, chat: bool) -> Scorer:
     """The engine that was asked for, judges left out.
 
@@ -155,18 +176,8 @@ def open_scorer(config: EngineConfig, *, chat: bool) -> Scorer:
         chat: See `reads_chat`.
     """
     if config.server is not None:
-        from polarctl.scoring.server import ServerScorer
-
         devices.quiet_libraries()
-        return ServerScorer(
-            config.server,
-            reward_model.load_encoder(config.model),
-            kind=config.server_type,
-            name=config.server_model,
-            concurrency=config.concurrency,
-            batch=config.server_batch,
-            deadline_s=config.server_deadline,
-        )
+        return open_served(config, config.model)
     if config.backend == "vllm":
         from polarctl.scoring.vllm import VllmScorer
 

@@ -207,7 +207,7 @@ class Reader:
                 yield f"{name}:{number}", line
         except (EOFError, zlib.error, OSError) as error:
             raise RecordError(f"cannot read on: {error}", where=name) from None
-        except Exception as error:
+        except Exception as error:  # ZstdError is not imported before a .zst file is read
             if type(error).__name__ != "ZstdError":
                 raise
             raise RecordError(f"cannot read on: {error}", where=name) from None

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from polarctl.config import Common, Device, Needs
+from polarctl.config import Common, DeepSpeed, Device, Gpus, LoraAlpha, Needs, Nnodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,19 +153,10 @@ class TrainConfig(Common):
         int | None,
         typer.Option(min=1, help="Train low-rank adapters and the head alone."),
     ] = None
-    lora_alpha: Annotated[
-        int | None,
-        typer.Option(min=1, help="Their scale; default: twice the rank."),
-    ] = None
-    deepspeed: Annotated[
-        str | None,
-        typer.Option(metavar="CONFIG", help="zero1, zero2, zero3 or a JSON file."),
-    ] = None
-    gpus: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1
-    nnodes: Annotated[
-        int,
-        typer.Option(min=1, help="Machines; MASTER_ADDR, MASTER_PORT and NODE_RANK say the rest."),
-    ] = 1
+    lora_alpha: LoraAlpha = None
+    deepspeed: DeepSpeed = None
+    gpus: Gpus = 1
+    nnodes: Nnodes = 1
     device: Device = "auto"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
