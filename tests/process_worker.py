@@ -43,7 +43,8 @@ def work(task, place):
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")
         own = {name: os.environ[name] for name in names}
         (place / f"place.{rank}").write_text(json.dumps(own))
-        print(f"record of {rank}", flush=True)
+        sys.stdout.write(f"record of {rank}\n")  # at once, also where python is unbuffered
+        sys.stdout.flush()
         console.note(f"note of {rank}")
         console.warn(f"warning of {rank}")
         (place / f"choices.{rank}").write_text(json.dumps(console.choices()))
