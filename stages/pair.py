@@ -20,6 +20,7 @@ polarctl pair runs/better/rollouts.jsonl --from-rollouts --label-by check -o lab
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -31,8 +32,9 @@ import typer
 from polarctl.config import Common, Needs
 
 if TYPE_CHECKING:
+    from polarctl.policies.by_prompt import Groups
     from polarctl.policies.labelling import Labelling, Rollouts
-    from polarctl.policies.pairing import Groups, Pairing
+    from polarctl.policies.pairing import Pairing
     from polarctl.records import Record
     from polarctl.storage.write import Output
 
@@ -124,7 +126,7 @@ def pair(groups: Iterable[Any], pairing: Pairing | Labelling) -> Iterator[dict[s
     """The triples of all groups, in their order.
 
     Args:
-        groups: Of `polarctl.policies.pairing.Groups`, or of `polarctl.policies.labelling.Rollouts`.
+        groups: Of `policies.by_prompt.Groups`, or of `policies.labelling.Rollouts`.
         pairing: What draws from such a group.
     """
     for group in groups:
@@ -135,8 +137,8 @@ def run(config: Config) -> None:
     """Read everything, then draw; what a resume has written already is drawn again, not written."""
     from polarctl import seeding
     from polarctl.config import shard_of
+    from polarctl.policies.by_prompt import Groups
     from polarctl.policies.labelling import Rollouts
-    from polarctl.policies.pairing import Groups
     from polarctl.storage import read, windows
     from polarctl.storage.paths import check_paths
     from polarctl.storage.read import Reader
@@ -159,7 +161,7 @@ def run(config: Config) -> None:
                 paths,
                 "trajectory",
                 verify=groups.add,
-                check=lambda: None if config.shard else _drawer(config, groups),
+                check=lambda: _check(config, groups),
             )
             return
         check_paths(config, paths)
@@ -172,18 +174,34 @@ def run(config: Config) -> None:
             limit=config.limit,
             verify=groups.add,
         )
-        digest = [window.digest for window in reader.windows(READ_ROWS)][-1]
+        (digest,) = deque((window.digest for window in reader.windows(READ_ROWS)), maxlen=1)
+        if isinstance(groups, Groups):
+            groups.finish(reader.on_bad)
         pairing = _drawer(config, groups)
         index, count = shard_of(config.shard) if config.shard else (0, 1)
-        mine = [g for g in groups if seeding.derive(0, "shard", g.id) % count == index]
+        mine = (g for g in groups if seeding.derive(0, "shard", g.id) % count == index)
         with Output("pair", config, read.sizes(paths), {"trajectories": digest}) as out:
             if not out.complete:
                 windows.set_aside(out, bad)
-                _pair(mine, pairing, out)
+                _pair(mine, None if config.shard else len(groups), pairing, out)
                 if config.from_rollouts:
                     _report_labels(pairing, groups, out, config)
                 else:
                     _report(pairing, out, config)
+
+
+def _check(config: Config, groups: Any) -> None:
+    """Whether there would be a triple; says what `--rejects` would take beside bad rows."""
+    from polarctl import console
+    from polarctl.policies.by_prompt import Groups
+    from polarctl.storage.windows import BadRows
+
+    if isinstance(groups, Groups):
+        bad = BadRows(console.warn)
+        groups.finish(bad if config.rejects else None)
+        bad.finish()
+    if not config.shard:
+        _drawer(config, groups)
 
 
 def _drawer(config: Config, groups: Any) -> Any:
@@ -257,18 +275,25 @@ def _no_resample() -> Exception:
     )
 
 
-def _pair(groups: list[Any], pairing: Pairing | Labelling, out: Output) -> None:
+def _pair(
+    groups: Iterable[Any], total: int | None, pairing: Pairing | Labelling, out: Output
+) -> None:
     from polarctl import console
 
-    with console.progress("pair", len(groups), "prompts") as bar:
-        for unit, start in enumerate(range(0, len(groups), WINDOW_PROMPTS), 1):
-            window = groups[start : start + WINDOW_PROMPTS]
-            for triple in pair(window, pairing):
+    unit, seen = 1, 0
+    with console.progress("pair", total, "prompts") as bar:
+        for seen, group in enumerate(groups, 1):
+            for triple in pair([group], pairing):
                 if unit > out.done:
                     out.write(triple)
-            if unit > out.done:
-                out.commit(unit)
-            bar.update(start + len(window))
+            if seen % WINDOW_PROMPTS == 0:
+                if unit > out.done:
+                    out.commit(unit)
+                bar.update(seen)
+                unit += 1
+        if seen % WINDOW_PROMPTS and unit > out.done:
+            out.commit(unit)
+        bar.update(seen)
 
 
 def _matches(name: str, globs: Iterable[str]) -> bool:

@@ -118,6 +118,9 @@ class Rollouts:
         self.names: Counter[str] = Counter()
         self._groups: dict[tuple[str, str, str], RolloutGroup] = {}
 
+    def __len__(self) -> int:
+        return len(self._groups)
+
     def __iter__(self) -> Iterator[RolloutGroup]:
         return iter(self._groups.values())
 

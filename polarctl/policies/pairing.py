@@ -19,13 +19,11 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from polarctl import seeding
-from polarctl.errors import RecordError
-from polarctl.records import Record, prompt_id
+from polarctl.policies.by_prompt import Groups, PromptGroup
 
 # Samples of one policy and prompt that are combined; of more, a random part is taken.
 MAX_SAMPLES = 8
@@ -33,81 +31,11 @@ MAX_SAMPLES = 8
 Samples = tuple[int, int, int]  # of reference, chosen and rejected
 
 
-@dataclass
-class PromptGroup:
-    """What was written for one prompt in one wrapper.
-
-    Attributes:
-        id: Identity of the prompt.
-        prompt: The prompt.
-        wrapper: `sft` or `pretrain`.
-        category: Of the first trajectory, or None.
-        outputs: Policy to its texts, by sample index.
-    """
-
-    id: str
-    prompt: Any
-    wrapper: str
-    category: str | None
-    outputs: dict[str, dict[int, Any]] = field(default_factory=dict)
-
-    def firsts(self) -> list[str]:
-        """Policies that can be the reference's: at least two samples."""
-        return sorted(name for name, texts in self.outputs.items() if len(texts) > 1)
-
-    def seconds(self) -> list[str]:
-        """Policies that can be the rejected one's: all."""
-        return sorted(self.outputs)
-
-
-class Groups:
-    """Trajectories by prompt and wrapper, in the order in which the prompts first appear.
-
-    Args:
-        keep: Says of a policy's name whether it takes part.
-
-    Attributes:
-        policies: Names of all policies met, also of those that take no part.
-    """
-
-    def __init__(self, keep: Callable[[str], bool] = lambda name: True):
-        self.keep = keep
-        self.policies: set[str] = set()
-        self._groups: dict[tuple[str, str], PromptGroup] = {}
-
-    def __iter__(self) -> Iterator[PromptGroup]:
-        return iter(self._groups.values())
-
-    def add(self, record: Record) -> None:
-        """Take one trajectory; without `wrapper` it is `sft`.
-
-        Raises:
-            RecordError: Its id names another prompt, or the sample is there already.
-        """
-        policy, name, wrapper = record["policy"], prompt_id(record), record.get("wrapper", "sft")
-        self.policies.add(policy)
-        if not self.keep(policy):
-            return
-        found = self._groups.get((name, wrapper))
-        if found is None:
-            found = PromptGroup(name, record["prompt"], wrapper, record.get("category"))
-            self._groups[name, wrapper] = found
-        elif found.prompt != record["prompt"]:
-            raise RecordError(f"id `{name}` already names another prompt")
-        texts = found.outputs.setdefault(policy, {})
-        sample = record.get("sample", len(texts))
-        if sample in texts:
-            raise RecordError(
-                f"sample {sample} of policy `{policy}` for prompt `{name}` is there already"
-            )
-        texts[sample] = record["output"]
-
-
 class Pairing:
     """Draws triples, group by group.
 
     Args:
-        groups: All groups: the weights come from them.
+        groups: All groups, finished: the weights come from them.
         per_prompt: Triples per prompt at most.
         negatives: Rejected texts of a triple at most; those after the first go to `negatives`.
         require: Says of a policy's name whether it counts; one of the two must.
@@ -124,7 +52,7 @@ class Pairing:
 
     def __init__(
         self,
-        groups: Iterable[PromptGroup],
+        groups: Groups,
         *,
         per_prompt: int = 1,
         negatives: int = 1,
@@ -136,12 +64,7 @@ class Pairing:
         self.per_prompt, self.require, self.seed = per_prompt, require, seed
         self.counts: Counter[str] = Counter()
         self.roles: dict[str, dict[str, int]] = {}
-        first: Counter[str] = Counter()
-        second: Counter[str] = Counter()
-        for each in groups:
-            first.update(each.firsts())
-            second.update(each.seconds())
-        self._first, self._second = first, second
+        self._first, self._second = groups.firsts, groups.seconds
 
     def triples(self, group: PromptGroup) -> Iterator[dict[str, Any]]:
         """The triples of a prompt, at most `per_prompt`.

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polarctl import cli
-from polarctl.policies.pairing import Groups, Pairing
+from polarctl.policies.by_prompt import Groups
+from polarctl.policies.pairing import Pairing
 from polarctl.records import Record, Triple, check
 from polarctl.stages.pair import pair
 
@@ -43,6 +44,7 @@ def triples_of(records, **options):
     groups = Groups()
     for record in records:
         groups.add(Record(record))
+    groups.finish()
     pairing = Pairing(groups, **options)
     return list(pair(groups, pairing)), pairing
 
