@@ -4,8 +4,7 @@ python tests/benchmarks/bench_pair.py --prompts 25000        (1,000,000 trajecto
 
 The join alone is what an engine would do for `pair`: all trajectories of a prompt together, prompts
 in the order in which they first appear. The engines read the JSON themselves and check nothing.
-`pip install polars duckdb daft` for them; one that is not installed is named and left out. The
-size is the default of 25,000 prompts x 8 policies x 5 samples; polars and daft want 2 GiB of memory.
+`pip install polars duckdb daft` for them; one that is not installed is named and left out.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def pair(path, out, before="pass", **options):
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_trajectories(tmp_path):
     peaks = []
-    for prompts in (4_000, 16_000):  # 128 MB and 512 MB of text
+    for prompts in (4_000, 10_000):  # 128 MB and 320 MB of text
         write(tmp_path / "t.jsonl", prompts, 2_000)
         process = pair(tmp_path / "t.jsonl", tmp_path / f"{prompts}.jsonl")
         _, status, used = os.wait4(process.pid, 0)
@@ -128,7 +128,7 @@ def test_memory_does_not_grow_with_the_trajectories(tmp_path):
         with open(tmp_path / f"{prompts}.jsonl", "rb") as stream:
             assert sum(1 for _ in stream) == prompts
         peaks.append(used.ru_maxrss / 1024)  # MiB on Linux
-    assert peaks[1] < peaks[0] + 64, peaks
+    assert peaks[1] < peaks[0] + 48, peaks
 
 
 def test_a_full_disk_is_one_line(tmp_path):
