@@ -12,7 +12,7 @@ import transformers
 
 from polarctl import console
 from polarctl.errors import MissingError, PolarctlError, RecordError, UsageError
-from polarctl.model import devices
+from polarctl.model import chat_template, devices
 from polarctl.model import reward_model as models
 from polarctl.model.template import content_text
 from polarctl.policies.decoding import Reading, generate, reading_of
@@ -110,12 +110,11 @@ class Writer:
             else [{**message, "content": content_text([message])} for message in prompt]
         )
         try:
-            text: str = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
+            return chat_template.render(self.tokenizer, messages, add_generation_prompt=True)
+        except UsageError as error:
+            raise UsageError(f"{self.policy.where}: {self.policy.model}: {error}") from None
         except Exception as error:  # templates raise what they like
             return Unfit(f"the chat template of `{self.policy.name}` refuses the prompt: {error}")
-        return text
 
     def _fitting(self, ids: list[int]) -> list[int] | Unfit:
         if not self.chat and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from polarctl.model import chat_template
 from polarctl.model.template import content_text
 
 
@@ -41,11 +42,8 @@ def _prompt(tokenizer: Any, prompt: Any) -> list[int]:
     """The ids that the trainers of TRL sample from."""
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
-    return list(
-        tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, tokenize=True, return_dict=True
-        )["input_ids"]
-    )
+    text = chat_template.render(tokenizer, prompt, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _end(tokenizer: Any, stops: set[int | None], chat: bool) -> list[int]:
@@ -53,7 +51,9 @@ def _end(tokenizer: Any, stops: set[int | None], chat: bool) -> list[int]:
     own = tokenizer.eos_token_id
     if chat:
         talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        ids = tokenizer.apply_chat_template(talk, tokenize=True, return_dict=True)["input_ids"]
+        ids = tokenizer(chat_template.render(tokenizer, talk), add_special_tokens=False)[
+            "input_ids"
+        ]
         found = [token for token in ids if token in stops]
         own = found[-1] if found else own
     return [] if own is None else [own]

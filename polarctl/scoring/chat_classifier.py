@@ -28,7 +28,7 @@ from typing import Any
 
 from polarctl import console
 from polarctl.errors import MissingError, RecordError, UsageError
-from polarctl.model import devices
+from polarctl.model import chat_template, devices
 from polarctl.model import reward_model as models
 from polarctl.model.internlm2 import config as internlm2
 from polarctl.model.template import content_text
@@ -184,7 +184,9 @@ class ClassifierScorer:
 
     def _ids(self, turns: list[dict[str, str]]) -> list[int]:
         try:
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False)
+            text = chat_template.render(self.tokenizer, turns)
+        except UsageError:
+            raise
         except Exception as error:  # templates raise what they like
             raise RecordError(f"the chat template refuses the record: {error}") from None
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -40,7 +40,7 @@ store = duckdb.connect(sys.argv[2] + "/duck.db", config=dict(
     memory_limit="256MB", temp_directory=sys.argv[2] + "/duck", preserve_insertion_order=False))
 store.execute(
     "create table t as select row_number() over () as row, * from "
-    f"read_ndjson('{{sys.argv[1]}}', columns={COLUMNS})")
+    "read_ndjson('" + sys.argv[1] + "', columns={COLUMNS})")
 store.execute("create table f as select id, min(row) as first from t group by id")
 store.execute("select first, t.* from t join f using (id) order by first, row")
 total = 0
