@@ -88,7 +88,9 @@ class Config(Bare):
     request_timeout: Annotated[
         float,
         typer.Option(
-            min=0.1, help="Seconds in which a request must have arrived (headers: 10 at most)."
+            min=0.1,
+            help="Seconds in which a request must have arrived (its headers: 10 at most), and its "
+            "reply be taken.",
         ),
     ] = 60.0
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one forward pass.")] = 8192

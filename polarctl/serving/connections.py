@@ -14,7 +14,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from polarctl import console
 
 _HEAD_S = 10.0  # the first line and the headers
-_TAKEN_S = 60.0  # a reply, by the client
 _IDLE_S = 20  # more than common clients wait: no request meets a connection that is being closed
 _CLOSED_S = 10.0  # a connection that we have closed, with what is still to be sent
 _SELDOM_S = 60.0
@@ -41,7 +40,7 @@ class Settings(uvicorn.Config):
     Args:
         app: The application.
         connections: How many may be open.
-        arrives_s: Seconds in which a request must have arrived.
+        arrives_s: Seconds in which a request must have arrived, and its reply be taken.
     """
 
     def __init__(self, app: Any, connections: int, arrives_s: float):
@@ -49,7 +48,7 @@ class Settings(uvicorn.Config):
         self.limits_s = {
             "head": min(_HEAD_S, arrives_s),
             "body": arrives_s,
-            "sending": _TAKEN_S,
+            "sending": arrives_s,
             "idle": _IDLE_S + 5,  # where Uvicorn's own timer does not run
             "closing": _CLOSED_S,
         }

@@ -75,8 +75,8 @@ def serve(
 ) -> NoReturn:
     """Answer until SIGTERM, the normal end, or Ctrl-C; then end the process within 5 s.
 
-    Requests under way are finished if they can be by then, else answered with 503. The exit status is
-    0, or 130 after Ctrl-C.
+    Requests under way are finished if they can be by then, else answered with 503. The exit status
+    is 0, or 130 after Ctrl-C.
 
     Args:
         service: Who answers.
@@ -84,7 +84,7 @@ def serve(
         listener: Where to listen.
         greeting: What is said when it is ready.
         connections: How many may be open.
-        arrives_s: Seconds in which a request must have arrived.
+        arrives_s: Seconds in which a request must have arrived, and its reply be taken.
     """
     # Of what clients do wrong they are told, not the log.
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
