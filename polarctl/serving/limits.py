@@ -11,6 +11,7 @@ from typing import Any
 from polarctl.model.template import content_text
 
 _VALUES = 1 << 21
+_MUCH = 16 << 20
 
 
 class Refused(Exception):
@@ -129,7 +130,7 @@ class Gate:
     """
 
     def __init__(self, most: int):
-        self._most, self._held = most, 0
+        self._most, self._held, self._peak = most, 0, 0
         self._lock = threading.Lock()
 
     def take(self, amount: int) -> None:
@@ -142,11 +143,20 @@ class Gate:
             if self._held + amount > self._most:
                 raise Refused(503, "too much is under way; ask again in a second")
             self._held += amount
+            self._peak = max(self._peak, self._held)
 
     def give(self, amount: int) -> None:
         """Give back what was taken."""
         with self._lock:
             self._held -= amount
+
+    def settle(self, clear: Callable[[], None]) -> None:
+        """Call `clear` once after much was held, as soon as little is."""
+        with self._lock:
+            if self._peak < _MUCH or self._held > _MUCH // 4:
+                return
+            self._peak = self._held
+        clear()
 
     @contextmanager
     def growing(self) -> Iterator[Callable[[int], None]]:
