@@ -5,8 +5,9 @@ vLLM, SGLang and lmdeploy) and /get_reward (OpenRLHF), with raw rewards; /v1/mod
 /metrics say how it is. Requests that arrive together are computed together.
 
 It listens on this machine alone. On another --host every route but /health asks for a key
-(`Authorization: Bearer ...`), which comes from POLARCTL_SERVER_KEY or --key-file. SIGTERM lets it
-finish what it has begun, and is its normal end.
+(`Authorization: Bearer ...`), which comes from POLARCTL_SERVER_KEY or --key-file. SIGTERM, its
+normal end, lets it finish what it has begun and can finish within 3 s; the rest is answered with
+503.
 
 \b
 polarctl serve -m runs/rm --port 8000
@@ -81,6 +82,17 @@ class Config(Bare):
             help="Characters of a request at most, each input with its prompt and reference.",
         ),
     ] = 33_554_432
+    max_connections: Annotated[
+        int, typer.Option(min=1, help="Open connections at most; more are answered with 503.")
+    ] = 1024
+    request_timeout: Annotated[
+        float,
+        typer.Option(
+            min=0.1,
+            help="Seconds in which a request must have arrived (its headers: 10 at most), and its "
+            "reply be taken.",
+        ),
+    ] = 60.0
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one forward pass.")] = 8192
     device: Device = "auto"
     dtype: Dtype = "auto"
@@ -125,8 +137,14 @@ def run(config: Config) -> None:
         identity = manifest.folder_identity(config.model)
         service = app.Service(scorer, name, limits, config.end_token, identity, answers)
         greeting = f"serving {config.model} on {address}"
-        if listening.serve(app.create(service, key), listener, greeting):
-            raise typer.Exit(130)  # there is nothing to say, and nothing to go on with
+        listening.serve(
+            service,
+            key,
+            listener,
+            greeting,
+            connections=config.max_connections,
+            arrives_s=config.request_timeout,
+        )
 
 
 def _key(config: Config) -> str | None:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import contextvars
 import copy
 import hmac
-import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
-import anyio
 import anyio.to_thread
 import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from polarctl import __version__, console
 from polarctl.errors import PolarctlError, RecordError
@@ -40,14 +41,16 @@ from polarctl.scoring.scorer import (
     score_records,
 )
 from polarctl.serving import shapes
-from polarctl.serving.batching import Batcher, Closed
-from polarctl.serving.limits import Gate, InTurns, Limits, Refused, Size
+from polarctl.serving.batching import Batcher, Closed, Gone, Ticket
+from polarctl.serving.limits import Gate, InTurns, Limits, Refused, Size, Turns, check_values
 from polarctl.serving.meters import Meters
 
 _THREADS = 256  # requests under way; what is beyond waits
 _TOKENIZING = 4  # of them
 _AT_ONCE = 4  # the largest requests that are held at the same time
-_ARRIVES_S = 60  # a body, whole
+_LEFT = 499  # what nginx counts a request as whose client has left; nobody gets it
+
+_ticket: contextvars.ContextVar[Ticket | None] = contextvars.ContextVar("ticket", default=None)
 
 
 class Service:
@@ -73,7 +76,7 @@ class Service:
     ):
         self.name, self.limits, self.ends = name, limits, tuple(ends)
         self.fingerprint, self.answers = fingerprint, answers
-        self._turns = threading.Semaphore(_TOKENIZING)
+        self._turns = Turns(_TOKENIZING, self.check)
         self.bodies = Gate(_AT_ONCE * limits.body_bytes)
         self._texts = Gate(_AT_ONCE * limits.chars)
         self.chat: ClassifierScorer | None = None
@@ -99,12 +102,16 @@ class Service:
         self.meters.inputs.inc(len(found))
         return found
 
-    def close(self) -> None:
-        """Stop the model's thread."""
-        self.batcher.close()
+    def check(self) -> None:
+        """Raise Gone or Closed when nothing more is to be done for this thread's request."""
+        self.batcher.check(_ticket.get())
+
+    def close(self, patience_s: float | None = None) -> None:
+        """Stop the model's thread; see `polarctl.serving.batching.Batcher.close`."""
+        self.batcher.close(patience_s)
 
     def _rewards_of(self, groups: Any) -> list[list[float]]:
-        return self.batcher.rewards(groups)
+        return self.batcher.rewards(groups, _ticket.get())
 
     def _count(self, requests: int, tokens: int) -> None:
         self.meters.batches.inc()
@@ -194,7 +201,7 @@ class Service:
             size.add_input(one)
         with self._texts.holding(size.chars):
             inputs = [shapes.ids_of(g, self.encoder, self.vocabulary, self.longest) for g in given]
-            found = self.batcher.rewards(shapes.grouped(inputs))
+            found = self._rewards_of(shapes.grouped(inputs))
         self.meters.inputs.inc(len(inputs))
         return inputs, [reward for group in found for reward in group]
 
@@ -211,7 +218,7 @@ def create(service: Service, key: str | None = None) -> FastAPI:
     async def life(app: FastAPI) -> AsyncIterator[None]:
         anyio.to_thread.current_default_thread_limiter().total_tokens = _THREADS
         yield
-        service.close()
+        service.close(0)
 
     app = FastAPI(
         title="polarctl serve", version=__version__, lifespan=life, redirect_slashes=False
@@ -223,22 +230,7 @@ def create(service: Service, key: str | None = None) -> FastAPI:
             error.status_code, f"{request.method} {request.scope['path']}: {error.detail}"
         )
 
-    @app.middleware("http")
-    async def watch(request: Request, go: Callable[[Request], Awaitable[Response]]) -> Response:
-        # What the router goes by. `request.url` is put together with what a client sends as Host.
-        start, path = time.monotonic(), request.scope["path"]
-        try:
-            if key is not None and path != "/health":
-                _admit(request, key)
-            response = await go(request)
-        except Refused as refused:
-            response = _error(refused.status, str(refused))
-        except Exception as error:
-            response = _failed(error)
-        route = path if path in _ROUTES else "other"
-        service.meters.requests.labels(route, response.status_code).inc()
-        service.meters.seconds.labels(route).observe(time.monotonic() - start)
-        return response
+    app.add_middleware(_Watch, service=service, key=key)
 
     for path, answer in (
         ("/score", service.native),
@@ -246,7 +238,7 @@ def create(service: Service, key: str | None = None) -> FastAPI:
         ("/pooling", service.pooling),
         ("/get_reward", service.get_reward),
     ):
-        app.post(path)(_route(answer, service.limits.body_bytes, service.bodies))
+        app.post(path)(_route(answer, service))
 
     @app.get("/v1/models")
     async def models() -> Any:
@@ -271,42 +263,99 @@ def create(service: Service, key: str | None = None) -> FastAPI:
 _ROUTES = ("/score", "/classify", "/pooling", "/get_reward", "/v1/models", "/health", "/metrics")
 
 
+class _Watch:
+    """Admits, counts, and says what has gone wrong.
+
+    Args:
+        app: The routes.
+        service: See `create`.
+        key: See `create`.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service, key: str | None):
+        self.app, self.service, self.key = app, service, key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        # What the router goes by. `request.url` is put together with what a client sends as Host.
+        start, path, status = time.monotonic(), scope["path"], 0
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            if self.key is not None and path != "/health":
+                _admit(Request(scope), self.key)
+            await self.app(scope, receive, noted)
+        except Exception as error:
+            if status:
+                raise
+            response = _failed(error)
+            await response(scope, receive, noted)
+        route = path if path in _ROUTES else "other"
+        self.service.meters.requests.labels(route, status).inc()
+        self.service.meters.seconds.labels(route).observe(time.monotonic() - start)
+
+
 def _route(
-    answer: Callable[[Any], Any], most: int, gate: Gate
+    answer: Callable[[Any], Any], service: Service
 ) -> Callable[[Request], Awaitable[Response]]:
-    def work(body: bytes) -> bytes:
+    def work(parts: list[bytes]) -> bytes:
+        service.check()
+        body = b"".join(parts)
+        parts.clear()
+        check_values(body)
         try:
             decoded = orjson.loads(body)
         except ValueError:
             raise Refused(400, "the body is no JSON") from None
+        del body
         return orjson.dumps(answer(decoded))
 
     async def handle(request: Request) -> Response:
+        ticket = Ticket()
+        _ticket.set(ticket)
         parts: list[bytes] = []
-        try:
-            await _read(request, most, gate, parts)
-            reply = await run_in_threadpool(work, b"".join(parts))
-        finally:
-            gate.give(sum(map(len, parts)))
+        with service.bodies.growing() as take:
+            await _read(request, service.limits.body_bytes, take, parts)
+            leaving = asyncio.create_task(_until_it_leaves(request, service, ticket))
+            try:
+                reply = await run_in_threadpool(work, parts)
+            finally:
+                leaving.cancel()
         return Response(reply, media_type="application/json")
 
     handle.__doc__ = answer.__doc__
     return handle
 
 
-async def _read(request: Request, most: int, gate: Gate, parts: list[bytes]) -> None:
-    """Add what comes of a body to `parts`; all of these are held in the gate."""
-    size = 0
-    try:
-        with anyio.fail_after(_ARRIVES_S):
-            async for part in request.stream():
-                size += len(part)
-                if size > most:
-                    raise Refused(413, f"a body of more than {most:,} bytes (--max-body-mib)")
-                gate.take(len(part))
-                parts.append(part)
-    except TimeoutError:
-        raise Refused(408, f"the body did not arrive within {_ARRIVES_S} s") from None
+async def _read(
+    request: Request, most: int, take: Callable[[int], None], parts: list[bytes]
+) -> None:
+    """Add what comes of a body to `parts`; it is taken first."""
+    size, sent = 0, request.headers.get("content-length", "")
+    if sent.isdecimal() and int(sent) > most:
+        raise _too_large(most)
+    async for part in request.stream():
+        size += len(part)
+        if size > most:
+            raise _too_large(most)
+        take(len(part))
+        parts.append(part)
+
+
+def _too_large(most: int) -> Refused:
+    return Refused(413, f"a body of more than {most:,} bytes (--max-body-mib)")
+
+
+async def _until_it_leaves(request: Request, service: Service, ticket: Ticket) -> None:
+    """End the work of a client that does not wait for it."""
+    await request.receive()  # all of the body has been read: nothing but its end can come
+    service.batcher.end(ticket, Gone())
 
 
 def _admit(request: Request, key: str) -> None:
@@ -329,6 +378,10 @@ def _error(status: int, message: str) -> Response:
 
 def _failed(error: Exception) -> Response:
     """What the client is told of a failure: never where it happened."""
+    if isinstance(error, Refused):
+        return _error(error.status, str(error))
+    if isinstance(error, Gone):
+        return _error(_LEFT, "the client has left")
     if isinstance(error, Closed):
         return _error(503, "the server is stopping")
     if isinstance(error, RecordError):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 
 from polarctl.model.packing import portions, span_of
 
@@ -18,16 +19,32 @@ class Closed(Exception):
     """The server is stopping and takes no more work."""
 
 
+class Gone(Exception):
+    """The client has left; nobody waits for the answer."""
+
+
+class Ticket:
+    """A client's request, by which its work can be ended before all of it is done.
+
+    Attributes:
+        ended: Why nothing more of it is to be done, if so.
+    """
+
+    def __init__(self) -> None:
+        self.ended: Exception | None = None
+
+
 class _Request:
     """Groups of candidates, in portions that fit into a batch.
 
     Attributes:
+        ticket: The client's request that it is a part of, if known.
         portions: (group, its candidates, tokens) of those that are not taken yet.
         answer: The rewards, once all are there.
     """
 
-    def __init__(self, groups: Groups, budget: int):
-        self._groups = groups
+    def __init__(self, groups: Groups, budget: int, ticket: Ticket | None):
+        self.ticket, self._groups = ticket, groups
         self._found = [[math.nan] * len(candidates) for candidates in groups]
         self.portions: deque[tuple[int, list[int], int]] = deque()
         for number, candidates in enumerate(groups):
@@ -49,13 +66,14 @@ class _Request:
         for i, reward in zip(part, rewards, strict=True):
             self._found[number][i] = reward
         self._open -= 1
-        if not self._open and not self.answer.done():
-            self.answer.set_result(self._found)
+        if not self._open:
+            with contextlib.suppress(InvalidStateError):  # it was ended from another thread
+                self.answer.set_result(self._found)
 
     def fail(self, error: Exception) -> None:
         """End it by an error."""
         self.portions.clear()
-        if not self.answer.done():
+        with contextlib.suppress(InvalidStateError):
             self.answer.set_exception(error)
 
 
@@ -83,39 +101,73 @@ class Batcher:
     ):
         self._rewards_of, self._budget, self._batches = rewards_of, batch_tokens, batches
         self._waiting: deque[_Request] = deque()
+        self._open: list[_Request] = []  # those too of which all is being computed
         self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self._thread.start()
 
-    def rewards(self, groups: Groups) -> list[list[float]]:
+    def rewards(self, groups: Groups, ticket: Ticket | None = None) -> list[list[float]]:
         """Rewards of a request, waited for.
+
+        Args:
+            groups: The ids of each group's candidates.
+            ticket: By which it can be ended.
 
         Raises:
             Closed: The server is stopping.
+            Gone: The client has left.
             PolarctlError: The model failed at it.
         """
-        request = _Request(groups, self._budget)
+        request = _Request(groups, self._budget, ticket)
         with self._changed:
-            if self._closed:
-                raise Closed
+            self.check(ticket)
             if request.portions:
+                self._open.append(request)
                 self._waiting.append(request)
                 self._changed.notify()
-        return request.answer.result()
+        try:
+            return request.answer.result()
+        finally:
+            with self._changed, contextlib.suppress(ValueError):
+                self._open.remove(request)
+
+    def check(self, ticket: Ticket | None) -> None:
+        """Raise what `rewards` would raise for a request that has been ended."""
+        if ticket is not None and ticket.ended is not None:
+            raise ticket.ended
+        if self._closed:
+            raise Closed
+
+    def end(self, ticket: Ticket, error: Exception) -> None:
+        """Do nothing more of a request. What is being computed is dropped afterwards."""
+        with self._changed:
+            ticket.ended = error
+            self._fail([one for one in self._open if one.ticket is ticket], error)
 
     def waiting(self) -> int:
         """Requests of which something waits."""
         return len(self._waiting)
 
-    def close(self) -> None:
-        """Finish what is computed now, and stop; what still waits is not computed."""
+    def close(self, patience_s: float | None = None) -> None:
+        """Finish what is computed now, and stop; what still waits is not computed.
+
+        Args:
+            patience_s: Seconds for what is computed now; None is no limit.
+        """
         with self._changed:
             self._closed = True
-            while self._waiting:
-                self._waiting.popleft().fail(Closed())
+            self._fail(list(self._waiting), Closed())
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(patience_s)
+        with self._changed:
+            self._fail(self._open, Closed())
+
+    def _fail(self, requests: Sequence[_Request], error: Exception) -> None:
+        for request in requests:
+            with contextlib.suppress(ValueError):
+                self._waiting.remove(request)
+            request.fail(error)
 
     def _run(self) -> None:
         # What arrives while a batch is computed is the next one: no request waits for company, and
@@ -159,6 +211,4 @@ class Batcher:
 
     def _drop(self, request: _Request, error: Exception) -> None:
         with self._changed:
-            if request in self._waiting:
-                self._waiting.remove(request)
-            request.fail(error)
+            self._fail([request], error)

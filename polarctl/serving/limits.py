@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from polarctl.model.template import content_text
+
+_VALUES = 1 << 21
+_MUCH = 16 << 20
 
 
 class Refused(Exception):
@@ -39,6 +42,23 @@ class Limits:
     inputs: int = 4096
     text_chars: int = 256 << 10
     chars: int = 32 << 20
+
+
+def check_values(body: bytes) -> None:
+    """Count the values in a JSON text before they are built: each takes up to 24 times its bytes.
+
+    The parser holds Python's lock, so that nothing else is answered in the meantime.
+
+    Raises:
+        Refused: Too many.
+    """
+    text = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    found = text.count(b'"') // 2
+    if found <= _VALUES:
+        outside = b"".join(text.split(b'"')[::2])  # what is no string
+        found = sum(outside.count(mark) for mark in (b",", b"[", b"{"))
+    if found > _VALUES:
+        raise Refused(413, f"a body of more than {_VALUES:,} JSON values")
 
 
 class Size:
@@ -110,7 +130,7 @@ class Gate:
     """
 
     def __init__(self, most: int):
-        self._most, self._held = most, 0
+        self._most, self._held, self._peak = most, 0, 0
         self._lock = threading.Lock()
 
     def take(self, amount: int) -> None:
@@ -123,11 +143,35 @@ class Gate:
             if self._held + amount > self._most:
                 raise Refused(503, "too much is under way; ask again in a second")
             self._held += amount
+            self._peak = max(self._peak, self._held)
 
     def give(self, amount: int) -> None:
         """Give back what was taken."""
         with self._lock:
             self._held -= amount
+
+    def settle(self, clear: Callable[[], None]) -> None:
+        """Call `clear` once after much was held, as soon as little is."""
+        with self._lock:
+            if self._peak < _MUCH or self._held > _MUCH // 4:
+                return
+            self._peak = self._held
+        clear()
+
+    @contextmanager
+    def growing(self) -> Iterator[Callable[[int], None]]:
+        """Gives `take`; what was taken by it is given back at the end."""
+        held = 0
+
+        def take(amount: int) -> None:
+            nonlocal held
+            self.take(amount)
+            held += amount
+
+        try:
+            yield take
+        finally:
+            self.give(held)
 
     @contextmanager
     def holding(self, amount: int) -> Iterator[None]:
@@ -143,6 +187,29 @@ class Gate:
             self.give(amount)
 
 
+class Turns:
+    """Lets a few threads in at a time: `with turns: ...`.
+
+    Args:
+        most: Threads.
+        check: Called by a thread when its turn has come; raises when its work is to end.
+    """
+
+    def __init__(self, most: int, check: Callable[[], None]):
+        self._free, self._check = threading.Semaphore(most), check
+
+    def __enter__(self) -> None:
+        self._free.acquire()
+        try:
+            self._check()
+        except BaseException:
+            self._free.release()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self._free.release()
+
+
 class InTurns:
     """A tokenizer that a few threads use at a time, as it takes much memory for a long text.
 
@@ -151,7 +218,7 @@ class InTurns:
         turns: Taken by a thread for each text.
     """
 
-    def __init__(self, tokenizer: Any, turns: threading.Semaphore):
+    def __init__(self, tokenizer: Any, turns: Turns):
         self._tokenizer, self._turns = tokenizer, turns
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:

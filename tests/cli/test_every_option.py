@@ -360,6 +360,8 @@ SERVE: dict[str, Case | Seen] = {
             "max_chars prompt_style strip_thinking reward_floor"
         ).split()
     },
+    "max_connections": Seen("serving/test_slow_clients.py", '"--max-connections", "40"'),
+    "request_timeout": Seen("serving/test_slow_clients.py", '"--request-timeout", "2"'),
     **voice("serve -m ./nowhere"),
     "quiet": Seen("serving/test_serve.py", "serving"),
     "model": Seen("serving/test_serve.py", '"-m"'),
