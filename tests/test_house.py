@@ -236,6 +236,7 @@ def test_the_repository_holds_nothing_but_its_parts():
         "Makefile",
         "README.md",
         "docs",
+        "mkdocs.yml",
         "polarctl",
         "pyproject.toml",
         "schemas",
