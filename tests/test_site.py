@@ -1,4 +1,4 @@
-"""The documentation site: its pages read alike on GitHub and in the site, and say what the program says.
+"""The documentation site: pages read alike on GitHub and in the site, and say what is true.
 
 `make docs` builds the site strictly. What is tested here needs no site generator.
 """
