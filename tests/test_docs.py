@@ -300,9 +300,7 @@ def test_every_command_in_a_stages_docstring_is_one_that_the_program_takes():
 @pytest.mark.parametrize(
     "block",
     [
-        pytest.param(
-            block, id=block.where, marks=pytest.mark.slow if block.fixture in SLOW else ()
-        )
+        pytest.param(block, id=block.where, marks=pytest.mark.slow if block.fixture in SLOW else ())
         for block in BLOCKS
         if block.fixture and block.fixture not in ELSEWHERE
     ],

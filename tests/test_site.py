@@ -3,6 +3,7 @@
 `make docs` builds the site strictly. What is tested here needs no site generator.
 """
 
+import ast
 import importlib.util
 import re
 from pathlib import Path
@@ -90,3 +91,33 @@ def test_a_page_that_nobody_named_is_in_the_navigation():
         {"Guides": [{"B": "guides/b.md"}, "guides/a.md"]},
         {"Project": [{"H": "index.md"}, "SECURITY.md"]},
     ]
+
+
+def messages():
+    """Every text that the program could print, with `...` for what is put in at run time."""
+
+    def text(node):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            return node.value
+        if isinstance(node, ast.JoinedStr):
+            return "".join(map(text, node.values))
+        return "..."
+
+    for folder in ("polarctl", "stages"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_bytes())):
+                if isinstance(node, ast.Constant | ast.JoinedStr):
+                    yield text(node)
+
+
+def test_a_message_that_troubleshooting_explains_is_one_of_the_programs():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^### `(.*)`$", page, re.M)
+    printed = [text.replace("`", "") for text in messages()]
+    assert len(quoted) > 30
+    stale = [
+        message
+        for message in quoted
+        if not any(re.search(re.escape(message).replace(r"\.\.\.", ".*"), text) for text in printed)
+    ]
+    assert not stale, "no such message: leave it out, or quote it as it is now"
