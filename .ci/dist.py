@@ -1,7 +1,7 @@
 """Build sdist and wheel with a README that also reads right on PyPI: `make dist REPOSITORY=URL`.
 
-The README's links are relative, as they have to be in a clone and on GitHub. PyPI shows the same text
-elsewhere, so in the distribution they lead to the files of this version in the repository.
+The README's links are relative, as they have to be in a clone and on GitHub. PyPI shows the same
+text elsewhere, so in the distribution they lead to the files of this version in the repository.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def prepare(folder: Path, repository: str) -> str:
     project = folder / "pyproject.toml"
     text = project.read_text(encoding="utf-8")
     version = re.findall(r'^version = "(.*)"$', text, re.M)[0]
-    urls = f'[project.urls]\nSource = "{repository}"\nChangelog = "{repository}/blob/v{version}/CHANGELOG.md"\n'
+    changes = f"{repository}/blob/v{version}/CHANGELOG.md"
+    urls = f'[project.urls]\nSource = "{repository}"\nChangelog = "{changes}"\n'
     project.write_text(text.replace("[project.urls]\n", urls), encoding="utf-8")
     readme = folder / "README.md"
     readme.write_text(

@@ -230,8 +230,10 @@ def test_the_repository_holds_nothing_but_its_parts():
     top = {line.partition("/")[0] for line in listed.stdout.splitlines()}
     assert top <= {
         ".ci",
+        ".dockerignore",
         ".gitignore",
         "CHANGELOG.md",
+        "Dockerfile",
         "LICENSE",
         "Makefile",
         "README.md",

@@ -114,7 +114,8 @@ table { min-width: 100%; border-collapse: collapse; font-size: .92rem; }
 figcaption { padding: 0 0 .5rem; color: var(--soft); font-size: .92rem; }
 th, td { padding: .4rem .75rem; border-bottom: 1px solid var(--line); text-align: left;
   vertical-align: top; overflow-wrap: normal; }
-td:first-child, th:first-child { min-width: 9rem; max-width: 16rem; overflow-wrap: break-word; }
+td:first-child, th:first-child { min-width: 9rem; max-width: min(24rem, 60vw);
+  overflow-wrap: break-word; }
 thead th { border-bottom-width: 2px; background: var(--shade); }
 tbody th { font-weight: 400; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
