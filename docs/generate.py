@@ -106,9 +106,9 @@ def schema_reference() -> str:
             f"## {kind}\n\n{schema['description']}\n\n{field_table(schema)}\n\n"
             f"```json\n{lines}\n```\n"
         )
-    parts.append("# Parts of records\n")
+    parts.append("## Parts of records\n")
     for name, schema in sorted(shared.items()):
-        parts.append(f"## {name}\n\n{schema['description']}\n\n{field_table(schema)}\n")
+        parts.append(f"### {name}\n\n{schema['description']}\n\n{field_table(schema)}\n")
     return "\n".join(parts)
 
 

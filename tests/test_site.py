@@ -84,6 +84,13 @@ def test_links_of_the_readme_lead_to_pages_of_the_site():
     )
 
 
+def test_a_figure_of_a_table_is_not_broken_and_code_is_left_alone():
+    text = "| a | 92.8 % [90.4, 94.9] | [x, y] |\n92.8 % [90.4, 94.9]\n[1, 2]"
+    assert pages.unbroken(text) == (
+        "| a | 92.8\xa0%\xa0[90.4,\xa094.9] | [x, y] |\n92.8 % [90.4, 94.9]\n[1, 2]"
+    )
+
+
 def test_a_page_that_nobody_named_is_in_the_navigation():
     nav = [{"Guides": [{"B": "guides/b.md"}]}, {"Project": [{"H": "index.md"}]}]
     found = ["SECURITY.md", "guides/a.md", "guides/b.md", "index.md"]
