@@ -161,11 +161,11 @@ def prose(docstring: str) -> str:
         if head not in ("Args", "Returns", "Raises", "Yields", "Attributes"):
             parts.append(block)
             continue
+        if head in ("Returns", "Yields"):
+            parts.append(f"**{head}:** {' '.join(body.split())}")
+            continue
         items = re.split(r"\n(?=\S)", textwrap.dedent(body).strip())
         texts = [" ".join(item.split()) for item in items]
-        if head in ("Returns", "Yields"):
-            parts.append(f"**{head}:** {texts[0]}")
-            continue
         named = [re.sub(r"^([\w*]+): ", r"`\1`: ", text) for text in texts]
         parts.append(f"**{head}:**\n\n" + "\n".join(f"* {text}" for text in named))
     return "\n\n".join(parts)
