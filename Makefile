@@ -7,6 +7,8 @@
 # make test-kills  the training runs of rft, each killed ten times
 # make test-oldest the tests with the lowest versions that pyproject.toml admits, in .venv-oldest
 # make bench       measure speed
+# make docs        the documentation site, in build/site, strictly
+# make dist        sdist and wheel for PyPI: make dist REPOSITORY=https://github.com/OWNER/polarctl
 # make reference   write schemas/*.schema.json and docs/reference/ anew
 # make clean       remove what was built; .venv stays
 
@@ -17,7 +19,8 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup quickstart test test-slow test-vllm test-trainers test-kills test-oldest bench reference clean
+.PHONY: setup quickstart test test-slow test-vllm test-trainers test-kills test-oldest bench docs dist reference \
+	clean
 
 setup: $(STAMP)
 
@@ -106,6 +109,19 @@ test-oldest: .venv-oldest/.installed
 
 bench: setup
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+# Nothing of polarctl is imported by these two, so they need no torch.
+.venv-docs/.installed .venv-release/.installed: .venv-%/.installed: pyproject.toml
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install 'pip>=25.1'
+	.venv-$*/bin/python -m pip install --group $*
+	touch $@
+
+docs: .venv-docs/.installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict --clean
+
+dist: .venv-release/.installed
+	.venv-release/bin/python .ci/dist.py $(REPOSITORY)
 
 reference: setup
 	$(BIN)/python -m polarctl.schemas

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
+import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +110,96 @@ def schema_reference() -> str:
             f"## {kind}\n\n{schema['description']}\n\n{field_table(schema)}\n\n"
             f"```json\n{lines}\n```\n"
         )
-    parts.append("# Parts of records\n")
+    parts.append("## Parts of records\n")
     for name, schema in sorted(shared.items()):
-        parts.append(f"## {name}\n\n{schema['description']}\n\n{field_table(schema)}\n")
+        parts.append(f"### {name}\n\n{schema['description']}\n\n{field_table(schema)}\n")
     return "\n".join(parts)
 
 
-PAGES = {"cli.md": cli_reference, "schemas.md": schema_reference}
+# What the reference of the library shows: module, name, and of a class the methods.
+LIBRARY = (
+    ("polarctl", "RewardModel", ("from_pretrained", "score", "score_records", "save_pretrained")),
+    ("polarctl", "read", ()),
+    ("polarctl", "write", ()),
+    ("polarctl", "evaluate", ()),
+    ("polarctl.rewards", "PolarReward", ("load", "__call__")),
+    ("polarctl.encoding", "Encoder", ("__init__", "encode", "text", "report")),
+    ("polarctl.integrations.shared", "load", ()),
+    ("polarctl.integrations.trl", "reward_function", ()),
+    ("polarctl.integrations.verl", "compute_score", ()),
+    ("polarctl.integrations.openrlhf", "reward_function", ()),
+)
+
+
+def signature(name: str, function: Any) -> str:
+    """A call as it is written in a stub, one line for each parameter."""
+    lines, keyword_only = [], False
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.name in ("self", "cls"):
+            continue
+        if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
+            lines.append("*")
+            keyword_only = True
+        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        text = f"{stars}{parameter.name}"
+        if parameter.annotation is not parameter.empty:
+            text += f": {parameter.annotation}"
+        if parameter.default is not parameter.empty:
+            text += f" = {'...' if callable(parameter.default) else repr(parameter.default)}"
+        lines.append(text)
+        keyword_only = keyword_only or parameter.kind is parameter.VAR_POSITIONAL
+    returned = inspect.signature(function).return_annotation
+    arrow = "" if returned is inspect.Signature.empty else f" -> {returned}"
+    return f"{name}(\n" + "".join(f"    {line},\n" for line in lines) + f"){arrow}"
+
+
+def prose(docstring: str) -> str:
+    """A Google docstring as Markdown: its sections become lists."""
+    parts: list[str] = []
+    for block in re.split(r"\n\n+", inspect.cleandoc(docstring)):
+        head, _, body = block.partition(":\n")
+        if head not in ("Args", "Returns", "Raises", "Yields", "Attributes"):
+            parts.append(block)
+            continue
+        if head in ("Returns", "Yields"):
+            parts.append(f"**{head}:** {' '.join(body.split())}")
+            continue
+        items = re.split(r"\n(?=\S)", textwrap.dedent(body).strip())
+        texts = [" ".join(item.split()) for item in items]
+        named = [re.sub(r"^([\w*]+): ", r"`\1`: ", text) for text in texts]
+        parts.append(f"**{head}:**\n\n" + "\n".join(f"* {text}" for text in named))
+    return "\n\n".join(parts)
+
+
+def library_reference() -> str:
+    """What scripts import: signatures and docstrings."""
+    parts = [
+        "# Library\n",
+        NOTE,
+        "What scripts may import; [Use it from Python](../guides/python.md) shows it at work.\n"
+        "Other names may move. `Text` is a string or a list of messages.\n",
+    ]
+    for module, name, methods in LIBRARY:
+        found = getattr(importlib.import_module(module), name)
+        parts.append(f"## {module}.{name}\n")
+        if not inspect.isclass(found):
+            parts.append(f"```python\n{signature(name, found)}\n```\n")
+        parts.append(f"{prose(found.__doc__)}\n")
+        for method in methods:
+            function = getattr(found, method)
+            shown = {"__init__": name, "__call__": "reward"}.get(method, f"{name}.{method}")
+            heading = f"Calling a {name}" if method == "__call__" else shown
+            parts.append(f"### {heading}\n\n```python\n{signature(shown, function)}\n```\n")
+            if method != "__init__":  # its arguments stand in the docstring of the class
+                parts.append(f"{prose(function.__doc__)}\n")
+    return "\n".join(parts)
+
+
+PAGES = {
+    "cli.md": cli_reference,
+    "schemas.md": schema_reference,
+    "library.md": library_reference,
+}
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)

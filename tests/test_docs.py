@@ -161,11 +161,15 @@ def hub(folder: Path) -> Iterator[dict[str, str]]:
 # In the lane with vLLM: tests/engines/test_page.py; twice: tests/stages/test_rounds.py.
 ELSEWHERE = ("vllm-serve", "vllm-client", "vllm-offline", "rounds")
 
+# What these show, a quicker test shows too.
+SLOW = ("guide",)
+
 # Name in `<!-- test: NAME -->` to a function that prepares the folder; one that is a context holds
 # something open meanwhile and gives environment variables.
 FIXTURES: dict[str, Callable[[Path], Any]] = {
     "empty": empty,
     "formats": formats,
+    "guide": library,
     "baselines": baselines,
     "hand-over": hand_over,
     "hub": hub,
@@ -296,7 +300,7 @@ def test_every_command_in_a_stages_docstring_is_one_that_the_program_takes():
 @pytest.mark.parametrize(
     "block",
     [
-        pytest.param(block, id=block.where)
+        pytest.param(block, id=block.where, marks=pytest.mark.slow if block.fixture in SLOW else ())
         for block in BLOCKS
         if block.fixture and block.fixture not in ELSEWHERE
     ],

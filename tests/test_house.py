@@ -230,12 +230,15 @@ def test_the_repository_holds_nothing_but_its_parts():
     top = {line.partition("/")[0] for line in listed.stdout.splitlines()}
     assert top <= {
         ".ci",
+        ".dockerignore",
         ".gitignore",
         "CHANGELOG.md",
+        "Dockerfile",
         "LICENSE",
         "Makefile",
         "README.md",
         "docs",
+        "mkdocs.yml",
         "polarctl",
         "pyproject.toml",
         "schemas",

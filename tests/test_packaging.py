@@ -1,9 +1,13 @@
 """The wheel: one top-level name, everything in it, and nothing of the user's in its way."""
 
+import importlib.util
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import textwrap
+import venv
 import zipfile
 from pathlib import Path
 
@@ -92,3 +96,93 @@ def test_the_version_is_written_once_in_each_place():
 
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert f'\nversion = "{polarctl.__version__}"\n' in text
+
+
+# -- what `make dist` and the Dockerfile do --------------------------------------------------------
+
+
+def dist():
+    """`.ci/dist.py`, which is no package."""
+    spec = importlib.util.spec_from_file_location("dist", ROOT / ".ci" / "dist.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readmes_links_are_made_absolute_for_pypi():
+    text = (
+        "[a](docs/b.md#c) ![a\nb](docs/p.svg) [d](https://d.org) [e](#e) "
+        "git clone <this repository>"
+    )
+    assert dist().absolute(text, "https://h.org/o/polarctl", "1.2.3") == (
+        "[a](https://h.org/o/polarctl/blob/v1.2.3/docs/b.md#c) "
+        "![a\nb](https://h.org/o/polarctl/raw/v1.2.3/docs/p.svg) "
+        "[d](https://d.org) [e](#e) git clone https://h.org/o/polarctl"
+    )
+
+
+@pytest.mark.slow
+def test_a_distribution_works_in_a_clean_environment(tmp_path):
+    """sdist, from it the wheel, from it an environment in which only the dependencies are ours."""
+    folders = {name: tmp_path / name for name in ("tree", "dist", "elsewhere")}
+    for folder in folders.values():
+        folder.mkdir()
+    dist().prepare(folders["tree"], "https://h.org/o/polarctl")
+
+    def call(*words, cwd):
+        result = subprocess.run(words, cwd=cwd, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    build = (
+        "import setuptools.build_meta as b, sys as s; getattr(b, f'build_{s.argv[1]}')(s.argv[2])"
+    )
+    call(sys.executable, "-c", build, "sdist", str(folders["dist"]), cwd=folders["tree"])
+    (source,) = folders["dist"].glob("*.tar.gz")
+    with tarfile.open(source) as archive:
+        archive.extractall(tmp_path, filter="data")
+    unpacked = tmp_path / source.name.removesuffix(".tar.gz")
+    call(sys.executable, "-c", build, "wheel", str(folders["dist"]), cwd=unpacked)
+    (built,) = folders["dist"].glob("*.whl")
+    metadata = next(
+        zipfile.ZipFile(built).read(name).decode()
+        for name in zipfile.ZipFile(built).namelist()
+        if name.endswith("METADATA")
+    )
+    assert "Project-URL: Source, https://h.org/o/polarctl\n" in metadata
+    links = re.findall(r"\]\(([^)\s]+)\)", metadata)
+    assert len(links) > 10
+    assert not [link for link in links if not re.match(r"https://|#", link)]
+
+    venv.create(tmp_path / "env", with_pip=False)
+    python = tmp_path / "env" / "bin" / "python"
+    (packages,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
+    zipfile.ZipFile(built).extractall(packages)  # as an installer without `data` to place
+    # The dependencies; not the editable polarctl, which is an import hook and no folder.
+    ours = [path for path in sys.path if path.endswith("site-packages")]
+    (packages / "dependencies.pth").write_text("\n".join(ours))
+    said = call(python, "-c", "import polarctl; print(polarctl.__file__)", cwd=folders["elsewhere"])
+    assert said.startswith(str(packages))
+    program = [python, "-c", "import sys; from polarctl.cli import main; sys.exit(main())"]
+    assert "polarctl" in call(*program, "--version", cwd=folders["elsewhere"])
+    (folders["elsewhere"] / "p.jsonl").write_text('{"prompt": "a"}\n')
+    call(*program, "validate", "p.jsonl", "--kind", "prompt", cwd=folders["elsewhere"])
+
+
+def test_the_image_is_built_from_files_that_docker_may_see():
+    """Each file that the Dockerfile copies is there, and .dockerignore lets it pass."""
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    allowed = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    copied = [
+        name
+        for line in re.findall(r"^COPY (?!--from)(.*)$", text, re.M)
+        for name in line.split()[:-1]
+    ]
+    assert set(copied) == set(PARTS)  # what the wheel of these tests is built from
+    assert all((ROOT / name).exists() and f"!{name}" in allowed for name in copied)
+    stages = re.findall(r"^FROM .* AS (\w+)$", text, re.M)
+    assert stages == ["wheel", "base", "cpu", "cuda"]
+    for stage in ("cpu", "cuda"):  # nothing runs as root
+        body = text.partition(f" AS {stage}\n")[2].partition("\nFROM ")[0]
+        assert body.rstrip().splitlines()[-1] == "USER polar" or "\nUSER polar\n" in body

@@ -98,7 +98,7 @@ _CSS = """
   --paper: #fff; --shade: #f6f8fa; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6edf3; --soft: #9aa4af; --line: #3d444d; --paper: #0d1117; --shade: #161b22; }
-  img { filter: brightness(.9); }
+  img { filter: invert(.93) hue-rotate(180deg); }
 }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 50rem; background: var(--paper);
@@ -114,7 +114,8 @@ table { min-width: 100%; border-collapse: collapse; font-size: .92rem; }
 figcaption { padding: 0 0 .5rem; color: var(--soft); font-size: .92rem; }
 th, td { padding: .4rem .75rem; border-bottom: 1px solid var(--line); text-align: left;
   vertical-align: top; overflow-wrap: normal; }
-td:first-child, th:first-child { min-width: 9rem; overflow-wrap: anywhere; }
+td:first-child, th:first-child { min-width: 9rem; max-width: min(24rem, 60vw);
+  overflow-wrap: break-word; }
 thead th { border-bottom-width: 2px; background: var(--shade); }
 tbody th { font-weight: 400; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }

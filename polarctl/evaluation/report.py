@@ -91,8 +91,11 @@ def write(folder: str, report: Mapping[str, Any], margins: Sequence[float], sour
     histogram = plots.margin_histogram(margins, title="Margins: better minus worse")
     rows = [("all", report["overall"]), *report["categories"].items()][: plots.MAX_ROWS]
     bars = plots.accuracy_bars(
-        [(name, {k: interval_of(v) for k, v in figures.items()}) for name, figures in rows],
-        title=report["metric"],
+        [
+            (name, {SCORERS.get(k, k): interval_of(v) for k, v in figures.items()})
+            for name, figures in rows
+        ],
+        title=report["metric"].capitalize(),
     )
     sections = [
         Section("Accuracy", table=table(report), images=[Image(bars, "Accuracy by category")]),
