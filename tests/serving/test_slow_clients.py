@@ -281,6 +281,8 @@ def test_sigterm_ends_it_whatever_clients_hold(tiny_rm, tmp_path):
         # Takes none of its replies.
         stack.enter_context(served.open(get("/openapi.json") * 1500, buffer=4096))
         working.append(stack.enter_context(served.open(post(SMALL))))
+        for _ in range(3):  # what was sent before has been read by then
+            assert served.ask(get("/health"))[0] == 200
         took = served.stop()
         assert took < 8  # 5 s; others may have the processor at its end
         said = [[everything(made) for made in group] for group in opened]
