@@ -392,9 +392,11 @@ class Crowd:
             length = re.search(rb"content-length: (\d+)", head)
             found = json.loads(await reader.readexactly(int(length[1])))
             self.waits.append(time.monotonic() - start)
-            off = [abs(f["reward"] - self.rewards[i]) for f, i in zip(found, chosen, strict=True)]
-            self.worst = max(self.worst, *off)
-            assert max(off) < 1e-5
+            for record, i in zip(found, chosen, strict=True):
+                off = abs(record["reward"] - self.rewards[i])
+                self.worst = max(self.worst, off)
+                # In float32 these rewards (-15 to 11) are off by 5e-5 themselves.
+                assert off < 1e-5 + 1e-6 * abs(self.rewards[i])
         if streams:
             streams[1].close()
 
