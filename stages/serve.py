@@ -6,7 +6,7 @@ vLLM, SGLang and lmdeploy) and /get_reward (OpenRLHF), with raw rewards; /v1/mod
 
 It listens on this machine alone. On another --host every route but /health asks for a key
 (`Authorization: Bearer ...`), which comes from POLARCTL_SERVER_KEY or --key-file. SIGTERM, its
-normal end, lets it finish what it has begun and can finish within 3 s; the rest is answered with
+normal end, lets it finish what it has begun and can finish within 2.5 s; the rest is answered with
 503.
 
 \b

@@ -247,7 +247,8 @@ def create(service: Service, key: str | None = None) -> FastAPI:
         row |= {"root": service.name, "fingerprint": service.fingerprint}
         return {"object": "list", "data": [{**row, "max_model_len": service.longest}]}
 
-    @app.api_route("/health", methods=["GET", "HEAD"])
+    @app.head("/health", include_in_schema=False)
+    @app.get("/health")
     async def health() -> Response:
         """Ready."""
         return Response()

@@ -130,7 +130,8 @@ class Gate:
     """
 
     def __init__(self, most: int):
-        self._most, self._held, self._peak = most, 0, 0
+        self._most, self._held = most, 0
+        self._much, self._quiet = False, 0  # much was held; calls of `settle` since
         self._lock = threading.Lock()
 
     def take(self, amount: int) -> None:
@@ -143,7 +144,8 @@ class Gate:
             if self._held + amount > self._most:
                 raise Refused(503, "too much is under way; ask again in a second")
             self._held += amount
-            self._peak = max(self._peak, self._held)
+            if self._held > _MUCH:
+                self._much, self._quiet = True, 0
 
     def give(self, amount: int) -> None:
         """Give back what was taken."""
@@ -151,11 +153,12 @@ class Gate:
             self._held -= amount
 
     def settle(self, clear: Callable[[], None]) -> None:
-        """Call `clear` once after much was held, as soon as little is."""
+        """Call `clear` after much was held, when little has been held for a few of these calls."""
         with self._lock:
-            if self._peak < _MUCH or self._held > _MUCH // 4:
+            self._quiet = 0 if self._held > _MUCH else self._quiet + 1
+            if not self._much or self._quiet < 3:
                 return
-            self._peak = self._held
+            self._much = False
         clear()
 
     @contextmanager

@@ -100,6 +100,7 @@ def serve(
 
 def _give_back() -> None:
     """Return freed memory to the system; glibc keeps it for each thread that had large bodies."""
+    gc.collect()  # an error keeps what its frames held
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -281,6 +281,8 @@ def test_sigterm_ends_it_whatever_clients_hold(tiny_rm, tmp_path):
         # Takes none of its replies.
         stack.enter_context(served.open(get("/openapi.json") * 1500, buffer=4096))
         working.append(stack.enter_context(served.open(post(SMALL))))
+        for _ in range(3):  # what was sent before has been read by then
+            assert served.ask(get("/health"))[0] == 200
         took = served.stop()
         assert took < 8  # 5 s; others may have the processor at its end
         said = [[everything(made) for made in group] for group in opened]
@@ -390,9 +392,11 @@ class Crowd:
             length = re.search(rb"content-length: (\d+)", head)
             found = json.loads(await reader.readexactly(int(length[1])))
             self.waits.append(time.monotonic() - start)
-            off = [abs(f["reward"] - self.rewards[i]) for f, i in zip(found, chosen, strict=True)]
-            self.worst = max(self.worst, *off)
-            assert max(off) < 1e-5
+            for record, i in zip(found, chosen, strict=True):
+                off = abs(record["reward"] - self.rewards[i])
+                self.worst = max(self.worst, off)
+                # In float32 these rewards (-15 to 11) are off by 5e-5 themselves.
+                assert off < 1e-5 + 1e-6 * abs(self.rewards[i])
         if streams:
             streams[1].close()
 
