@@ -6,7 +6,8 @@
 #   docker run --rm --gpus all --ipc=host -v "$PWD:/work" --user "$(id -u):$(id -g)" polarctl:cuda pretrain ...
 #   docker run --rm -p 8000:8000 -e POLARCTL_SERVER_KEY -v "$PWD:/work" polarctl:cpu serve -m runs/rm --host 0.0.0.0
 #
-# EXTRAS chooses optional packages (pyproject.toml): --build-arg EXTRAS=serve,rft,deepspeed
+# EXTRAS chooses optional packages (pyproject.toml): --build-arg EXTRAS=serve,rft,data; TORCH_INDEX is
+# for a mirror of the CPU builds of torch.
 # No secret goes into an image: give tokens and keys with `docker run -e`.
 
 ARG PYTHON=3.12
@@ -31,8 +32,9 @@ CMD ["--help"]
 
 FROM base AS cpu
 ARG TORCH=2.13.0
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ARG EXTRAS=serve,data
-RUN pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu "torch==${TORCH}"
+RUN pip install --no-cache-dir --index-url "${TORCH_INDEX}" "torch==${TORCH}"
 RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
     pip install --no-cache-dir "$(echo /wheel/*.whl)[${EXTRAS}]"
 USER polar

@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from polarctl.evaluation import report
 from polarctl.evaluation.metrics import Interval
 from polarctl.evaluation.page import (
     PNG_SIGNATURE,
@@ -222,3 +223,15 @@ def test_plots_of_nothing_are_refused():
     for series in ({}, {"a": []}, {"a": [(0, math.nan)]}):
         with pytest.raises(ValueError):
             curves(series, xlabel="x", ylabel="y")
+
+
+def test_a_plot_names_the_judges_as_the_table_beside_it_does(tmp_path):
+    figure = {"value": 0.75, "low": 0.5, "high": 1.0, "n": 4, "clusters": 4}
+    names = {"model": "model", "length": "longer wins", "overlap": "word overlap (F1)"}
+    overall = dict.fromkeys(names, figure)
+    given = {"metric": "accuracy", "overall": overall, "categories": {}, "skipped": {}}
+    report.write(str(tmp_path), given, [1.0, -1.0], "x.jsonl")
+    interval = Interval(0.75, 0.5, 1.0, 4, 4)
+    drawn = accuracy_bars([("all", dict.fromkeys(names.values(), interval))], title="Accuracy")
+    assert (tmp_path / "accuracy.png").read_bytes() == drawn
+    assert all(name in (tmp_path / "report.html").read_text("utf-8") for name in names.values())
