@@ -8,6 +8,7 @@ values of the environment, letters written as `\u0068`, large files in bounded m
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -122,14 +123,21 @@ def _in_block(
 
 def _matches(text: bytes, known: Mapping[str, bytes]) -> Iterator[tuple[int, str, bytes]]:
     for what, value in known.items():
-        at = text.find(value)
-        while at >= 0:
-            yield at, what, value
-            at = text.find(value, at + 1)
+        for form in {value, _in_ascii(value)}:
+            at = text.find(form)
+            while at >= 0:
+                yield at, what, value
+                at = text.find(form, at + 1)
     for finding in _scanner().scan(text):
         if finding.visible:  # others are parts of a pair, such as a public id
             what = re.split(r"[./]", finding.rule_id)[-1]
             yield finding.location["start_offset"], what, finding.secret.encode()
+
+
+def _in_ascii(value: bytes) -> bytes:
+    """How JSON writes it whose letters are all ASCII; ASCII itself is unescaped before."""
+    letters = value.decode("utf-8", "replace")
+    return "".join(c if c.isascii() else json.dumps(c)[1:-1] for c in letters).encode()
 
 
 def _unescaped(text: bytes) -> bytes:

@@ -55,7 +55,7 @@ def test_a_tokenizer_and_text_of_every_kind_of_letter_hold_none(tmp_path):
     tokenizer.save_model(str(tmp_path))
     for name in ("tokenizer.json", "vocab.json", "merges.txt"):
         data = (tmp_path / name).read_bytes()
-        assert len(data) > 30_000 and found(data, escaped=name.endswith("json")) == []
+        assert len(data) > 20_000 and found(data, escaped=name.endswith("json")) == []
 
 
 def test_a_secret_at_every_place_around_the_border_of_a_block_is_found_once(monkeypatch):
