@@ -321,6 +321,19 @@ def test_what_is_no_secret_is_allowed_by_the_hash_in_the_message(tmp_path, capfd
     assert "not the hash of a place" in err and made["npm"] not in err
 
 
+def test_names_of_tensors_are_searched_and_their_numbers_are_not(checkpoint, capfd):
+    push = ["push", str(checkpoint), "me/rm", "--dry-run", "--force", "-q"]
+    (checkpoint / "manifest.json").unlink()
+    numbers = (SECRET + " " * (-len(SECRET) % 4)).encode()
+    for metadata, status in (({}, 0), ({"made_with": SECRET}, 2)):
+        tensor = {"dtype": "F32", "shape": [10], "data_offsets": [0, len(numbers)]}
+        raw = json.dumps({"__metadata__": metadata, "score.weight": tensor}).encode()
+        weights = struct.pack("<Q", len(raw)) + raw + numbers
+        (checkpoint / "model.safetensors").write_bytes(weights)
+        assert cli.run(push) == status
+    assert "model.safetensors:1: holds a secret: huggingface" in capfd.readouterr().err
+
+
 def test_without_the_package_that_looks_for_secrets_nothing_is_published(
     checkpoint, monkeypatch, capfd
 ):
