@@ -135,12 +135,8 @@ def write_json(frame: Sequence[str], texts: Sequence[str], find: Finder) -> str:
             if open_ones:
                 # A space around a token may belong to it, and is not what makes it one.
                 chosen = next((i for i in open_ones if not letters[i].isspace()), open_ones[0])
-                letters[chosen], free[chosen], written[chosen] = (
-                    _escape(letters[chosen]),
-                    False,
-                    True,
-                )
-                again = True
+                letters[chosen] = _escape(letters[chosen])
+                free[chosen], written[chosen], again = False, True, True
             elif any(written[i] for i in inside):
                 raise UnwritableError(text[start:end])
         if not again:
