@@ -260,7 +260,7 @@ def stage_command(stage: str) -> Any:
     config_type = module.Config
 
     def command(polarctl_context: typer.Context, **values: Any) -> None:
-        from polarctl.hub.scrub import environment_secrets
+        from polarctl.hub.secrets import environment_secrets
 
         secrets = environment_secrets(os.environ).values()
         console.hide(*(value.decode("utf-8", "surrogateescape") for value in secrets))

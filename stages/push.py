@@ -57,6 +57,14 @@ class Config(Basic):
             help="Data set on the Hub named by a model's card; repeatable.",
         ),
     ] = ()
+    allow_secret: Annotated[
+        tuple[str, ...],
+        typer.Option(
+            "--allow-secret",
+            metavar="HASH",
+            help="Publish what looks like a secret and is none, by its hash; repeatable.",
+        ),
+    ] = ()
 
 
 def collect(config: Config, repo_type: str) -> Bundle:
@@ -94,7 +102,7 @@ def run(config: Config) -> None:
     from polarctl import __version__, console
     from polarctl.errors import UsageError
     from polarctl.hub import bundle, upload
-    from polarctl.hub.scrub import environment_secrets
+    from polarctl.hub.secrets import environment_secrets
     from polarctl.storage.write import stdout
 
     upload.check_repo_id(config.repo_id)
@@ -117,7 +125,7 @@ def run(config: Config) -> None:
     if not config.dry_run:
         token = upload.find_token()
         secrets["your Hugging Face token"] = token.encode()
-    bundle.refuse_secrets(found, secrets)
+    bundle.refuse_secrets(found, secrets, config.allow_secret)
     bundle.warn_of_local_paths(found)
 
     repo_id = upload.full_name(config.repo_id, token) if token else config.repo_id

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from polarctl import console
 from polarctl.errors import RecordError, UsageError
 from polarctl.hub.cards import DataFile, last_metrics
 from polarctl.hub.checks import check_hashes, check_weights, json_object, read_manifest, refuse_link
-from polarctl.hub.scrub import find_secrets, scrub_manifest
+from polarctl.hub.scrub import scrub_manifest
+from polarctl.hub.secrets import HASH_DIGITS, Secret, find_secrets
 from polarctl.records import kind_of
 from polarctl.storage.manifest import sha256
 from polarctl.storage.read import Reader, open_bytes
@@ -41,6 +42,7 @@ _CREDENTIALS = re.compile(
     re.IGNORECASE,
 )
 _SMALL_BYTES = 64 << 20
+_SAID_SECRETS = 20
 _REASONS = (
     (re.compile(r".*\.(?:bin|pt|pth|ckpt|pkl|pickle)"), "a pickle can run code when it is loaded"),
     (re.compile(r".*\.py"), "code is not published"),
@@ -184,36 +186,70 @@ def collect_data(path: Path, *, force: bool = False) -> Bundle:
     return bundle
 
 
-def refuse_secrets(bundle: Bundle, known: Mapping[str, bytes]) -> None:
+def refuse_secrets(
+    bundle: Bundle, known: Mapping[str, bytes], allowed: Collection[str] = ()
+) -> None:
     """Look for secrets in all files but the numbers of the weights.
 
     Args:
         bundle: What is to be published.
         known: `{what: value}` of secrets to be found by their value.
+        allowed: Hashes of what is no secret.
 
     Raises:
-        UsageError: Names the first file and what was found; the others are warnings.
+        MissingError: The package that looks for them is not installed.
+        UsageError: Names the first place and what was found; the next are warnings. Or an allowed
+            hash is the hash of nothing.
     """
-    found: list[str] = []
-    for item in bundle.items.values():
-        if isinstance(item.source, Path) and item.name.endswith(".safetensors"):
-            with open(item.source, "rb") as stream:
-                head = stream.read(int.from_bytes(stream.read(8), "little"))
-            places = find_secrets(io.BytesIO(head), known)
-        elif isinstance(item.source, bytes):
-            places = find_secrets(io.BytesIO(item.source), known)
-        else:
-            with open_bytes(str(item.source)) as stream:
-                places = iter(list(find_secrets(stream, known)))
-        found += [f"{item.name}:{line}: holds {what}" for line, what in places]
-    for text in found[1:20]:
+    for given in allowed:
+        if not re.fullmatch(f"[0-9a-f]{{{HASH_DIGITS}}}", given):
+            raise UsageError(
+                "`--allow-secret`: not the hash of a place",
+                hint=f"the {HASH_DIGITS} digits from the message that refuses the file",
+            )
+    found: list[tuple[str, str]] = []
+    count, idle = 0, set(allowed)
+    total = sum(item.size for item in bundle.items.values())
+    with console.progress("look for secrets", total, "bytes") as bar:
+        done = 0
+        for item in bundle.items.values():
+            for secret in _secrets_in(item, known):
+                idle.discard(secret.hash)
+                if secret.hash in allowed:
+                    continue
+                count += 1
+                if len(found) < _SAID_SECRETS:
+                    said = f"{item.name}:{secret.line}: holds a secret: {secret.what}"
+                    found.append((f"{said}, hash {secret.hash}", secret.hash))
+            done += item.size
+            bar.update(done)
+    for text, _ in found[1:]:
         console.warn(text)
     if found:
-        more = f" ({len(found):,} places in all)" if len(found) > 1 else ""
+        more = f" ({count:,} places in all)" if count > 1 else ""
         raise UsageError(
-            f"{found[0]}{more}; nothing was uploaded",
-            hint="take it out of the file, and revoke it if others have seen the file",
+            f"{found[0][0]}{more}; nothing was uploaded",
+            hint="take it out of the file, and revoke it if others have seen the file; "
+            f"if it is no secret: --allow-secret {found[0][1]}",
         )
+    if idle:
+        raise UsageError(
+            f"`--allow-secret {min(idle)}` has no effect here: nothing has this hash",
+            hint="leave it out",
+        )
+
+
+def _secrets_in(item: HubFile, known: Mapping[str, bytes]) -> Iterator[Secret]:
+    is_json = item.name.endswith((".json", ".jsonl", ".jsonl.gz", ".jsonl.zst"))
+    if isinstance(item.source, bytes):
+        yield from find_secrets(io.BytesIO(item.source), known, escaped=is_json)
+    elif item.name.endswith(".safetensors"):
+        with open(item.source, "rb") as stream:
+            head = stream.read(int.from_bytes(stream.read(8), "little"))
+        yield from find_secrets(io.BytesIO(head), known, escaped=True)
+    else:
+        with open_bytes(str(item.source)) as stream:
+            yield from find_secrets(stream, known, escaped=is_json)
 
 
 def warn_of_local_paths(bundle: Bundle) -> None:

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from polarctl import console
 from polarctl.config import KEY_VARIABLE
 from polarctl.errors import MissingError, PolarctlError
+from polarctl.judging.controls import Finder, published
 from polarctl.judging.parsing import Failure, Reply
 from polarctl.judging.prompting import question
 from polarctl.parallel import served
@@ -42,6 +43,9 @@ class ChatServer:
         deadline_s: Seconds for which a failed question is asked again without any good answer.
         pause_s: First pause before asking again; it doubles up to 10 s.
 
+    Attributes:
+        controls: What is a control token of the judge: its tokenizer is not known here.
+
     Raises:
         UsageError: The address is not an http address, or the key cannot be a header.
     """
@@ -59,6 +63,7 @@ class ChatServer:
         pause_s: float = 0.5,
     ):
         check_url(url)
+        self.controls: Finder = published
         self.url, self.model = _endpoint(url), model
         self.temperature, self.max_new_tokens = temperature, max_new_tokens
         self.remote = Remote(

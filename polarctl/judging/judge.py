@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from polarctl import console, seeding
 from polarctl.errors import RecordError, UsageError
 from polarctl.judging.chat import ChatServer
+from polarctl.judging.controls import Finder, UnwritableError, of_tokenizer
 from polarctl.judging.parsing import Failure, Judgement, Reply, parse
 from polarctl.judging.prompting import INSTRUCTIONS, masked_names, orders_of, question, unmasked
 from polarctl.model import devices
@@ -25,7 +26,13 @@ from polarctl.storage.read import OnBad
 
 
 class Judge(Protocol):
-    """A chat model that is asked."""
+    """A chat model that is asked.
+
+    Attributes:
+        controls: What is a control token in a text that it reads.
+    """
+
+    controls: Finder
 
     def ask(
         self, questions: Sequence[list[dict[str, str]]], seeds: Sequence[int]
@@ -75,6 +82,7 @@ class LocalJudge:
         self.writer = Writer(
             policy, device=where, dtype=devices.dtype_of(dtype, where), batch_size=batch_size
         )
+        self.controls = of_tokenizer(self.writer.tokenizer)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -153,25 +161,36 @@ class PrincipleScorer:
             orders_of(len(outputs_of(r)), self.orders, self.seed, prompt_id(r)) for r in records
         ]
         questions, seeds = [], []
-        for record, orders in zip(records, shown, strict=True):
-            outputs = outputs_of(record)
-            for number, order in enumerate(orders):
-                names = masked_names(len(order))
-                questions.append(
-                    question(
-                        record["principle"],
-                        record["prompt"],
-                        [outputs[i] for i in order],
-                        names,
-                        self.instructions,
-                    )
+        unfit: dict[int, Failure] = {}
+        for place, (record, orders) in enumerate(zip(records, shown, strict=True)):
+            try:
+                asked = [self._question(record, order) for order in orders]
+            except UnwritableError as token:
+                unfit[place] = Failure(
+                    f"cannot be shown to the judge: it holds the token `{token}`"
                 )
-                seeds.append(seeding.derive(self.seed, "judge", prompt_id(record), number))
+                continue
+            questions += asked
+            seeds += [
+                seeding.derive(self.seed, "judge", prompt_id(record), number)
+                for number in range(len(orders))
+            ]
         replies = iter(self.asked.ask(questions, seeds))
         return [
-            self._together(record, orders, [next(replies) for _ in orders])
-            for record, orders in zip(records, shown, strict=True)
+            unfit.get(place) or self._together(record, orders, [next(replies) for _ in orders])
+            for place, (record, orders) in enumerate(zip(records, shown, strict=True))
         ]
+
+    def _question(self, record: Record, order: Sequence[int]) -> list[dict[str, str]]:
+        outputs = outputs_of(record)
+        return question(
+            record["principle"],
+            record["prompt"],
+            [outputs[i] for i in order],
+            masked_names(len(order)),
+            self.instructions,
+            self.asked.controls,
+        )
 
     def _together(
         self, record: Record, orders: Sequence[list[int]], replies: Sequence[Reply | Failure]

@@ -5,8 +5,9 @@ The question is a system message with the rules and a user message that is one J
 trained on (arXiv 2506.03637). JSON also keeps the candidates apart: what a candidate writes stays
 inside its quotes.
 
-The start of what could be a chat template's own token (`<|im_end|>`, `</s>`, `</think>`) is written
-as `\u003c`, the same text in JSON. So no candidate can end the judge's question and begin another.
+A control token of a chat template (`<|im_end|>`, `[/INST]`) that somebody spells out has one
+letter written as `\u003c`, the same text in JSON (`polarctl.judging.controls`). So no candidate can
+end the judge's question and begin another.
 
 The k-th candidate that is shown is called `model-k`: place and name are one thing, and neither says
 who wrote the text.
@@ -14,12 +15,12 @@ who wrote the text.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from polarctl import seeding
+from polarctl.judging.controls import Finder, published, write_json
 from polarctl.model.template import content_text
 
 _NAME = re.compile(r"\bmodel-([1-9]\d{0,3})\b")
@@ -42,10 +43,6 @@ those with equal scores.
 After thinking answer with this JSON object and nothing else:
 {"scores": {"model-1": 2, "model-2": 4}, "best-to-worst": ["model-2", "model-1"]}"""
 
-_TOKEN_START = re.compile(
-    r"<(?=[|｜]|/?(?:s|pad|unk|bos|eos|think|start_of_turn|end_of_turn)>)", re.IGNORECASE
-)
-
 
 def question(
     principle: str,
@@ -53,6 +50,7 @@ def question(
     outputs: Sequence[Any],
     names: Sequence[str],
     instructions: str = INSTRUCTIONS,
+    find: Finder = published,
 ) -> list[dict[str, str]]:
     """The messages for a judge.
 
@@ -62,15 +60,16 @@ def question(
         outputs: The candidates, in the order in which they are shown.
         names: Their masked names.
         instructions: The system message.
+        find: What is a control token of the judge.
+
+    Raises:
+        UnwritableError: A control token cannot be written so that it is none.
     """
-    asked = {
-        "principle": principle,
-        "prompt": _text(prompt),
-        "responses": {
-            name: content_text(output) for name, output in zip(names, outputs, strict=True)
-        },
-    }
-    content = _TOKEN_START.sub(r"\\u003c", json.dumps(asked, ensure_ascii=False))
+    keys = [f'"{name}": "' for name in names]
+    frame = ['{"principle": "', '", "prompt": "', '", "responses": {' + keys[0]]
+    frame += [f'", {key}' for key in keys[1:]] + ['"}}']
+    shown = [content_text(output) for _, output in zip(names, outputs, strict=True)]
+    content = write_json(frame, [principle, _text(prompt), *shown], find)
     return [{"role": "system", "content": instructions}, {"role": "user", "content": content}]
 
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import yaml
 
 from polarctl import cli
 from polarctl.storage.manifest import folder_files, sha256
+from tests.hub.secret_kinds import kinds
 from tests.hub_server import TOKEN, HubServer, Repo
 
 PROGRAM = [sys.executable, "-c", "from polarctl.cli import main; main()"]
@@ -25,7 +27,8 @@ POLAR = {
     "cut_side": "right",
 }
 TRIPLE = {"prompt": "2+2?", "reference": "4", "chosen": "It is 4.", "rejected": "5", "extra": 1}
-SECRET = "hf_" + "Zq8" * 11
+SECRET = "hf_" + "ZqkYwbTnRx" * 3 + "PmLd"
+KEY = kinds()["rsa-key"]
 
 
 @pytest.fixture
@@ -288,8 +291,60 @@ def test_nothing_is_requested_without_a_token_or_with_a_secret_in_a_file(hub, pu
     (checkpoint / "README.md").write_text(f"# Model\n\nexport HF_TOKEN={SECRET}\n")
     done = push(checkpoint, "me/rm")
     assert done.returncode == 2 and SECRET not in done.stderr
-    assert "README.md:3: holds a Hugging Face token; nothing was uploaded" in done.stderr
+    assert "README.md:3: holds a secret: huggingface-access-token, hash " in done.stderr
+    assert "; nothing was uploaded" in done.stderr
     assert hub.requests == []
+
+
+def test_what_is_no_secret_is_allowed_by_the_hash_in_the_message(tmp_path, capfd):
+    made = kinds(9)
+    rows = [{**TRIPLE, "chosen": f"a\n{made[kind]}\nb"} for kind in ("gitlab", "npm", "npm")]
+    data = tmp_path / "a.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in [TRIPLE, *rows]))
+    base = ["push", str(data), "me/d", "--dry-run", "--force"]
+    assert cli.run(base) == 2
+    err = capfd.readouterr().err
+    said = re.findall(r"a\.jsonl:\d: holds a secret: [\w-]+, hash ([0-9a-f]{16})", err)
+    assert [line for line in re.findall(r"a\.jsonl:(\d)", err)] == ["3", "4", "2"]
+    assert len(set(said)) == 2 and "(3 places in all)" in err
+    assert f"if it is no secret: --allow-secret {said[-1]}" in err
+    assert made["gitlab"] not in err and made["npm"] not in err
+    assert cli.run([*base, "--allow-secret", said[0]]) == 2  # the other one is still there
+    err = capfd.readouterr().err
+    assert "a.jsonl:2: holds" in err and "a.jsonl:3" not in err
+    assert cli.run([*base, "--allow-secret", said[0], "--allow-secret", said[-1]]) == 0
+    nothing = [*base, "--allow-secret", said[0], "--allow-secret", said[-1]]
+    assert cli.run([*nothing, "--allow-secret", "0" * 16]) == 2
+    assert "nothing has this hash" in capfd.readouterr().err
+    assert cli.run([*base, "--allow-secret", made["npm"]]) == 2
+    err = capfd.readouterr().err
+    assert "not the hash of a place" in err and made["npm"] not in err
+
+
+def test_names_of_tensors_are_searched_and_their_numbers_are_not(checkpoint, capfd):
+    push = ["push", str(checkpoint), "me/rm", "--dry-run", "--force", "-q"]
+    (checkpoint / "manifest.json").unlink()
+    numbers = (SECRET + " " * (-len(SECRET) % 4)).encode()
+    for metadata, status in (({}, 0), ({"made_with": SECRET}, 2)):
+        tensor = {"dtype": "F32", "shape": [10], "data_offsets": [0, len(numbers)]}
+        raw = json.dumps({"__metadata__": metadata, "score.weight": tensor}).encode()
+        weights = struct.pack("<Q", len(raw)) + raw + numbers
+        (checkpoint / "model.safetensors").write_bytes(weights)
+        assert cli.run(push) == status
+    assert "model.safetensors:1: holds a secret: huggingface" in capfd.readouterr().err
+
+
+def test_without_the_package_that_looks_for_secrets_nothing_is_published(
+    checkpoint, monkeypatch, capfd
+):
+    from polarctl.hub import secrets
+
+    secrets._scanner.cache_clear()
+    monkeypatch.setitem(sys.modules, "kingfisher_sdk", None)  # as if it were not installed
+    assert cli.run(["push", str(checkpoint), "me/rm", "--dry-run"]) == 4
+    first, hint = capfd.readouterr().err.splitlines()[-2:]
+    assert first == "polarctl: this needs the package `kingfisher-secret-scanner`"
+    assert hint == "hint: pip install 'polarctl[push]'"
 
 
 # -- what is refused before any request ----------------------------------------------------------
@@ -350,8 +405,11 @@ def _shards(weight_map):
         (_link("LICENSE", remove=False), "LICENSE: is a link"),
         (_replace(".env", "A=1"), ".env: looks like credentials; nothing was uploaded"),
         (_replace("id_ed25519", "x"), "id_ed25519: looks like credentials"),
-        (_replace("README.md", "-----BEGIN RSA PRIVATE KEY-----"), "README.md:1: holds a private"),
-        (_replace("README.md", "x-from-environment-x"), "holds the value of $MY_SERVICE_API_KEY"),
+        (_replace("README.md", "x" + KEY), "README.md:1: holds a secret: private-key, hash "),
+        (
+            _replace("README.md", "x-from-environment-x"),
+            ": the value of $MY_SERVICE_API_KEY, hash ",
+        ),
     ],
 )
 def test_a_folder_that_must_not_be_published_is_refused(
@@ -388,7 +446,7 @@ def test_data_that_must_not_be_published_is_refused(tmp_path, capfd):
     packed = tmp_path / "b.jsonl.gz"
     packed.write_bytes(gzip.compress((json.dumps({**TRIPLE, "chosen": SECRET}) + "\n").encode()))
     err = refused(packed, "--force")
-    assert "b.jsonl.gz:1: holds a Hugging Face token" in err and SECRET not in err
+    assert "b.jsonl.gz:1: holds a secret: huggingface-access-token" in err and SECRET not in err
     assert "is neither a folder nor a .jsonl file" in refused(__file__)
     assert "no such file" in refused(tmp_path / "none")
     assert cli.run(["push", str(data), "me/a/b"]) == 2
