@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import typer
 
@@ -34,11 +34,32 @@ class Config(ScoreConfig):
     report: Annotated[
         str | None, typer.Option(metavar="DIR", help="Write report.html, .json and plots here.")
     ] = None
+    benchmark: Annotated[
+        Literal[
+            "rewardbench",
+            "rewardbench2",
+            "rm-bench",
+            "judgebench",
+            "rewardmath",
+            "helpsteer3",
+            "m-rewardbench",
+            "ppe",
+            "rmb",
+        ]
+        | None,
+        typer.Option(
+            metavar="NAME",
+            help="Score as this benchmark's own code does: rewardbench, rewardbench2, rm-bench, "
+            "judgebench, rewardmath, helpsteer3, m-rewardbench, ppe, rmb. `convert --from` makes "
+            "the rows.",
+        ),
+    ] = None
     by: Annotated[
         str | None,
         typer.Option(
             metavar="FIELD",
-            help="Field that groups the table; default: `category`, if it is there.",
+            help="Field that groups the table; default: `category`, if it is there; with "
+            "--benchmark: `subset`.",
         ),
     ] = None
     min_accuracy: Annotated[
@@ -54,12 +75,15 @@ def run(config: Config) -> None:
     from polarctl.evaluation.cases import (
         Cases,
         check_by,
+        labels_of,
         require_cases,
         require_rewards,
+        rewards_of,
         summarise,
         verdicts,
     )
     from polarctl.evaluation.page import terminal_table
+    from polarctl.evaluation.suites import SUITES
     from polarctl.records import Record, kind_of_scorable, require_reference
     from polarctl.scoring.scorer import Cuts, load_scorer, score_records
     from polarctl.storage import manifest, read, replace, windows
@@ -71,11 +95,14 @@ def run(config: Config) -> None:
     if config.model is not None:
         kind, verify = kind_of_scorable, None if config.no_reference else require_reference
     fields: set[str] = set()
+    suite = SUITES[config.benchmark]() if config.benchmark else None
 
     def look(record: Record) -> None:
         fields.update(record)
         if verify is not None:
             verify(record)
+        if suite is not None:
+            suite.check(record, labels_of(record))
 
     if config.dry_run:
         windows.dry_run(
@@ -85,7 +112,7 @@ def run(config: Config) -> None:
     if config.report:
         replace.check_report(config.report, eval_report.FILES)
     identity = {"model_identity": manifest.folder_identity(config.model)} if config.model else {}
-    cases = Cases()
+    cases, by = Cases(), "subset" if suite else "category"
     with Output("eval", config, read.sizes(paths), identity) as out:
         if out.complete:
             # The check is asked for again, so it is made again, on the figures in the manifest.
@@ -111,7 +138,9 @@ def run(config: Config) -> None:
                     for old, (fields, _) in zip(window, scored, strict=True)
                 ]
             for record in window:
-                yield from verdicts(record, config.by or "category", cases)
+                if suite is not None:
+                    suite.add(record, rewards_of(record), labels_of(record))
+                yield from verdicts(record, config.by or by, cases)
 
         # Figures need every case, so an interrupted evaluation begins again.
         for window in reader.windows(WINDOW_ROWS):
@@ -121,12 +150,15 @@ def run(config: Config) -> None:
         check_by(config.by, fields)
         require_cases(cases, reader.rows)
         report = summarise(cases, config.seed)
+        if suite is not None:
+            report["benchmark"] = suite.result(config.seed)
         out.counts.update(skipped=report["skipped"], overall=report["overall"])
         if config.report:
             source = ", ".join(paths) if paths != ["-"] else "standard input"
             eval_report.write(config.report, report, cases.margins, source)
             console.note(f"report: {config.report}/report.html")
     tables = [
+        eval_report.benchmark_table(report),
         eval_report.table(report),
         eval_report.best_of_n_table(report),
         eval_report.ranking_table(report),
@@ -136,6 +168,11 @@ def run(config: Config) -> None:
             console.show(terminal_table(part))
     for reason, number in report["skipped"].items():
         console.warn(f"{number:,} records left out: {reason}")
+    if suite is not None:
+        for reason, number in report["benchmark"]["left_out"].items():
+            console.warn(f"{number:,} records do not count for {suite.name}: {reason}")
+        if missing := report["benchmark"]["missing"]:
+            console.warn(f"{suite.name}: no rows of {', '.join(missing)}: `overall` is without")
     _check_accuracy(config, report["overall"])
 
 

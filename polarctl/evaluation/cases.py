@@ -143,7 +143,7 @@ def verdicts(record: Record, by: str, cases: Cases) -> Iterator[dict[str, Any]]:
         cases: Where to count them.
     """
     rewards = rewards_of(record)
-    labels = _labels(record)
+    labels = labels_of(record)
     pairs = pairs_of_group(labels) if len(labels) == len(rewards) else []
     if not pairs:
         cases.skipped["no better and worse candidate"] += 1
@@ -178,7 +178,7 @@ def verdicts(record: Record, by: str, cases: Cases) -> Iterator[dict[str, Any]]:
         yield {key: value for key, value in verdict.items() if value is not None}
 
 
-def _labels(record: Record) -> list[float]:
+def labels_of(record: Record) -> list[float]:
     """True qualities: 1 and 0 for a triple; empty where a label is missing."""
     if "candidates" not in record:
         return [1.0, 0.0] if "chosen" in record else []

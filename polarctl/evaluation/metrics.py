@@ -64,8 +64,11 @@ def baseline_verdict(chosen: float, rejected: float) -> float:
     return verdict(chosen, rejected, tie=0.5)
 
 
-def _wilson(p: float, n: float, level: float) -> tuple[float, float]:
-    """Ends of the Wilson interval for an observed share `p` of `n` trials, both real numbers."""
+def wilson(p: float, n: float, level: float) -> tuple[float, float]:
+    """Ends of the Wilson interval for an observed share `p` of `n` trials, both real numbers.
+
+    Source: Wilson, JASA 22 (1927) 209-212.
+    """
     z = NormalDist().inv_cdf(0.5 + level / 2)
     centre = p + z * z / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -129,7 +132,7 @@ def bootstrap_interval(
     ordered = sorted(kinds)
     if len({total / size for total, size in ordered}) == 1:
         effective = len(correct) ** 2 / sum(k * size**2 for (_, size), k in kinds.items())
-        low, high = _wilson(value, effective, level)
+        low, high = wilson(value, effective, level)
         return Interval(value, low, high, len(correct), len(groups))
 
     import numpy as np

@@ -68,6 +68,30 @@ def ranking_table(report: Mapping[str, Any]) -> Table | None:
     )
 
 
+def benchmark_table(report: Mapping[str, Any]) -> Table | None:
+    """The benchmark's own score, or None without `--benchmark`."""
+    found = report.get("benchmark")
+    if not found:
+        return None
+
+    def row(name: str, value: float, number: int, ends: Sequence[float]) -> list[str]:
+        return [
+            name,
+            f"{number:,}",
+            f"{100 * value:.2f} [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]",
+        ]
+
+    ends, counts = found["intervals"], found["counts"]
+    rows = [row("overall", found["overall"], found["rows"], ends["overall"])]
+    rows += [row(name, v, counts[name], ends[name]) for name, v in found["sections"].items()]
+    rows += [[name, "0", "n/a"] for name in found["missing"]]
+    return Table(
+        ("section", "items", "score, %"),
+        rows,
+        f"{found['name']}: its own score, 95 % intervals over items",
+    )
+
+
 def _number(figure: Mapping[str, Any] | None) -> str:
     """A figure that is not a share: 0.512 [0.480, 0.544]."""
     if figure is None:
@@ -98,12 +122,14 @@ def write(folder: str, report: Mapping[str, Any], margins: Sequence[float], sour
         Section("Accuracy", table=table(report), images=[Image(bars, "Accuracy by category")]),
         Section("Margins", images=[Image(histogram, "Histogram of reward margins")]),
     ]
+    if (part := benchmark_table(report)) is not None:
+        sections.insert(0, Section(f"Score of {report['benchmark']['name']}", table=part))
     for title, part in (
         ("Order", ranking_table(report)),
         ("Best of n", best_of_n_table(report)),
     ):
         if part is not None:
-            sections.insert(1, Section(title, table=part))
+            sections.insert(-1, Section(title, table=part))
     if report["skipped"]:
         skipped = [[reason, str(number)] for reason, number in report["skipped"].items()]
         sections.append(Section("Left out", table=Table(("reason", "records"), skipped)))
