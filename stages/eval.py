@@ -54,6 +54,10 @@ class Config(ScoreConfig):
             "the rows.",
         ),
     ] = None
+    no_text: Annotated[
+        bool,
+        typer.Option("--no-text", help="In verdicts, a hash and the length of each text alone."),
+    ] = False
     by: Annotated[
         str | None,
         typer.Option(
@@ -79,9 +83,9 @@ def run(config: Config) -> None:
         require_cases,
         require_rewards,
         rewards_of,
-        summarise,
         verdicts,
     )
+    from polarctl.evaluation.figures import summarise
     from polarctl.evaluation.page import terminal_table
     from polarctl.evaluation.suites import SUITES
     from polarctl.records import Record, kind_of_scorable, require_reference
@@ -140,7 +144,7 @@ def run(config: Config) -> None:
             for record in window:
                 if suite is not None:
                     suite.add(record, rewards_of(record), labels_of(record))
-                yield from verdicts(record, config.by or by, cases)
+                yield from verdicts(record, config.by or by, cases, text=not config.no_text)
 
         # Figures need every case, so an interrupted evaluation begins again.
         for window in reader.windows(WINDOW_ROWS):
@@ -155,17 +159,10 @@ def run(config: Config) -> None:
         out.counts.update(skipped=report["skipped"], overall=report["overall"])
         if config.report:
             source = ", ".join(paths) if paths != ["-"] else "standard input"
-            eval_report.write(config.report, report, cases.margins, source)
+            eval_report.write(config.report, report, cases.margins, source, cases.worst_first())
             console.note(f"report: {config.report}/report.html")
-    tables = [
-        eval_report.benchmark_table(report),
-        eval_report.table(report),
-        eval_report.best_of_n_table(report),
-        eval_report.ranking_table(report),
-    ]
-    for part in tables:
-        if part is not None:
-            console.show(terminal_table(part))
+    for part in eval_report.tables(report):
+        console.show(terminal_table(part))
     for reason, number in report["skipped"].items():
         console.warn(f"{number:,} records left out: {reason}")
     if suite is not None:

@@ -323,6 +323,7 @@ EVAL: dict[str, Case | Seen] = {
     "device": swap(WITH_MODEL, "--device cpu", "--device cuda:99", "status"),
     "dtype": add(WITH_MODEL, "--dtype bfloat16"),
     "report": swap(EVAL_BASE, "--report report", ""),
+    "no_text": add(EVAL_BASE, "--no-text"),
     "benchmark": Seen("evaluation/test_suites.py", '"--benchmark", "rm-bench"'),
     "by": add(EVAL_BASE, "--by kind"),
     "min_accuracy": add(EVAL_BASE, "--min-accuracy 1", "status"),
