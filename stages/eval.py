@@ -4,20 +4,43 @@ Reads scored records: triples (chosen is better than rejected) or groups with la
 it scores plain triples and groups first. Writes a verdict per case; the table goes to stderr, the
 full report to --report.
 
+`eval run NAME -m MODEL` does a whole benchmark: it converts the published rows of --data (default:
+from the Hub), scores them and evaluates, by the three commands that it prints, in the folder -o.
+The same command goes on where it stopped.
+
 \b
 polarctl score triples.jsonl -m runs/rm | polarctl eval - -o verdicts.jsonl --report runs/report
+polarctl eval run rm-bench -m runs/rm --no-reference -o runs/rm-bench
 """
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import typer
 
 from polarctl.config import Needs
 from polarctl.scoring.options import WINDOW_ROWS, ScoreConfig
+
+# Where the published rows are: Hub id, subset, split.
+_ON_HUB = {
+    "rewardbench": ("allenai/reward-bench", None, "filtered"),
+    "rewardbench2": ("allenai/reward-bench-2", None, "test"),
+    "rm-bench": ("THU-KEG/RM-Bench", None, "train"),
+    "judgebench": ("ScalerLab/JudgeBench", None, "gpt"),
+    "rewardmath": ("RewardMATH/RewardMATH", None, None),
+    "helpsteer3": ("nvidia/HelpSteer3", "preference", "validation"),
+}
+
+
+def _is_run(config: Any) -> bool:
+    """Whether a whole benchmark is run: `eval run NAME`."""
+    return config.input[0] == "run" and not os.path.isfile("run")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +49,25 @@ class Config(ScoreConfig):
 
     ABSENT = frozenset({"resume"})  # figures need every case: an interrupted one begins again
     NEEDS = [
+        Needs("data reference_field", _is_run, "`eval run NAME`"),
+        Needs(
+            "benchmark shard manifest rejects",
+            lambda c: not _is_run(c),
+            "scored files, not for `eval run NAME`",
+        ),
         Needs("no_reference batch_tokens device dtype", lambda c: c.model is not None, "--model"),
     ]
     # A check of the figures, not a part of them.
     NEUTRAL: ClassVar[frozenset[str]] = frozenset({"min_accuracy"})
 
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="run: the benchmark's rows: a file, a folder, a Hub id."),
+    ] = None
+    reference_field: Annotated[
+        str | None,
+        typer.Option(metavar="FIELD", help="run: field of those rows that is the reference."),
+    ] = None
     report: Annotated[
         str | None, typer.Option(metavar="DIR", help="Write report.html, .json and plots here.")
     ] = None
@@ -74,6 +111,9 @@ class Config(ScoreConfig):
 
 def run(config: Config) -> None:
     """Judge every record of the input and report."""
+    if _is_run(config):
+        _run_benchmark(config)
+        return
     from polarctl import console
     from polarctl.evaluation import report as eval_report
     from polarctl.evaluation.cases import (
@@ -171,6 +211,71 @@ def run(config: Config) -> None:
         if missing := report["benchmark"]["missing"]:
             console.warn(f"{suite.name}: no rows of {', '.join(missing)}: `overall` is without")
     _check_accuracy(config, report["overall"])
+
+
+def _run_benchmark(config: Config) -> None:
+    """Convert, score, evaluate: the three commands, as a user would type them."""
+    from polarctl import cli, console
+    from polarctl.errors import PolarctlError, UsageError
+    from polarctl.evaluation.suites import SUITES
+
+    name = config.input[1] if len(config.input) == 2 else ""
+    if name not in SUITES:
+        raise UsageError(
+            f"`eval run` takes one benchmark{f', and `{name}` is none' if name else ''}",
+            hint=f"one of: {', '.join(SUITES)}",
+        )
+    if config.model is None:
+        raise UsageError("`eval run` needs a reward model", hint="--model DIR or a Hub id")
+    if config.data is None and name not in _ON_HUB:
+        raise UsageError(
+            f"`eval run {name}`: its rows are not one data set of the Hub",
+            hint="--data with its files",
+        )
+    folder = Path(config.output)
+    if config.output == "-":
+        folder = Path(f"{name}-{Path(config.model).name}")
+        console.choice("folder", str(folder), "-o names another")
+    data, subset, split = (config.data, None, None) if config.data else _ON_HUB[name]
+    convert = ["convert", str(data), "--from", name]
+    score = ["score", str(folder / "groups.jsonl"), "--model", config.model]
+    judge = ["eval", str(folder / "scores.jsonl"), "--benchmark", name]
+    judge += ["--report", config.report or str(folder / "report"), "--seed", str(config.seed)]
+    for command, flag, value in (
+        (convert, "--subset", subset),
+        (convert, "--source-split", split),
+        (convert, "--limit", config.limit),
+        (convert, "--map", config.reference_field and f"reference={config.reference_field}"),
+        (score, "--no-reference", config.no_reference),
+        (score, "--batch-tokens", config.batch_tokens),
+        (score, "--device", config.device),
+        (score, "--dtype", config.dtype),
+        (judge, "--no-text", config.no_text),
+        (judge, "--by", config.by),
+        (judge, "--min-accuracy", config.min_accuracy),
+    ):
+        if value is not None and value is not False:
+            command += [flag] if value is True else [flag, str(value)]
+    common = ["--quiet"] if config.quiet else []
+    common += ["--force"] if config.force else []
+    steps = ((convert, "groups.jsonl"), (score, "scores.jsonl"), (judge, "verdicts.jsonl"))
+    if not config.dry_run:
+        folder.mkdir(parents=True, exist_ok=True)
+    for command, made in steps:
+        command += ["-o", str(folder / made), *common]
+        console.note(f"polarctl {shlex.join(command)}")
+        if config.dry_run:
+            continue
+        before = console.snapshot()
+        status = cli.run(command)
+        console.restore(before)
+        if status:
+            error = PolarctlError(
+                f"`polarctl {command[0]}` has ended with exit status {status}",
+                hint="the same command goes on from here",
+            )
+            error.exit_status = status
+            raise error
 
 
 def _check_accuracy(config: Config, overall: dict[str, Any]) -> None:
