@@ -235,12 +235,12 @@ def verdicts(
         whole = outputs_of(record)
         made["texts"] = {**shared, "better": whole[better], "worse": whole[worse]}
         if not text:
-            made["texts"] = {name: _mark(value) for name, value in made["texts"].items()}
+            made["texts"] = {name: text_mark(value) for name, value in made["texts"].items()}
         cases.keep_if_worst(made)
         yield made
 
 
-def _mark(text: Any) -> dict[str, Any]:
+def text_mark(text: Any) -> dict[str, Any]:
     """What is left of a text: a hash to know it again, and its length in characters."""
     plain = content_text(text)
     return {

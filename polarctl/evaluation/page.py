@@ -261,6 +261,30 @@ def render_html(report: Document) -> str:
     return "\n".join([*lines, "</main>", "</body>", "</html>", ""])
 
 
+def render_markdown(report: Document) -> str:
+    """The report as GitHub's Markdown: headings, paragraphs and tables, for a pull request."""
+    lines = [f"# {_flat(report.title)}", "", _flat(report.subtitle), ""]
+    for section in report.sections:
+        if section.level > 2 or not (section.paragraphs or section.table):
+            continue
+        lines += [f"## {_flat(section.heading)}", ""]
+        for paragraph in section.paragraphs:
+            lines += [_flat(paragraph), ""]
+        if section.table is not None:
+            table = section.table
+            marks = ["---:" if numeric else "---" for numeric in table.numeric()]
+            lines += [_flat(table.caption), ""] if table.caption else []
+            for row in (table.columns, marks, *table.rows):
+                lines.append(f"| {' | '.join(_flat(cell) for cell in row)} |")
+            lines.append("")
+    return "\n".join(lines)
+
+
+def _flat(text: str) -> str:
+    """A text in one line of Markdown, with nothing in it that Markdown or HTML would read."""
+    return re.sub(r"([\\`*_<>|\[\]#~&])", r"\\\1", " ".join(_clean(text).split()))
+
+
 def terminal_table(table: Table) -> rich.table.Table:
     """The same table for a rich console; square brackets and escape codes in cells stay text."""
     from rich import box

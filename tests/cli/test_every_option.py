@@ -332,6 +332,24 @@ EVAL: dict[str, Case | Seen] = {
 }
 del EVAL["resume"]
 
+COMPARE_BASE = "compare scored.jsonl rescored.jsonl -o out.jsonl --report report -q"
+COMPARE: dict[str, Case | Seen] = {
+    **records(
+        COMPARE_BASE,
+        COMPARE_BASE.replace(" -q", ""),
+        COMPARE_BASE.replace("rescored", "bad-scored"),
+        "--no-text",
+    ),
+    "input": swap(COMPARE_BASE, "compare scored", "compare more-scored"),
+    "seed": add(COMPARE_BASE, "--seed 1"),
+    "report": swap(COMPARE_BASE, "--report report", ""),
+    "by": add(COMPARE_BASE, "--by kind"),
+    "no_text": add(COMPARE_BASE, "--no-text"),
+    "fail_if_worse": Seen("stages/test_compare.py", '"--fail-if-worse"'),
+}
+for absent in ("resume", "limit", "shard", "rejects"):
+    del COMPARE[absent]
+
 CONVERT_BASE = "convert ranked.jsonl -o out.jsonl -q"
 CONVERT: dict[str, Case | Seen] = {
     **records(
@@ -417,6 +435,7 @@ TABLE: dict[str, dict[str, Case | Seen]] = {
     "score": SCORE,
     "serve": SERVE,
     "eval": EVAL,
+    "compare": COMPARE,
     "rft": RFT,
     "push": PUSH,
     "convert": CONVERT,
@@ -493,6 +512,7 @@ REFUSED = {
         "device": "eval scored.jsonl --device cpu",
         "dtype": "eval scored.jsonl --dtype float32",
     },
+    "compare": {"force": "compare scored.jsonl rescored.jsonl --force"},
     "rft": {
         "reward_model": RFT_VERIFIED + " --reward-model rm",
         "server": RFT_VERIFIED + " --server http://127.0.0.1:9",
@@ -656,6 +676,7 @@ def world(tmp_path_factory, tiny_rm):
             for s in range(3)
         ],
         "scored": [{**t, "rewards": [i % 3, 1.5 + i % 2]} for i, t in enumerate(triples)],
+        "rescored": [{**t, "rewards": [i % 2, 0.5]} for i, t in enumerate(triples)],
         "ranked": [
             {
                 "prompt": f"p{i}",
