@@ -57,8 +57,8 @@ class Config(ScoreConfig):
         ),
         Needs("no_reference batch_tokens device dtype", lambda c: c.model is not None, "--model"),
     ]
-    # A check of the figures, not a part of them.
-    NEUTRAL: ClassVar[frozenset[str]] = frozenset({"min_accuracy"})
+    # Checks of the figures, not a part of them.
+    NEUTRAL: ClassVar[frozenset[str]] = frozenset({"min_accuracy", "baseline"})
 
     data: Annotated[
         str | None,
@@ -107,6 +107,14 @@ class Config(ScoreConfig):
         float | None,
         typer.Option(min=0, max=1, help="Exit with status 5 when the accuracy is below this."),
     ] = None
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REPORT",
+            help="Exit with status 5 when worse than this earlier report.json (or its folder), "
+            "beyond the interval of the difference.",
+        ),
+    ] = None
 
 
 def run(config: Config) -> None:
@@ -148,6 +156,7 @@ def run(config: Config) -> None:
         if suite is not None:
             suite.check(record, labels_of(record))
 
+    baseline = _baseline(config)
     if config.dry_run:
         windows.dry_run(
             "eval", config, paths, kind, verify=look, check=lambda: check_by(config.by, fields)
@@ -160,7 +169,7 @@ def run(config: Config) -> None:
     with Output("eval", config, read.sizes(paths), identity) as out:
         if out.complete:
             # The check is asked for again, so it is made again, on the figures in the manifest.
-            _check_accuracy(config, out.counts["overall"])
+            _check(config, out.counts, baseline)
             return
         scorer = config.model and load_scorer(
             config.model,
@@ -196,7 +205,8 @@ def run(config: Config) -> None:
         report = summarise(cases, config.seed)
         if suite is not None:
             report["benchmark"] = suite.result(config.seed)
-        out.counts.update(skipped=report["skipped"], overall=report["overall"])
+        keep = ("skipped", "overall", "benchmark")
+        out.counts.update({name: report[name] for name in keep if name in report})
         if config.report:
             source = ", ".join(paths) if paths != ["-"] else "standard input"
             eval_report.write(config.report, report, cases.margins, source, cases.worst_first())
@@ -210,7 +220,7 @@ def run(config: Config) -> None:
             console.warn(f"{number:,} records do not count for {suite.name}: {reason}")
         if missing := report["benchmark"]["missing"]:
             console.warn(f"{suite.name}: no rows of {', '.join(missing)}: `overall` is without")
-    _check_accuracy(config, report["overall"])
+    _check(config, report, baseline)
 
 
 def _run_benchmark(config: Config) -> None:
@@ -253,6 +263,7 @@ def _run_benchmark(config: Config) -> None:
         (judge, "--no-text", config.no_text),
         (judge, "--by", config.by),
         (judge, "--min-accuracy", config.min_accuracy),
+        (judge, "--baseline", config.baseline),
     ):
         if value is not None and value is not False:
             command += [flag] if value is True else [flag, str(value)]
@@ -278,10 +289,57 @@ def _run_benchmark(config: Config) -> None:
             raise error
 
 
-def _check_accuracy(config: Config, overall: dict[str, Any]) -> None:
-    """Raise CheckFailed when the model's accuracy is below `--min-accuracy`."""
-    from polarctl.errors import CheckFailed
+def _baseline(config: Config) -> dict[str, Any] | None:
+    """The report of `--baseline`.
 
-    accuracy = overall["model"]["value"]
+    Raises:
+        UsageError: It is none.
+    """
+    import msgspec
+
+    from polarctl.errors import UsageError
+    from polarctl.records import Report
+
+    if config.baseline is None:
+        return None
+    path = Path(config.baseline)
+    path = path / "report.json" if path.is_dir() else path
+    try:
+        found: dict[str, Any] = msgspec.json.decode(path.read_bytes())
+        msgspec.convert(found, Report)
+        found["overall"]["model"]
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(
+            f"{path}: is no report of `polarctl eval`", hint="the report.json of --report"
+        ) from None
+    return found
+
+
+def _check(config: Config, report: dict[str, Any], baseline: dict[str, Any] | None) -> None:
+    """Raise CheckFailed when a check that was asked for does not hold."""
+    from polarctl import console
+    from polarctl.errors import CheckFailed
+    from polarctl.evaluation.paired import unpaired
+    from polarctl.evaluation.report import headline
+
+    accuracy = report["overall"]["model"]["value"]
     if config.min_accuracy is not None and accuracy < config.min_accuracy:
         raise CheckFailed(f"accuracy {accuracy:.4f} is below {config.min_accuracy}")
+    if baseline is None:
+        return
+    what, now = headline(report)
+    before_what, before = headline(baseline)
+    if what != before_what:  # one of them was made with another --benchmark
+        what, now, before = "accuracy", report["overall"]["model"], baseline["overall"]["model"]
+    if now["n"] != before["n"]:
+        console.warn(f"the baseline is over {before['n']:,} cases, this over {now['n']:,}")
+    low, high = (100 * end for end in unpaired(before, now))
+    change = 100 * (now["value"] - before["value"])
+    told = f"{what} {now['value']:.4f}, baseline {before['value']:.4f}: "
+    told += f"{change:+.1f} points [{low:+.1f}, {high:+.1f}]"
+    if high < 0:
+        hint = "`polarctl compare` of the two scored files shows where"
+        raise CheckFailed(f"worse than the baseline: {told}", hint=hint)
+    console.note(told)

@@ -19,11 +19,19 @@ from polarctl.evaluation.page import (
     difference,
     format_interval,
     render_html,
+    render_markdown,
 )
 from polarctl.model.template import content_text
 from polarctl.storage import atomic
 
-FILES = ("margins.png", "accuracy.png", "calibration.png", "report.html", "report.json")
+FILES = (
+    "margins.png",
+    "accuracy.png",
+    "calibration.png",
+    "report.html",
+    "report.json",
+    "report.md",
+)
 SCORERS = {
     "model": "model",
     "length": "longer wins",
@@ -141,6 +149,16 @@ def _number(figure: Mapping[str, Any] | None) -> str:
     return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
 
 
+def headline(report: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The one figure of a report, as an `Estimate`, and its name: the benchmark's or accuracy."""
+    found = report.get("benchmark")
+    if not found:
+        return "accuracy", report["overall"]["model"]
+    low, high = found["intervals"]["overall"]
+    figure = {"value": found["overall"], "low": low, "high": high, "n": found["rows"]}
+    return str(found["name"]), figure
+
+
 def tables(report: Mapping[str, Any]) -> list[Table]:
     """The tables of a report, for the terminal."""
     made = [
@@ -183,7 +201,7 @@ def write(
     source: str,
     worst: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Write report.json, report.html, and the plots as PNG into a folder.
+    """Write report.json, report.html, report.md and the plots as PNG into a folder.
 
     Args:
         folder: Where; made if missing.
@@ -228,10 +246,11 @@ def write(
     if report["skipped"]:
         skipped = [[reason, str(number)] for reason, number in report["skipped"].items()]
         sections.append(Section("Left out", table=Table(("reason", "records"), skipped)))
-    page = render_html(Document(report["metric"].capitalize(), source, sections))
+    document = Document(report["metric"].capitalize(), source, sections)
     atomic.write(target / "margins.png", histogram)
     atomic.write(target / "calibration.png", curve)
     atomic.write(target / "accuracy.png", bars)
-    atomic.write(target / "report.html", page.encode())
+    atomic.write(target / "report.html", render_html(document).encode())
+    atomic.write(target / "report.md", render_markdown(document).encode())
     options = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS
     atomic.write(target / "report.json", orjson.dumps(dict(report), option=options))

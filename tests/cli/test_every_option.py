@@ -328,6 +328,7 @@ EVAL: dict[str, Case | Seen] = {
     "no_text": add(EVAL_BASE, "--no-text"),
     "benchmark": Seen("evaluation/test_suites.py", '"--benchmark", "rm-bench"'),
     "by": add(EVAL_BASE, "--by kind"),
+    "baseline": Seen("stages/test_eval.py", '"--baseline", folder'),
     "min_accuracy": add(EVAL_BASE, "--min-accuracy 1", "status"),
 }
 del EVAL["resume"]

@@ -60,6 +60,7 @@ def test_accuracy_margins_and_baselines(scored, tmp_path, capfd):
         "margins.png",
         "accuracy.png",
         "calibration.png",
+        "report.md",
     }
     table = capfd.readouterr().err
     assert "preference accuracy" in table and "longer wins" in table
@@ -326,3 +327,35 @@ def test_the_page_shows_the_worst_cases_with_the_difference_marked(tmp_path):
     assert "It is 29 <mark>boats</mark> &lt;b&gt;" in page
     assert "It is 29 <mark>cats</mark> &lt;b&gt;" in page
     assert "reward 24<" in page and f"{path}:30" in page
+
+
+def pairs_right(path, right, wrong):
+    rows = [triple(i, [1, 0] if i < right else [0, 1]) for i in range(right + wrong)]
+    return write(path, rows)
+
+
+def test_a_baseline_fails_what_is_worse_beyond_the_interval_every_time(tmp_path, capfd):
+    """80 of 100 before. 76 of 100 is within the interval of the difference, 60 of 100 is not.
+
+    Standard error of 0.60 - 0.80: sqrt(0.24 / 100 + 0.16 / 100) = 0.0632: 2 of them below 0.
+    """
+    folder = str(tmp_path / "main")
+    before = pairs_right(tmp_path / "before.jsonl", 80, 20)
+    assert run(["eval", before, "-o", str(tmp_path / "v"), "--report", folder, "-q"]) == 0
+    near = pairs_right(tmp_path / "near.jsonl", 76, 24)
+    out = str(tmp_path / "w")
+    assert run(["eval", near, "-o", out, "--baseline", folder]) == 0
+    assert "accuracy 0.7600, baseline 0.8000: -4.0 points [" in capfd.readouterr().err
+    worse = pairs_right(tmp_path / "worse.jsonl", 60, 40)
+    out = str(tmp_path / "x")
+    for _ in range(3):
+        assert run(["eval", worse, "-o", out, "--baseline", f"{folder}/report.json", "-q"]) == 5
+        said = capfd.readouterr().err
+        assert "worse than the baseline: accuracy 0.6000, baseline 0.8000: -20.0 points [" in said
+    assert run(["eval", before, "-o", str(tmp_path / "u"), "--baseline", folder]) == 0
+    few = pairs_right(tmp_path / "few.jsonl", 4, 1)
+    assert run(["eval", few, "-o", str(tmp_path / "y"), "--baseline", folder, "-q"]) == 0
+    assert "warning: the baseline is over 100 cases, this over 5" in capfd.readouterr().err
+    for bad, message in (("missing.json", "No such file"), (before, "is no report of")):
+        assert run(["eval", near, "-o", str(tmp_path / "z"), "--baseline", bad]) == 2
+        assert message in capfd.readouterr().err
