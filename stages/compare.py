@@ -12,13 +12,15 @@ polarctl compare runs/main runs/new --fail-if-worse --report runs/comparison
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import typer
 
 from polarctl.config import Common
+
+UNIT = 512  # cases that are written at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,8 @@ def run(config: Config) -> None:
     from polarctl.evaluation.cases import check_by, require_rewards
     from polarctl.evaluation.page import terminal_table
     from polarctl.evaluation.paired import Sheet, matched
-    from polarctl.storage import read, replace, windows
+    from polarctl.storage import read, windows
+    from polarctl.storage import replace as replacing
     from polarctl.storage.write import Output
 
     paths = [_file_of(path) for path in config.input]
@@ -86,13 +89,14 @@ def run(config: Config) -> None:
         return sheet
 
     if config.report:
-        replace.check_report(config.report, comparison.FILES)
+        replacing.check_report(config.report, comparison.FILES)
     if config.dry_run:
         for name, path in zip(names, paths, strict=True):
             console.note(f"compare: {path}: {len(sheet_of(name, path).items):,} items")
         check_by(config.by, fields)
         return
-    with Output("compare", config, read.sizes(paths)) as out:
+    # An interrupted comparison begins again: its units of work are only what leaves the memory.
+    with Output("compare", replace(config, resume=False), read.sizes(paths)) as out:
         if out.complete:
             _check(config, out.counts["comparison"])
             return
@@ -106,8 +110,11 @@ def run(config: Config) -> None:
             )
         report = comparison.compare(sheets, keys, config.seed)
         first = windows.reader_of(config, paths[:1], None)
-        for case in comparison.disagreements(first, sheets, set(keys), text=not config.no_text):
+        cases = comparison.disagreements(first, sheets, set(keys), text=not config.no_text)
+        for place, case in enumerate(cases, 1):
             out.write(case)
+            if place % UNIT == 0:
+                out.commit(out.units + 1)
         out.counts["comparison"] = report
         if config.report:
             comparison.write(config.report, report)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -138,7 +138,8 @@ def run(config: Config) -> None:
     from polarctl.evaluation.suites import SUITES
     from polarctl.records import Record, kind_of_scorable, require_reference
     from polarctl.scoring.scorer import Cuts, load_scorer, score_records
-    from polarctl.storage import manifest, read, replace, windows
+    from polarctl.storage import manifest, read, windows
+    from polarctl.storage import replace as replacing
     from polarctl.storage.write import Output
 
     paths = windows.inputs_of("eval", config)
@@ -163,10 +164,12 @@ def run(config: Config) -> None:
         )
         return
     if config.report:
-        replace.check_report(config.report, eval_report.FILES)
+        replacing.check_report(config.report, eval_report.FILES)
     identity = {"model_identity": manifest.folder_identity(config.model)} if config.model else {}
     cases, by = Cases(), "subset" if suite else "category"
-    with Output("eval", config, read.sizes(paths), identity) as out:
+    # An interrupted evaluation begins again: its units of work are only what leaves the memory.
+    anew = replace(config, resume=False)
+    with Output("eval", anew, read.sizes(paths), identity) as out:
         if out.complete:
             # The check is asked for again, so it is made again, on the figures in the manifest.
             _check(config, out.counts, baseline)
@@ -195,10 +198,10 @@ def run(config: Config) -> None:
                     suite.add(record, rewards_of(record), labels_of(record))
                 yield from verdicts(record, config.by or by, cases, text=not config.no_text)
 
-        # Figures need every case, so an interrupted evaluation begins again.
         for window in reader.windows(WINDOW_ROWS):
             for verdict in work(window.records):
                 out.write(verdict)
+            out.commit(out.units + 1, window.digest)
         cuts.say()
         check_by(config.by, fields)
         require_cases(cases, reader.rows)

@@ -17,6 +17,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence, Sized
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 # Scripts written without spaces between words: Han, kana. `\w+` would make one word of a sentence.
 _UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-_NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
+_NUMBER = re.compile(r"(?<!\w)\d+(?:,\d{3})*(?:\.\d+)?")
 _MOST_KINDS = 20_000
 _WORD = re.compile(rf"(?=\w)[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 
@@ -196,7 +197,7 @@ def unigram_f1(a: str, b: str) -> float:
     "the answer is 8" differ); a Han or kana character is a word by itself. Two texts without a
     word give 1, one such text gives 0. This is ROUGE-1 F1 without stemming (Lin, 2004).
     """
-    left, right = (Counter(_WORD.findall(text.lower())) for text in (a, b))
+    left, right = _words(a), _words(b)
     total = left.total() + right.total()
     if total == 0:
         return 1.0
@@ -211,12 +212,24 @@ def has_number(text: str) -> bool:
 def number_f1(a: str, b: str) -> float:
     """Overlap of the numbers of two texts: F1 over their multisets, in [0, 1], symmetric.
 
-    A number is a run of digits with an optional fraction; commas between groups of three digits
-    are dropped, so that 1,200 is 1200; 3.50 is 3.5. Two texts without one give 1, one such text 0.
+    A number is a run of digits that no letter stands before, with an optional fraction; commas
+    between groups of three digits are dropped, so that 1,200 is 1200; 3.50 is 3.5. Two texts
+    without one give 1, one such text 0.
     """
-    left, right = (Counter(map(_number, _NUMBER.findall(text))) for text in (a, b))
+    left, right = _numbers(a), _numbers(b)
     total = left.total() + right.total()
     return 2 * (left & right).total() / total if total else 1.0
+
+
+# A reference is compared with several candidates, one after the other.
+@lru_cache(maxsize=4)
+def _words(text: str) -> Counter[str]:
+    return Counter(_WORD.findall(text.lower()))
+
+
+@lru_cache(maxsize=4)
+def _numbers(text: str) -> Counter[str]:
+    return Counter(map(_number, _NUMBER.findall(text)))
 
 
 def _number(found: str) -> str:

@@ -359,3 +359,17 @@ def test_a_baseline_fails_what_is_worse_beyond_the_interval_every_time(tmp_path,
     for bad, message in (("missing.json", "No such file"), (before, "is no report of")):
         assert run(["eval", near, "-o", str(tmp_path / "z"), "--baseline", bad]) == 2
         assert message in capfd.readouterr().err
+
+
+def test_verdicts_do_not_wait_in_memory_and_an_interrupted_run_begins_again(tmp_path):
+    """The row after two windows of 512 is bad: their verdicts are on disk by then."""
+    rows = [triple(i, [1, 0]) for i in range(1024)]
+    path, out = write(tmp_path / "s.jsonl", [*rows, {"prompt": 3}]), tmp_path / "v.jsonl"
+    assert run(["eval", path, "-o", str(out), "-q"]) == 3
+    assert len(out.read_bytes().splitlines()) == 1024
+    write(tmp_path / "s.jsonl", [triple(0, [0, 1]), *rows[1:], triple(7777, [1, 0])])
+    assert run(["eval", path, "-o", str(out), "-q"]) == 0
+    verdicts = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(verdicts) == 1025 and not verdicts[0]["correct"]
+    counts = json.loads((tmp_path / "v.jsonl.manifest.json").read_text())["counts"]
+    assert counts["overall"]["model"]["n"] == counts["records"] == 1025
