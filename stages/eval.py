@@ -201,7 +201,9 @@ def run(config: Config) -> None:
         for window in reader.windows(WINDOW_ROWS):
             for verdict in work(window.records):
                 out.write(verdict)
-            out.commit(out.units + 1, window.digest)
+            # What may yet be refused as a whole leaves no file.
+            if cases.margins and (config.by is None or config.by in fields):
+                out.commit(out.units + 1, window.digest)
         cuts.say()
         check_by(config.by, fields)
         require_cases(cases, reader.rows)
@@ -210,6 +212,7 @@ def run(config: Config) -> None:
             report["benchmark"] = suite.result(config.seed)
         keep = ("skipped", "overall", "benchmark")
         out.counts.update({name: report[name] for name in keep if name in report})
+        out.counts["leaks"] = cases.leaks
         if config.report:
             source = ", ".join(paths) if paths != ["-"] else "standard input"
             eval_report.write(config.report, report, cases.margins, source, cases.worst_first())
@@ -219,6 +222,11 @@ def run(config: Config) -> None:
     for reason, number in report["skipped"].items():
         console.warn(f"{number:,} records left out: {reason}")
     if suite is not None:
+        if cases.leaks:
+            console.warn(
+                f"{cases.leaks:,} records have a candidate that is the reference itself: their "
+                "rewards measure that, not the model"
+            )
         for reason, number in report["benchmark"]["left_out"].items():
             console.warn(f"{number:,} records do not count for {suite.name}: {reason}")
         if missing := report["benchmark"]["missing"]:

@@ -72,6 +72,7 @@ class Cases:
         skipped: Reason to number of records that hold no comparison.
         between_policies: Cases whose reference and better candidate are by one policy.
         with_numbers: Cases whose reference holds a number.
+        leaks: Records with a candidate that is the reference, whatever the white space.
         worst: The verdicts of the `WORST` lowest margins, none above 0, as a heap.
     """
 
@@ -89,6 +90,7 @@ class Cases:
     skipped: Counter[str] = field(default_factory=Counter)
     between_policies: int = 0
     with_numbers: int = 0
+    leaks: int = 0
     worst: list[tuple[float, int, dict[str, Any]]] = field(default_factory=list)
 
     def category(self, name: str | None) -> int:
@@ -195,6 +197,8 @@ def verdicts(
     outputs = [content_text(output) for output in outputs_of(record)]
     scores = _baselines(record, outputs)
     cluster, category = prompt_id(record), record.get(by)
+    reference = content_text(record.get("reference", "")).split()
+    cases.leaks += bool(reference) and any(text.split() == reference for text in outputs)
     key = int.from_bytes(hashlib.blake2b(cluster.encode(*_ANY), digest_size=8).digest(), "big")
     if group:
         _best(cases, key, labels, {MODEL: rewards, **scores}, decided=bool(pairs))

@@ -400,6 +400,14 @@ def test_eval_reports_the_benchmark_from_published_rows(tmp_path, capfd):
     assert f"polarctl: {scored}:1: is a row of `rm-bench`" in capfd.readouterr().err
     assert run(["eval", str(scored), "--benchmark", "judgebench", "--dry-run"]) == 3
     assert run(["eval", str(scored), "--benchmark", "rmbench"]) == 2
+    capfd.readouterr()
+    rows = [json.loads(line) for line in scored.read_text().splitlines()]
+    rows[0]["reference"] = " b\n"  # the second chosen answer
+    rows[1]["reference"] = "none of them"
+    scored.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run(["eval", str(scored), "--benchmark", "rm-bench"]) == 0
+    said = capfd.readouterr().err
+    assert "warning: 1 records have a candidate that is the reference itself" in said
 
 
 def test_rewardmath_becomes_groups_by_itself(tmp_path, capfd):
