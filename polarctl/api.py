@@ -264,9 +264,9 @@ def evaluate(
         check_by,
         require_cases,
         require_rewards,
-        summarise,
         verdicts,
     )
+    from polarctl.evaluation.figures import summarise
 
     cases, fields, count = Cases(), set[str](), 0
     for record in _checked(records, require_rewards):

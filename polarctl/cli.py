@@ -31,7 +31,7 @@ from polarctl.errors import Interrupted, PolarctlError, UsageError
 from polarctl.parallel import launcher, rank
 
 STAGES = (
-    "sample pair pretrain finetune score serve eval rft push convert quickstart schema "
+    "sample pair pretrain finetune score serve eval compare rft push convert quickstart schema "
     "validate".split()
 )
 

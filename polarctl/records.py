@@ -66,6 +66,7 @@ _WRAPPER = Meta(
     "instructions, `pretrain` (nothing between them) for text to be continued."
 )
 _POLICY = Meta(description="Name of the policy that wrote the text.")
+_REFERENCE_POLICY = Meta(description="Policy of `reference`: from `pair`, that of `chosen`.")
 _CATEGORY = Meta(description="Group for the rows of a report: a domain, a subset, a source.")
 _LABEL = Meta(description="True quality, where known: 1 or 0, a grade, or a boolean.")
 
@@ -129,10 +130,7 @@ class Triple(Struct):
         str | UnsetType, Meta(description="Policy of `chosen`; in pre-training of `reference` too.")
     ] = UNSET
     rejected_policy: Annotated[str | UnsetType, Meta(description="Policy of `rejected`.")] = UNSET
-    reference_policy: Annotated[
-        str | UnsetType,
-        Meta(description="Policy of `reference`: in triples from `pair` the same as `policy`."),
-    ] = UNSET
+    reference_policy: Annotated[str | UnsetType, _REFERENCE_POLICY] = UNSET
     category: Annotated[str | UnsetType, _CATEGORY] = UNSET
 
 
@@ -161,10 +159,9 @@ class Candidate(Struct):
     category: Annotated[str | UnsetType, _CATEGORY] = UNSET
 
 
-class Score(Struct):
+class Score(Candidate):
     """What `score` writes: the record it read and its reward or rewards."""
 
-    prompt: Annotated[Text, _PROMPT]
     reward: Annotated[
         float | UnsetType, Meta(description="Raw reward of `output`: unbounded, higher is closer.")
     ] = UNSET
@@ -203,25 +200,11 @@ class Score(Struct):
         Literal["ok"] | UnsetType,
         Meta(description="A judge's reply was read; a record without is rejected, never scored."),
     ] = UNSET
-    reference: Annotated[Text | UnsetType, _REFERENCE] = UNSET
-    references: Annotated[list[Text] | UnsetType, _REFERENCES] = UNSET
-    principle: Annotated[str | UnsetType, _PRINCIPLE] = UNSET
-    output: Annotated[Text | UnsetType, Meta(description="The single candidate.")] = UNSET
-    candidates: Annotated[
-        list[NamedCandidate] | UnsetType, Meta(description="The group of candidates.")
-    ] = UNSET
     chosen: Annotated[Text | UnsetType, Meta(description="Better candidate of a triple.")] = UNSET
     rejected: Annotated[Text | UnsetType, Meta(description="Worse candidate of a triple.")] = UNSET
-    label: Annotated[float | bool | None | UnsetType, _LABEL] = UNSET
-    id: Annotated[str | UnsetType, _ID] = UNSET
     policy: Annotated[str | UnsetType, _POLICY] = UNSET
     rejected_policy: Annotated[str | UnsetType, Meta(description="Policy of `rejected`.")] = UNSET
-    reference_policy: Annotated[
-        str | UnsetType,
-        Meta(description="Policy of `reference`: in triples from `pair` the same as `policy`."),
-    ] = UNSET
-    wrapper: Annotated[Wrapper | UnsetType, _WRAPPER] = UNSET
-    category: Annotated[str | UnsetType, _CATEGORY] = UNSET
+    reference_policy: Annotated[str | UnsetType, _REFERENCE_POLICY] = UNSET
 
 
 class Verdict(Struct):
@@ -238,6 +221,13 @@ class Verdict(Struct):
     category: Annotated[str | UnsetType, _CATEGORY] = UNSET
     better: Annotated[str | UnsetType, Meta(description="Name of the better candidate.")] = UNSET
     worse: Annotated[str | UnsetType, Meta(description="Name of the worse candidate.")] = UNSET
+    where: Annotated[str | UnsetType, Meta(description="`file:line` of the scored record.")] = UNSET
+    texts: Annotated[
+        dict[str, Text | dict[str, str | int]],
+        Meta(
+            description="`prompt`, `better`, ...; with `--no-text` the `hash` and `length` of each."
+        ),
+    ] = {}
 
 
 class PoolPolicy(Struct):
@@ -287,29 +277,65 @@ class Estimate(Struct):
     ] = UNSET
 
 
+Figures = dict[str, Estimate]  # scorer (the model or a baseline) to figure
+
+
+class BenchmarkResult(Struct):
+    """A public benchmark's own score."""
+
+    name: Annotated[str, Meta(description="The benchmark, as in `--benchmark`.")]
+    overall: Annotated[float, Meta(description="Its one figure, a fraction.")]
+    sections: Annotated[dict[str, float], Meta(description="Its own sections: fractions.")]
+    counts: Annotated[dict[str, int], Meta(description="Items behind each section.")]
+    rows: Annotated[int, Meta(description="Rows that count.")]
+    intervals: Annotated[
+        dict[str, tuple[float, float]],
+        Meta(description="95 % interval of `overall` and of each section, over items."),
+    ]
+    details: Annotated[
+        dict[str, dict[str, float]],
+        Meta(description="Finer figures by kind: subsets, languages, levels of a domain."),
+    ] = {}
+    missing: Annotated[
+        list[str], Meta(description="Sections without a row; not in `overall`.")
+    ] = []
+    left_out: Annotated[
+        dict[str, int], Meta(description="Why rows do not count: their number.")
+    ] = {}
+
+
 class Report(Struct):
     """The summary that `eval` writes as report.json."""
 
     metric: Annotated[str, Meta(description="What is measured: preference accuracy, ...")]
-    overall: Annotated[
-        dict[str, Estimate], Meta(description="Scorer (the model or a baseline) to figure.")
-    ]
-    categories: Annotated[
-        dict[str, dict[str, Estimate]], Meta(description="The same for every category.")
-    ]
-    margins: Annotated[
-        dict[str, float], Meta(description="Quantiles of the margins: min, p25, p50, p75, max.")
-    ]
+    overall: Annotated[Figures, Meta(description="Scorer (the model or a baseline) to figure.")]
+    categories: Annotated[dict[str, Figures], Meta(description="The same for every category.")]
+    margins: Annotated[dict[str, float], Meta(description="Their quantiles: min, p25, ..., max.")]
     best_of_n: Annotated[
-        dict[str, Estimate] | UnsetType,
+        Figures | UnsetType,
         Meta(description="Mean label of the candidate that each scorer ranks first (groups)."),
     ] = UNSET
+    best_of_n_decided: Annotated[
+        Figures | UnsetType,
+        Meta(description="The same over groups with different labels: not all right or all wrong."),
+    ] = UNSET
+    calibration: Annotated[
+        dict[str, float | list[dict[str, float]]] | UnsetType,
+        Meta(description="`ece`, and `bins` of confidence, accuracy, n; see the guide."),
+    ] = UNSET
+    length_bias: Annotated[
+        dict[str, float | Estimate] | UnsetType,
+        Meta(description="`correlation`; accuracy where `longer_is_worse`, `longer_is_better`."),
+    ] = UNSET
     ranking: Annotated[
-        dict[str, dict[str, Estimate]] | UnsetType,
+        dict[str, Figures] | UnsetType,
         Meta(
             description="`kendall_tau_b` and `ndcg` of each scorer's order, over groups of three "
             "candidates or more."
         ),
+    ] = UNSET
+    benchmark: Annotated[
+        BenchmarkResult | UnsetType, Meta(description="With `--benchmark`: its own score.")
     ] = UNSET
     skipped: Annotated[
         dict[str, int], Meta(description="Reason to number of records without a comparison.")

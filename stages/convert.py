@@ -105,7 +105,7 @@ class Config(Common):
             help="auto, native, trl, openai, sharegpt, nemo, llama-factory, llama-factory-v1, "
             "ms-swift, verl, helpsteer, pku-saferlhf, nectar, ultrafeedback, arena, gsm8k, "
             "gsm8k-solutions; benchmarks: rewardbench, rewardbench2, rm-bench, judgebench, "
-            "rewardmath, rmb, ppe.",
+            "rewardmath, helpsteer3, m-rewardbench, rmb, ppe.",
         ),
     ] = "auto"
     to_format: Annotated[
@@ -298,6 +298,9 @@ def run(config: Config) -> None:
     require("--to", config.to_format, [*SHAPES, *writable()])
     if config.equal_chosen == "drop" and config.to_format != "triples":
         raise UsageError("`--equal-chosen` is for `--to triples`")
+    if config.from_format == "rewardmath" and config.join is None:
+        console.choice("join", "problem_id", "a row of rewardmath is one solution of a problem")
+        config = replace(config, join="problem_id")
     field_map(config.map)
     paths = windows.inputs_of("convert", config, sources.expand)
     told: dict[str, str] = {}

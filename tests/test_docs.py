@@ -131,6 +131,37 @@ def hand_over(folder: Path) -> None:
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def evaluate(folder: Path) -> None:
+    """Two reward models with opposite rewards; pairs that the first has right; rm-bench."""
+    import torch
+
+    from polarctl.model import reward_model
+    from polarctl.scoring.scorer import Item, ModelScorer
+    from tests.tiny import build_lm, build_rm
+
+    build_lm(folder / "models" / "base", seed=1)
+    (folder / "runs").mkdir()
+    build_rm(folder / "runs" / "before", folder / "models" / "base")
+    model = reward_model.load(str(folder / "runs" / "before"), device="cpu")
+    pairs = [(f"What is {i} + 4?", f"It is {i + 4}.", f"Paris {i}") for i in range(24)]
+    items = [Item(asked, right, text) for asked, right, wrong in pairs for text in (right, wrong)]
+    rewards = [scored.reward for scored in ModelScorer(model).score(items)]
+    rows = []
+    for (asked, right, wrong), a, b in zip(pairs, rewards[::2], rewards[1::2], strict=True):
+        chosen, rejected = (right, wrong) if a > b else (wrong, right)
+        rows.append({"prompt": asked, "reference": right, "chosen": chosen, "rejected": rejected})
+    (folder / "held-out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with torch.no_grad():
+        model.model.score.weight.neg_()
+    model.save(folder / "runs" / "new")
+    (folder / "before").mkdir()
+    (folder / "before" / "reward-model.txt").write_text("runs/before\n")
+    (folder / "reward-model.txt").write_text("runs/new\n")
+    answers = {"chosen": ["4", "is 4", "* 4"], "rejected": ["5", "is 5", "* 5"], "answer": "four"}
+    bench = [{"id": i, "prompt": "2 + 2", "domain": "math", **answers} for i in range(2)]
+    (folder / "rm-bench.json").write_text(json.dumps(bench))
+
+
 @contextlib.contextmanager
 def baselines(folder: Path) -> Iterator[dict[str, str]]:
     """Other people's models, tiny, in folders by their names, and a judge's server."""
@@ -158,8 +189,9 @@ def hub(folder: Path) -> Iterator[dict[str, str]]:
         yield {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "cache")}
 
 
-# In the lane with vLLM: tests/engines/test_page.py; twice: tests/stages/test_rounds.py.
-ELSEWHERE = ("vllm-serve", "vllm-client", "vllm-offline", "rounds")
+# In the lane with vLLM: tests/engines/test_page.py; twice: tests/stages/test_rounds.py; in one slow
+# test below: `evaluate`.
+ELSEWHERE = ("vllm-serve", "vllm-client", "vllm-offline", "rounds", "evaluate")
 
 # What these show, a quicker test shows too.
 SLOW = ("guide",)
@@ -168,6 +200,7 @@ SLOW = ("guide",)
 # something open meanwhile and gives environment variables.
 FIXTURES: dict[str, Callable[[Path], Any]] = {
     "empty": empty,
+    "evaluate": evaluate,
     "formats": formats,
     "guide": library,
     "baselines": baselines,
@@ -320,6 +353,43 @@ def test_a_marked_block_runs(block, tmp_path):
             timeout=600,
         )
     assert result.returncode == 0, f"{block.where}\n{result.stdout}\n{result.stderr}"
+
+
+@pytest.mark.slow
+def test_the_page_on_evaluation_and_its_workflow_run(tmp_path):
+    """Every `run:` of the workflow but the installation, in order, as GitHub runs it.
+
+    It fails a pull request with a worse model and no other. Then the blocks of the page.
+    """
+    import yaml
+
+    text = (ROOT / "docs" / "guides" / "reward-model.yml").read_text(encoding="utf-8")
+    steps = yaml.safe_load(text)["jobs"]["compare"]["steps"]
+    commands = [(s["name"], s["run"]) for s in steps if "run" in s and s["name"] != "Install"]
+    assert len(commands) == 4
+    evaluate(tmp_path)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    summary = tmp_path / "summary.md"
+    environment = {**os.environ, "PATH": path, "GITHUB_STEP_SUMMARY": str(summary)}
+
+    def status(command: str) -> int:
+        arguments = ["bash", "-e", "-c", command]
+        return subprocess.run(arguments, cwd=tmp_path, env=environment, timeout=600).returncode
+
+    def statuses() -> dict[str, int]:
+        return {name: status(command) for name, command in commands}
+
+    worse = statuses()
+    assert worse.pop("Compare") == 5 and set(worse.values()) == {0}
+    assert "is worse than before" in summary.read_text()
+    (tmp_path / "reward-model.txt").write_text("runs/before\n")
+    for made in ("new-scores.jsonl", "disagreements.jsonl"):
+        (tmp_path / made).unlink()
+        (tmp_path / f"{made}.manifest.json").unlink()
+    assert set(statuses().values()) == {0}
+    for block in BLOCKS:
+        if block.fixture == "evaluate":
+            assert status(f"rm -f *scores.jsonl* disagreements*\n{block.text}") == 0, block.where
 
 
 @pytest.mark.parametrize("path", [pytest.param(path, id=path.name) for path in EXAMPLES])

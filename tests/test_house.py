@@ -32,8 +32,8 @@ LOOSE = {
     **dict.fromkeys(("api", "encoding", "rewards", "verl_reward"), "public"),
     **dict.fromkeys(("cli", "__main__"), "cli"),
 }
-# The quickstart gives the other stages' commands as a user would: through the command line.
-UPWARD = {("stages.quickstart", "cli")}
+# They give the other stages' commands as a user would: through the command line.
+UPWARD = {("stages.quickstart", "cli"), ("stages.eval", "cli")}
 
 HEAVY = {"torch", "transformers", "accelerate", "trl", "vllm", "deepspeed", "peft", "datasets"}
 # Help must come at once: nothing of these is needed for it.

@@ -3,16 +3,20 @@
 A case compares a better candidate with a worse one for the same prompt. The model is right when
 the better one has the strictly higher reward. Two baselines look at the same two texts without any
 model: `length` prefers the longer one, `overlap` the one that shares more words with the reference
-(unigram F1). A baseline that cannot tell scores one half.
+(unigram F1), `numbers` the one that shares more numbers. A baseline that cannot tell scores one
+half.
 """
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any
+from heapq import heappush, heapreplace
+from typing import TYPE_CHECKING, Any
 
 from polarctl.errors import RecordError, UsageError
 from polarctl.evaluation.metrics import (
@@ -20,10 +24,11 @@ from polarctl.evaluation.metrics import (
     baseline_verdict,
     best_of_n,
     bootstrap_interval,
+    has_number,
     kendall_tau_b,
     ndcg,
+    number_f1,
     pairs_of_group,
-    quantiles,
     text_length,
     unigram_f1,
 )
@@ -38,38 +43,73 @@ from polarctl.records import (
     prompt_id,
 )
 
-MODEL = "model"
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+MODEL, NUMBERS = "model", "numbers"
+WORST = 20  # cases with the lowest margins that a report shows
+_ANY = ("utf-8", "surrogatepass")
 _LARGEST = 1e100  # differences and quantiles of such rewards are finite
 
 
 @dataclass
 class Cases:
-    """What is kept of every case: a few numbers, so memory grows slowly with the input.
+    """What is kept of every case: numbers in arrays, about 40 bytes a case.
 
     Attributes:
         verdicts: Scorer name to 1, 0.5 or 0 for every case.
-        clusters: Prompt id of every case.
-        categories: Category of every case, or None.
+        clusters: Hash of the prompt id of every case.
+        categories: Index into `names` of every case's category; -1: it has none.
+        names: The categories.
         margins: Reward of the better minus that of the worse.
+        lengths: Length of the better minus that of the worse, in characters.
         best: Scorer name to the label of the candidate that it ranks first, for every group.
-        best_clusters: Prompt id of every group.
+        best_clusters: Hash of the prompt id of every group.
+        decided: 1 for a group whose labels differ, 0 for one that is all right or all wrong.
         ranks: "kendall_tau_b" and "ndcg" to scorer name to the value of every group of three
             candidates or more; no "ndcg" for a group with a negative label.
-        rank_clusters: Prompt id of every such group.
+        rank_clusters: Hash of the prompt id of every such group.
         skipped: Reason to number of records that hold no comparison.
         between_policies: Cases whose reference and better candidate are by one policy.
+        with_numbers: Cases whose reference holds a number.
+        leaks: Records with a candidate that is the reference, whatever the white space.
+        worst: The verdicts of the `WORST` lowest margins, none above 0, as a heap.
     """
 
-    verdicts: dict[str, list[float]] = field(default_factory=dict)
-    clusters: list[str] = field(default_factory=list)
-    categories: list[str | None] = field(default_factory=list)
-    margins: list[float] = field(default_factory=list)
-    best: dict[str, list[float]] = field(default_factory=dict)
-    best_clusters: list[str] = field(default_factory=list)
-    ranks: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    rank_clusters: list[str] = field(default_factory=list)
+    verdicts: dict[str, array[float]] = field(default_factory=dict)
+    clusters: array[int] = field(default_factory=lambda: array("Q"))
+    categories: array[int] = field(default_factory=lambda: array("i"))
+    names: dict[str, int] = field(default_factory=dict)
+    margins: array[float] = field(default_factory=lambda: array("d"))
+    lengths: array[int] = field(default_factory=lambda: array("q"))
+    best: dict[str, array[float]] = field(default_factory=dict)
+    best_clusters: array[int] = field(default_factory=lambda: array("Q"))
+    decided: array[int] = field(default_factory=lambda: array("b"))
+    ranks: dict[str, dict[str, array[float]]] = field(default_factory=dict)
+    rank_clusters: array[int] = field(default_factory=lambda: array("Q"))
     skipped: Counter[str] = field(default_factory=Counter)
     between_policies: int = 0
+    with_numbers: int = 0
+    leaks: int = 0
+    worst: list[tuple[float, int, dict[str, Any]]] = field(default_factory=list)
+
+    def category(self, name: str | None) -> int:
+        """The index of a category."""
+        return -1 if name is None else self.names.setdefault(name, len(self.names))
+
+    def keep_if_worst(self, verdict: dict[str, Any]) -> None:
+        """Keep a verdict that is among the worst so far; of equal ones the first."""
+        if verdict["margin"] > 0:
+            return
+        entry = (-verdict["margin"], -len(self.margins), verdict)
+        if len(self.worst) < WORST:
+            heappush(self.worst, entry)
+        elif entry[:2] > self.worst[0][:2]:
+            heapreplace(self.worst, entry)
+
+    def worst_first(self) -> list[dict[str, Any]]:
+        """Those verdicts, the worst one first."""
+        return [verdict for _, _, verdict in sorted(self.worst, key=lambda e: e[:2], reverse=True)]
 
     @property
     def metric(self) -> str:
@@ -134,39 +174,59 @@ def check_by(name: str | None, fields: set[str]) -> None:
         )
 
 
-def verdicts(record: Record, by: str, cases: Cases) -> Iterator[dict[str, Any]]:
+def verdicts(
+    record: Record, by: str, cases: Cases, *, text: bool = True
+) -> Iterator[dict[str, Any]]:
     """The verdicts of one scored record, added to the cases on the way.
 
     Args:
         record: A scored triple or group.
         by: Field that holds the category.
         cases: Where to count them.
+        text: Whether verdicts hold the texts; else each text's hash and length.
     """
     rewards = rewards_of(record)
-    labels = _labels(record)
-    pairs = pairs_of_group(labels) if len(labels) == len(rewards) else []
+    labels = labels_of(record)
+    known = len(labels) == len(rewards)
+    pairs = pairs_of_group(labels) if known else []
+    group = known and "candidates" in record and len(labels) > 1
     if not pairs:
         cases.skipped["no better and worse candidate"] += 1
-        return
-    scores = _baselines(record)
+        if not group:
+            return
+    outputs = [content_text(output) for output in outputs_of(record)]
+    scores = _baselines(record, outputs)
     cluster, category = prompt_id(record), record.get(by)
-    if "candidates" in record:
-        _best(cases, cluster, labels, {MODEL: rewards, **scores})
-        if len(labels) > 2:
-            _ranks(cases, cluster, labels, {MODEL: rewards, **scores})
+    reference = content_text(record.get("reference", "")).split()
+    cases.leaks += bool(reference) and any(text.split() == reference for text in outputs)
+    key = int.from_bytes(hashlib.blake2b(cluster.encode(*_ANY), digest_size=8).digest(), "big")
+    if group:
+        _best(cases, key, labels, {MODEL: rewards, **scores}, decided=bool(pairs))
+        if pairs and len(labels) > 2:
+            _ranks(cases, key, labels, {MODEL: rewards, **scores})
     author = record.get("reference_policy")
     cases.between_policies += len(pairs) * (author is not None and author == record.get("policy"))
-    names = [c.get("name") for c in record.get("candidates", [])] or ["chosen", "rejected"]
+    if NUMBERS in scores:
+        cases.with_numbers += len(pairs)
+    names = [c.get("name") for c in record.get("candidates", [])] or [
+        record.get("policy", "chosen"),
+        record.get("rejected_policy", "rejected"),
+    ]
+    index = cases.category(None if category is None else str(category)) if pairs else -1
+    shared = {name: record[name] for name in ("prompt", "reference") if name in record}
     for better, worse in pairs:
         margin = rewards[better] - rewards[worse]
         told = {name: baseline_verdict(s[better], s[worse]) for name, s in scores.items()}
-        cases.clusters.append(cluster)
-        cases.categories.append(None if category is None else str(category))
+        cases.clusters.append(key)
+        cases.categories.append(index)
         cases.margins.append(margin)
-        for name, value in {MODEL: float(margin > 0), **told}.items():
-            cases.verdicts.setdefault(name, []).append(value)
+        cases.lengths.append(len(outputs[better]) - len(outputs[worse]))
+        # A reference without a number tells the two apart no more than a coin.
+        for name, value in {NUMBERS: 0.5, MODEL: float(margin > 0), **told}.items():
+            cases.verdicts.setdefault(name, array("f")).append(value)
         verdict = {
             "id": cluster,
+            "where": record.where,
             "correct": margin > 0,
             "margin": margin,
             "rewards": [rewards[better], rewards[worse]],
@@ -175,10 +235,25 @@ def verdicts(record: Record, by: str, cases: Cases) -> Iterator[dict[str, Any]]:
             "better": names[better],
             "worse": names[worse],
         }
-        yield {key: value for key, value in verdict.items() if value is not None}
+        made = {key: value for key, value in verdict.items() if value is not None}
+        whole = outputs_of(record)
+        made["texts"] = {**shared, "better": whole[better], "worse": whole[worse]}
+        if not text:
+            made["texts"] = {name: text_mark(value) for name, value in made["texts"].items()}
+        cases.keep_if_worst(made)
+        yield made
 
 
-def _labels(record: Record) -> list[float]:
+def text_mark(text: Any) -> dict[str, Any]:
+    """What is left of a text: a hash to know it again, and its length in characters."""
+    plain = content_text(text)
+    return {
+        "hash": hashlib.blake2b(plain.encode(*_ANY), digest_size=8).hexdigest(),
+        "length": len(plain),
+    }
+
+
+def labels_of(record: Record) -> list[float]:
     """True qualities: 1 and 0 for a triple; empty where a label is missing."""
     if "candidates" not in record:
         return [1.0, 0.0] if "chosen" in record else []
@@ -186,96 +261,52 @@ def _labels(record: Record) -> list[float]:
     return [] if None in labels else [float(label) for label in labels]
 
 
-def _baselines(record: Record) -> dict[str, list[float]]:
+def _baselines(record: Record, texts: Sequence[str]) -> dict[str, list[float]]:
     """Baseline name to a score for every candidate."""
-    texts = [content_text(output) for output in outputs_of(record)]
     scores = {"length": [float(text_length(text)) for text in texts]}
     reference = content_text(record.get("reference", ""))
     if reference.strip():
         scores["overlap"] = [unigram_f1(text, reference) for text in texts]
+        if has_number(reference):
+            scores[NUMBERS] = [number_f1(text, reference) for text in texts]
     return scores
 
 
 def _best(
-    cases: Cases, cluster: str, labels: Sequence[float], scores: Mapping[str, Sequence[float]]
+    cases: Cases,
+    key: int,
+    labels: Sequence[float],
+    scores: Mapping[str, Sequence[float]],
+    *,
+    decided: bool,
 ) -> None:
-    cases.best_clusters.append(cluster)
+    cases.best_clusters.append(key)
+    cases.decided.append(decided)
     found = {name: best_of_n(values, labels) for name, values in scores.items()}
     found["random"] = sum(labels) / len(labels)
     found["oracle"] = max(labels)
     for name, value in found.items():
-        cases.best.setdefault(name, []).append(value)
+        cases.best.setdefault(name, array("d")).append(value)
 
 
 def _ranks(
-    cases: Cases, cluster: str, labels: Sequence[float], scores: Mapping[str, Sequence[float]]
+    cases: Cases, key: int, labels: Sequence[float], scores: Mapping[str, Sequence[float]]
 ) -> None:
-    cases.rank_clusters.append(cluster)
+    cases.rank_clusters.append(key)
     metrics = {"kendall_tau_b": kendall_tau_b}
     if min(labels) >= 0:
         metrics["ndcg"] = ndcg
     for metric, function in metrics.items():
         found = cases.ranks.setdefault(metric, {})
         for name, values in scores.items():
-            found.setdefault(name, []).append(function(values, labels))
+            found.setdefault(name, array("d")).append(function(values, labels))
 
 
-def summarise(cases: Cases, seed: int) -> dict[str, Any]:
-    """The report record (`polarctl.records.Report`) of all cases.
-
-    A scorer that could not judge every case (`overlap`, where a reference is missing) is left out.
-
-    Args:
-        cases: At least one case.
-        seed: Seed of the bootstrap over prompts.
-    """
-    everything = range(len(cases.margins))
-    scorers = [name for name, values in cases.verdicts.items() if len(values) == len(everything)]
-    groups: dict[str, list[int]] = {}
-    for index, category in enumerate(cases.categories):
-        if category is not None:
-            groups.setdefault(category, []).append(index)
-
-    def figures(indices: Sequence[int]) -> dict[str, dict[str, Any]]:
-        clusters = [cases.clusters[i] for i in indices]
-        return {
-            name: estimate([cases.verdicts[name][i] for i in indices], clusters, seed)
-            for name in scorers
-        }
-
-    spread = quantiles(cases.margins)
-    report: dict[str, Any] = {
-        "metric": cases.metric,
-        "overall": figures(everything),
-        "categories": {name: figures(groups[name]) for name in sorted(groups)},
-        "margins": spread,
-        "skipped": dict(cases.skipped),
-    }
-    if cases.best_clusters and _are_shares(cases.best["oracle"]):
-        report["best_of_n"] = {
-            name: estimate(values, cases.best_clusters, seed)
-            for name, values in cases.best.items()
-            if len(values) == len(cases.best_clusters)
-        }
-    groups_ranked = len(cases.rank_clusters)
-    if groups_ranked:
-        report["ranking"] = {
-            metric: {
-                name: _rank_estimate(metric, values, cases.rank_clusters, seed)
-                for name, values in found.items()
-                if len(values) == groups_ranked
-            }
-            for metric, found in cases.ranks.items()
-            if len(found[MODEL]) == groups_ranked
-        }
-    return report
-
-
-def _are_shares(labels: Sequence[float]) -> bool:
-    return all(0 <= label <= 1 for label in labels)
-
-
-def estimate(values: Sequence[float], clusters: Sequence[str], seed: int) -> dict[str, Any]:
+def estimate(
+    values: Sequence[float] | NDArray[Any],
+    clusters: Sequence[Hashable] | NDArray[Any],
+    seed: int,
+) -> dict[str, Any]:
     """A mean with its 95 % interval as an `Estimate` record."""
     interval = bootstrap_interval(values, clusters, seed=seed)
     return {
@@ -285,16 +316,6 @@ def estimate(values: Sequence[float], clusters: Sequence[str], seed: int) -> dic
         "n": interval.n,
         "clusters": interval.clusters,
     }
-
-
-def _rank_estimate(
-    metric: str, values: Sequence[float], clusters: Sequence[str], seed: int
-) -> dict[str, Any]:
-    """`estimate`, which takes shares, of values from -1 to 1 or from 0 to 1."""
-    if metric == "ndcg":
-        return estimate(values, clusters, seed)
-    found = estimate([(value + 1) / 2 for value in values], clusters, seed)
-    return found | {name: 2 * found[name] - 1 for name in ("value", "low", "high")}
 
 
 def interval_of(figure: Mapping[str, Any]) -> Interval:

@@ -15,12 +15,19 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Sequence, Sized
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # Scripts written without spaces between words: Han, kana. `\w+` would make one word of a sentence.
 _UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_NUMBER = re.compile(r"(?<!\w)\d+(?:,\d{3})*(?:\.\d+)?")
+_MOST_KINDS = 20_000
 _WORD = re.compile(rf"(?=\w)[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 
 
@@ -38,7 +45,7 @@ class Interval:
     clusters: int
 
 
-def _check_lengths(name: str, these: Sequence[object], other: str, those: Sequence[object]) -> None:
+def _check_lengths(name: str, these: Sized, other: str, those: Sized) -> None:
     if len(these) != len(those):
         raise ValueError(f"{len(these)} {name} but {len(those)} {other}")
     if not len(these):
@@ -64,8 +71,11 @@ def baseline_verdict(chosen: float, rejected: float) -> float:
     return verdict(chosen, rejected, tie=0.5)
 
 
-def _wilson(p: float, n: float, level: float) -> tuple[float, float]:
-    """Ends of the Wilson interval for an observed share `p` of `n` trials, both real numbers."""
+def wilson(p: float, n: float, level: float) -> tuple[float, float]:
+    """Ends of the Wilson interval for an observed share `p` of `n` trials, both real numbers.
+
+    Source: Wilson, JASA 22 (1927) 209-212.
+    """
     z = NormalDist().inv_cdf(0.5 + level / 2)
     centre = p + z * z / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -81,8 +91,8 @@ def _check_level(level: float) -> None:
 
 
 def bootstrap_interval(
-    correct: Sequence[float],
-    clusters: Sequence[Hashable],
+    correct: Sequence[float] | NDArray[Any],
+    clusters: Sequence[Hashable] | NDArray[Any],
     *,
     seed: int,
     resamples: int = 2000,
@@ -101,13 +111,17 @@ def bootstrap_interval(
     That is the number of clusters when they are equally large, and assumes the worst, that the
     cases of one prompt all go the same way: the interval errs on the wide side.
 
+    With more than 20,000 distinct kinds of clusters (sum and size) the ends are those of the normal
+    distribution with the linearised standard error of a ratio, which the bootstrap then approaches.
+
     With fewer than about 20 clusters a percentile interval is known to be somewhat too narrow.
     Neither the order of the cases nor the cluster names matter; a non-negative `seed` gives the
     same numbers on one version of numpy.
 
     Sources: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13; Davison
     and Hinkley, Bootstrap Methods (1997), section 3.8, for whole clusters; Kish, Survey Sampling
-    (1965), for the effective number; Wilson, JASA 22 (1927) 209-212.
+    (1965), for the effective number; Cochran, Sampling Techniques (1977), section 6.3, for
+    a ratio; Wilson, JASA 22 (1927) 209-212.
 
     Raises:
         ValueError: no cases, different lengths, or an argument outside its range.
@@ -116,37 +130,64 @@ def bootstrap_interval(
     _check_lengths("verdicts", correct, "cluster keys", clusters)
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, got {resamples}")
-    groups: defaultdict[Hashable, list[float]] = defaultdict(list)
-    for mark, key in zip(correct, clusters, strict=True):
-        if not 0 <= mark <= 1:  # also catches NaN
-            raise ValueError(f"a verdict must lie in [0, 1], got {mark}")
-        groups[key].append(float(mark))
-    value = min(1.0, math.fsum(correct) / len(correct))
-
-    # Clusters with equal (sum, size) are interchangeable, so that drawing K clusters is one
-    # multinomial over the distinct kinds: exact, and a few columns instead of K.
-    kinds = Counter((math.fsum(group), len(group)) for group in groups.values())
-    ordered = sorted(kinds)
-    if len({total / size for total, size in ordered}) == 1:
-        effective = len(correct) ** 2 / sum(k * size**2 for (_, size), k in kinds.items())
-        low, high = _wilson(value, effective, level)
-        return Interval(value, low, high, len(correct), len(groups))
-
     import numpy as np
 
+    marks = np.asarray(correct, dtype=float)
+    if not ((marks >= 0) & (marks <= 1)).all():  # NaN is neither
+        raise ValueError(f"a verdict must lie in [0, 1], got {marks.min()} to {marks.max()}")
+    value = min(1.0, math.fsum(marks) / len(marks))
+    totals, sizes, numbers = _kinds(marks, _codes(clusters))
+    count = int(numbers.sum())
+    if len(np.unique(totals / sizes)) == 1:
+        effective = len(marks) ** 2 / float((numbers * sizes**2).sum())
+        low, high = wilson(value, effective, level)
+        return Interval(value, low, high, len(marks), count)
+    if len(totals) > _MOST_KINDS:
+        error = math.sqrt(float((numbers * (totals - value * sizes) ** 2).sum())) / len(marks)
+        reach = NormalDist().inv_cdf(0.5 + level / 2) * error
+        return Interval(value, max(0.0, value - reach), min(1.0, value + reach), len(marks), count)
     rng = np.random.default_rng(seed)
-    totals = np.array([total for total, _ in ordered])
-    sizes = np.array([size for _, size in ordered])
-    shares = np.array([kinds[kind] for kind in ordered]) / len(groups)
-    rows = max(1, 2_000_000 // len(ordered))  # at most 16 MB of int64 at a time
+    shares = numbers / count
+    rows = max(1, 2_000_000 // len(totals))  # at most 16 MB of int64 at a time
     means = np.empty(resamples)
     for start in range(0, resamples, rows):
-        drawn = rng.multinomial(len(groups), shares, size=min(rows, resamples - start))
+        drawn = rng.multinomial(count, shares, size=min(rows, resamples - start))
         means[start : start + rows] = (drawn @ totals) / (drawn @ sizes)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     # A very skewed sample or a handful of resamples can leave the estimate outside.
     low, high = min(value, float(low)), max(value, float(high))
-    return Interval(value, low, high, len(correct), len(groups))
+    return Interval(value, low, high, len(marks), count)
+
+
+def _codes(clusters: Any) -> Any:
+    """Cluster keys as integers, the same for the same key."""
+    import numpy as np
+
+    if isinstance(clusters, np.ndarray):
+        return clusters
+    known: dict[Hashable, int] = {}
+    return np.array([known.setdefault(key, len(known)) for key in clusters])
+
+
+def _kinds(marks: Any, codes: Any) -> tuple[Any, Any, Any]:
+    """Sum and size of the clusters, each pair once, and how many clusters have them.
+
+    Clusters with equal (sum, size) are interchangeable, so that drawing K clusters is one
+    multinomial over the distinct kinds: exact, and a few columns instead of K. Whatever the order
+    of the cases and the names of the clusters, the result is the same.
+    """
+    import numpy as np
+
+    order = np.lexsort((marks, codes))
+    starts = np.flatnonzero(np.diff(codes[order], prepend=codes[order[0]] + 1))
+    totals = np.add.reduceat(marks[order], starts)
+    sizes = np.diff(np.append(starts, len(marks)))
+    order = np.lexsort((sizes, totals))
+    totals, sizes = totals[order], sizes[order]
+    new = np.ones(len(totals), dtype=bool)
+    new[1:] = (np.diff(totals) != 0) | (np.diff(sizes) != 0)
+    firsts = np.flatnonzero(new)
+    return totals[firsts], sizes[firsts], np.diff(np.append(firsts, len(totals)))
 
 
 def unigram_f1(a: str, b: str) -> float:
@@ -156,11 +197,45 @@ def unigram_f1(a: str, b: str) -> float:
     "the answer is 8" differ); a Han or kana character is a word by itself. Two texts without a
     word give 1, one such text gives 0. This is ROUGE-1 F1 without stemming (Lin, 2004).
     """
-    left, right = (Counter(_WORD.findall(text.lower())) for text in (a, b))
+    left, right = _words(a), _words(b)
     total = left.total() + right.total()
     if total == 0:
         return 1.0
     return 2 * (left & right).total() / total
+
+
+def has_number(text: str) -> bool:
+    """Whether a text holds a number in digits."""
+    return _NUMBER.search(text) is not None
+
+
+def number_f1(a: str, b: str) -> float:
+    """Overlap of the numbers of two texts: F1 over their multisets, in [0, 1], symmetric.
+
+    A number is a run of digits that no letter stands before, with an optional fraction; commas
+    between groups of three digits are dropped, so that 1,200 is 1200; 3.50 is 3.5. Two texts
+    without one give 1, one such text 0.
+    """
+    left, right = _numbers(a), _numbers(b)
+    total = left.total() + right.total()
+    return 2 * (left & right).total() / total if total else 1.0
+
+
+# A reference is compared with several candidates, one after the other.
+@lru_cache(maxsize=4)
+def _words(text: str) -> Counter[str]:
+    return Counter(_WORD.findall(text.lower()))
+
+
+@lru_cache(maxsize=4)
+def _numbers(text: str) -> Counter[str]:
+    return Counter(map(_number, _NUMBER.findall(text)))
+
+
+def _number(found: str) -> str:
+    whole, _, fraction = found.replace(",", "").partition(".")
+    fraction = fraction.rstrip("0")
+    return (whole.lstrip("0") or "0") + (f".{fraction}" if fraction else "")
 
 
 def text_length(text: str) -> int:

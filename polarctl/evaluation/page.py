@@ -13,6 +13,7 @@ import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from typing import TYPE_CHECKING
 
 from polarctl.evaluation.metrics import Interval
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 # Control characters (a terminal would obey them) and lone surrogates (UTF-8 cannot carry them).
+_TOKEN = re.compile(r"\w+|[^\w\s]")
+_MOST_WORDS = 1000
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _NUMBER = re.compile(r"(?=.*\d)[-+\u2212\u00b1\d\s.,:/%()\[\]eE\u00d7\u2013]+|[-\u2013\u2014]?|n/a")
 
@@ -73,15 +76,35 @@ class Image:
             raise ValueError("an image of a report must be a PNG")
 
 
+Marks = Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """A text as it is, with parts of it marked.
+
+    Attributes:
+        label: What it is.
+        text: The text.
+        marks: (start, end) of the marked parts, in order and apart from each other.
+    """
+
+    label: str
+    text: str
+    marks: Marks = ()
+
+
 @dataclass(frozen=True)
 class Section:
-    """A heading and, in this order, whichever of these are given."""
+    """A heading and, in this order, whichever of these are given; `level` 3 is one of a part."""
 
     heading: str
     paragraphs: Sequence[str] = ()
     table: Table | None = None
     images: Sequence[Image] = ()
     code: str | None = None
+    excerpts: Sequence[Excerpt] = ()
+    level: int = 2
 
 
 @dataclass(frozen=True)
@@ -95,15 +118,21 @@ class Document:
 
 _CSS = """
 :root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --line: #d1d9e0;
-  --paper: #fff; --shade: #f6f8fa; }
+  --paper: #fff; --shade: #f6f8fa; --mark: #ffdf9e; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e6edf3; --soft: #9aa4af; --line: #3d444d; --paper: #0d1117; --shade: #161b22; }
+  :root { --ink: #e6edf3; --soft: #9aa4af; --line: #3d444d; --paper: #0d1117; --shade: #161b22;
+    --mark: #6b4a00; }
   img { filter: invert(.93) hue-rotate(180deg); }
 }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 50rem; background: var(--paper);
   color: var(--ink); font: 1rem/1.55 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { margin: 0; font-size: 1.7rem; line-height: 1.25; }
+h3 { margin: 2rem 0 .5rem; font-size: 1.05rem; }
+.label { margin: .75rem 0 .25rem; color: var(--soft); font-size: .92rem; }
+pre.text { margin: 0; max-height: 24rem; overflow: auto; white-space: pre-wrap;
+  overflow-wrap: anywhere; }
+mark { background: var(--mark); color: inherit; border-radius: 3px; }
 h2 { margin: 2.5rem 0 .75rem; padding-bottom: .3rem; border-bottom: 1px solid var(--line);
   font-size: 1.25rem; }
 p { margin: .75rem 0; white-space: pre-line; }
@@ -124,7 +153,8 @@ img { display: block; width: 100%; max-width: 700px; height: auto; margin: 1rem 
 pre { margin: 1rem 0; padding: .9rem 1rem; overflow-x: auto; border-radius: 6px;
   background: var(--shade); font: .85rem/1.5 ui-monospace, monospace; overflow-wrap: normal; }
 @media print { body { max-width: none; } .scroll, pre { overflow: visible; } h2, img, tr {
-  break-inside: avoid; break-after: auto; } pre { white-space: pre-wrap; } }
+  break-inside: avoid; break-after: auto; } pre { white-space: pre-wrap; }
+  pre.text { max-height: none; } }
 """
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -163,7 +193,8 @@ def _table(table: Table) -> list[str]:
 
 
 def _section(section: Section) -> list[str]:
-    lines = ["<section>", f"<h2>{_escape(section.heading)}</h2>"]
+    tag = f"h{section.level}"
+    lines = ["<section>", f"<{tag}>{_escape(section.heading)}</{tag}>"]
     lines += [f"<p>{_escape(paragraph)}</p>" for paragraph in section.paragraphs]
     if section.table is not None:
         lines += _table(section.table)
@@ -172,7 +203,41 @@ def _section(section: Section) -> list[str]:
         lines.append(f'<img src="data:image/png;base64,{data}" alt="{_escape(image.alt)}">')
     if section.code is not None:
         lines.append(f'<pre tabindex="0"><code>{_escape(section.code)}</code></pre>')
+    for excerpt in section.excerpts:
+        lines.append(f'<p class="label">{_escape(excerpt.label)}</p>')
+        lines.append(f'<pre class="text">{_marked(excerpt)}</pre>')
     return [*lines, "</section>"]
+
+
+def _marked(excerpt: Excerpt) -> str:
+    parts, last = [], 0
+    for start, end in excerpt.marks:
+        parts.append(_escape(excerpt.text[last:start]))
+        parts.append(f"<mark>{_escape(excerpt.text[start:end])}</mark>")
+        last = end
+    return "".join([*parts, _escape(excerpt.text[last:])])
+
+
+def difference(a: str, b: str) -> tuple[Marks, Marks]:
+    """The parts of two texts that the other has not, word by word; none where all would be marked.
+
+    Texts of more than 1,000 words are not compared: it would take seconds each.
+    """
+    words = [list(_TOKEN.finditer(text)) for text in (a, b)]
+    if max(map(len, words)) > _MOST_WORDS:
+        return (), ()
+    left, right = ([found.group() for found in side] for side in words)
+    matcher = SequenceMatcher(None, left, right, autojunk=False)
+    marks: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
+    same = 0
+    for kind, *places in matcher.get_opcodes():
+        if kind == "equal":
+            same += places[1] - places[0]
+            continue
+        for side, (start, end) in enumerate((places[:2], places[2:])):
+            if start < end:
+                marks[side].append((words[side][start].start(), words[side][end - 1].end()))
+    return marks if same else ((), ())
 
 
 def render_html(report: Document) -> str:
@@ -195,6 +260,30 @@ def render_html(report: Document) -> str:
     for section in report.sections:
         lines += _section(section)
     return "\n".join([*lines, "</main>", "</body>", "</html>", ""])
+
+
+def render_markdown(report: Document) -> str:
+    """The report as GitHub's Markdown: headings, paragraphs and tables, for a pull request."""
+    lines = [f"# {_flat(report.title)}", "", _flat(report.subtitle), ""]
+    for section in report.sections:
+        if section.level > 2 or not (section.paragraphs or section.table):
+            continue
+        lines += [f"## {_flat(section.heading)}", ""]
+        for paragraph in section.paragraphs:
+            lines += [_flat(paragraph), ""]
+        if section.table is not None:
+            table = section.table
+            marks = ["---:" if numeric else "---" for numeric in table.numeric()]
+            lines += [_flat(table.caption), ""] if table.caption else []
+            for row in (table.columns, marks, *table.rows):
+                lines.append(f"| {' | '.join(_flat(cell) for cell in row)} |")
+            lines.append("")
+    return "\n".join(lines)
+
+
+def _flat(text: str) -> str:
+    """A text in one line of Markdown, with nothing in it that Markdown or HTML would read."""
+    return re.sub(r"([\\`*_<>|\[\]#~&])", r"\\\1", " ".join(_clean(text).split()))
 
 
 def terminal_table(table: Table) -> rich.table.Table:

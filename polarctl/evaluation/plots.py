@@ -215,6 +215,38 @@ def accuracy_bars(
         return _png(figure)
 
 
+def reliability(bins: Sequence[Mapping[str, float]], *, title: str = "") -> bytes:
+    """Accuracy against confidence, a point per bin, the larger the more cases.
+
+    On the dashed diagonal a model is right as often as it is sure.
+
+    Args:
+        bins: `confidence`, `accuracy` and `n` of each, in order.
+        title: Title of the plot.
+
+    Raises:
+        ValueError: no bins.
+    """
+    if not bins:
+        raise ValueError("no bins to plot")
+    most = max(entry["n"] for entry in bins)
+    with _styled():
+        figure, axes = _figure(3.6)
+        (ideal,) = axes.plot([0.5, 1], [0.5, 1], color=INK, linestyle=(0, (4, 3)), linewidth=1)
+        confidence = [entry["confidence"] for entry in bins]
+        accuracy = [entry["accuracy"] for entry in bins]
+        (line,) = axes.plot(confidence, accuracy, color=BLUE, linewidth=1.5)
+        sizes = [20 + 180 * entry["n"] / most for entry in bins]
+        axes.scatter(confidence, accuracy, s=sizes, color=BLUE, zorder=3, clip_on=False)
+        axes.set_xlim(0.49, 1.01)
+        axes.set_ylim(-0.03, 1.03)
+        axes.set_xlabel("confidence: sigmoid of the margin's size")
+        axes.set_ylabel("accuracy")
+        axes.grid()
+        _head(figure, title, [line, ideal], ["model", "as sure as right"])
+        return _png(figure)
+
+
 def curves(series: Mapping[str, Line], *, xlabel: str, ylabel: str, title: str = "") -> bytes:
     """Lines over a common axis (loss, reward, KL per step), one per name, in the order given.
 

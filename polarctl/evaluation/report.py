@@ -9,11 +9,35 @@ from typing import Any
 import orjson
 
 from polarctl.evaluation.cases import interval_of
-from polarctl.evaluation.page import Document, Image, Section, Table, format_interval, render_html
+from polarctl.evaluation.page import (
+    Document,
+    Excerpt,
+    Image,
+    Marks,
+    Section,
+    Table,
+    difference,
+    format_interval,
+    render_html,
+    render_markdown,
+)
+from polarctl.model.template import content_text
 from polarctl.storage import atomic
 
-FILES = ("margins.png", "accuracy.png", "report.html", "report.json")
-SCORERS = {"model": "model", "length": "longer wins", "overlap": "word overlap (F1)"}
+FILES = (
+    "margins.png",
+    "accuracy.png",
+    "calibration.png",
+    "report.html",
+    "report.json",
+    "report.md",
+)
+SCORERS = {
+    "model": "model",
+    "length": "longer wins",
+    "overlap": "word overlap (F1)",
+    "numbers": "number overlap (F1)",
+}
 
 
 def table(report: Mapping[str, Any]) -> Table:
@@ -22,7 +46,7 @@ def table(report: Mapping[str, Any]) -> Table:
     rows = [_row("all", report["overall"], names)]
     rows += [_row(category, row, names) for category, row in report["categories"].items()]
     return Table(
-        ("category", "cases", *(SCORERS.get(name, name) for name in names)),
+        ("category", "cases", *(SCORERS.get(name, name) for name in names), "random"),
         rows,
         f"{report['metric']}, 95 % intervals over prompts",
     )
@@ -30,23 +54,49 @@ def table(report: Mapping[str, Any]) -> Table:
 
 def _row(label: str, figures: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     cases = str(next(iter(figures.values()))["n"])
-    return [label, cases, *(format_interval(interval_of(figures[name])) for name in names)]
+    told = (format_interval(interval_of(figures[name])) for name in names)
+    return [label, cases, *told, "50.0 %"]
 
 
 def best_of_n_table(report: Mapping[str, Any]) -> Table | None:
     """Mean label of the candidate that each scorer ranks first, or None without groups."""
-    figures = report.get("best_of_n")
-    if not figures:
+    whole = report.get("best_of_n")
+    if not whole:
         return None
-    groups = next(iter(figures.values()))["n"]
+    decided = report.get("best_of_n_decided", {})
+    groups = next(iter(whole.values()))["n"]
+    some = next(iter(decided.values()))["n"] if decided else 0
     return Table(
-        ("ranked by", "mean label of the first"),
+        ("ranked by", f"all {groups:,} groups", f"{some:,} decided groups"),
         [
-            [SCORERS.get(name, name), format_interval(interval_of(figure))]
-            for name, figure in figures.items()
+            [SCORERS.get(name, name), _share(figure), _share(decided.get(name))]
+            for name, figure in whole.items()
         ],
-        f"best of n, {groups} groups",
+        "best of n: mean label of the first; a decided group is neither all right nor all wrong",
     )
+
+
+def bias_table(report: Mapping[str, Any]) -> Table | None:
+    """How sure the model is of itself, and whether it likes length."""
+    bias = report.get("length_bias")
+    if bias is None:
+        return None
+
+    def number(name: str) -> str:
+        return f"{bias[name]['n']:,}" if name in bias else "0"
+
+    cases = str(report["overall"]["model"]["n"])
+    longer = {"longer_is_worse": "accuracy, the worse is longer"}
+    longer["longer_is_better"] = "accuracy, the better is longer"
+    rows = [[text, number(name), _share(bias.get(name))] for name, text in longer.items()]
+    if "correlation" in bias:
+        rows.append(["correlation of reward and length", cases, f"{bias['correlation']:+.3f}"])
+    rows.append(["calibration error (ECE)", cases, f"{report['calibration']['ece']:.3f}"])
+    return Table(("length and calibration", "cases", "figure"), rows)
+
+
+def _share(figure: Mapping[str, Any] | None) -> str:
+    return format_interval(interval_of(figure)) if figure else "n/a"
 
 
 def ranking_table(report: Mapping[str, Any]) -> Table | None:
@@ -68,6 +118,30 @@ def ranking_table(report: Mapping[str, Any]) -> Table | None:
     )
 
 
+def benchmark_table(report: Mapping[str, Any]) -> Table | None:
+    """The benchmark's own score, or None without `--benchmark`."""
+    found = report.get("benchmark")
+    if not found:
+        return None
+
+    def row(name: str, value: float, number: int, ends: Sequence[float]) -> list[str]:
+        return [
+            name,
+            f"{number:,}",
+            f"{100 * value:.2f} [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]",
+        ]
+
+    ends, counts = found["intervals"], found["counts"]
+    rows = [row("overall", found["overall"], found["rows"], ends["overall"])]
+    rows += [row(name, v, counts[name], ends[name]) for name, v in found["sections"].items()]
+    rows += [[name, "0", "n/a"] for name in found["missing"]]
+    return Table(
+        ("section", "items", "score, %"),
+        rows,
+        f"{found['name']}: its own score, 95 % intervals over items",
+    )
+
+
 def _number(figure: Mapping[str, Any] | None) -> str:
     """A figure that is not a share: 0.512 [0.480, 0.544]."""
     if figure is None:
@@ -75,14 +149,66 @@ def _number(figure: Mapping[str, Any] | None) -> str:
     return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
 
 
-def write(folder: str, report: Mapping[str, Any], margins: Sequence[float], source: str) -> None:
-    """Write report.json, report.html, margins.png and accuracy.png into a folder.
+def headline(report: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The one figure of a report, as an `Estimate`, and its name: the benchmark's or accuracy."""
+    found = report.get("benchmark")
+    if not found:
+        return "accuracy", report["overall"]["model"]
+    low, high = found["intervals"]["overall"]
+    figure = {"value": found["overall"], "low": low, "high": high, "n": found["rows"]}
+    return str(found["name"]), figure
+
+
+def tables(report: Mapping[str, Any]) -> list[Table]:
+    """The tables of a report, for the terminal."""
+    made = [
+        benchmark_table(report),
+        table(report),
+        best_of_n_table(report),
+        ranking_table(report),
+        bias_table(report),
+    ]
+    return [part for part in made if part is not None]
+
+
+def _case(place: int, verdict: Mapping[str, Any]) -> Section:
+    """A case that the model has wrong: what it saw, what it gave, and where the answers differ."""
+    texts = {name: _text(value) for name, value in verdict["texts"].items()}
+    right, wrong = verdict["rewards"]
+    names = [f" ({verdict[side]})" if side in verdict else "" for side in ("better", "worse")]
+    parts: list[tuple[str, str, Marks]] = [("prompt", texts["prompt"], ())]
+    if "reference" in texts:
+        parts.append(("reference", texts["reference"], ()))
+    marks = difference(texts["better"], texts["worse"])
+    parts.append((f"better{names[0]}: reward {right:.4g}", texts["better"], marks[0]))
+    parts.append((f"worse{names[1]}: reward {wrong:.4g}", texts["worse"], marks[1]))
+    head = f"{place}. {verdict['id']}: margin {verdict['margin']:.4g}"
+    where = [verdict["where"]] if "where" in verdict else []
+    return Section(head, where, excerpts=[Excerpt(*part) for part in parts], level=3)
+
+
+def _text(value: Any) -> str:
+    """A text of a verdict; of `--no-text` what is left of it."""
+    if isinstance(value, dict):
+        return f"[{value['length']:,} characters, hash {value['hash']}]"
+    return content_text(value)
+
+
+def write(
+    folder: str,
+    report: Mapping[str, Any],
+    margins: Sequence[float],
+    source: str,
+    worst: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Write report.json, report.html, report.md and the plots as PNG into a folder.
 
     Args:
         folder: Where; made if missing.
         report: A `polarctl.records.Report` record.
         margins: The margins behind it.
         source: What was evaluated, in words.
+        worst: Verdicts of the cases to show, the worst first.
     """
     from polarctl.evaluation import plots
 
@@ -101,18 +227,33 @@ def write(folder: str, report: Mapping[str, Any], margins: Sequence[float], sour
         Section("Accuracy", table=table(report), images=[Image(bars, "Accuracy by category")]),
         Section("Margins", images=[Image(histogram, "Histogram of reward margins")]),
     ]
+    if (part := benchmark_table(report)) is not None:
+        sections.insert(0, Section(f"Score of {report['benchmark']['name']}", table=part))
     for title, part in (
         ("Order", ranking_table(report)),
         ("Best of n", best_of_n_table(report)),
     ):
         if part is not None:
-            sections.insert(1, Section(title, table=part))
+            sections.insert(-1, Section(title, table=part))
+    curve = plots.reliability(
+        report["calibration"]["bins"], title="Is the model right as often as it is sure?"
+    )
+    alt = "Accuracy against confidence"
+    sections.append(
+        Section("Length and calibration", table=bias_table(report), images=[Image(curve, alt)])
+    )
+    if worst:
+        told = f"The {len(worst)} cases with the lowest margins, of all that the model has wrong."
+        sections.append(Section("Worst cases", [told]))
+        sections += [_case(place, verdict) for place, verdict in enumerate(worst, 1)]
     if report["skipped"]:
         skipped = [[reason, str(number)] for reason, number in report["skipped"].items()]
         sections.append(Section("Left out", table=Table(("reason", "records"), skipped)))
-    page = render_html(Document(report["metric"].capitalize(), source, sections))
+    document = Document(report["metric"].capitalize(), source, sections)
     atomic.write(target / "margins.png", histogram)
+    atomic.write(target / "calibration.png", curve)
     atomic.write(target / "accuracy.png", bars)
-    atomic.write(target / "report.html", page.encode())
+    atomic.write(target / "report.html", render_html(document).encode())
+    atomic.write(target / "report.md", render_markdown(document).encode())
     options = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS
     atomic.write(target / "report.json", orjson.dumps(dict(report), option=options))

@@ -12,6 +12,7 @@ from typing import Any
 
 from polarctl.errors import RecordError
 from polarctl.formats.groups import Fields, candidate, without
+from polarctl.formats.published import read_helpsteer
 from polarctl.formats.rows import Answer, need, number, short
 
 _STYLES = ("concise", "detailed-plain", "detailed-markdown")
@@ -118,6 +119,18 @@ def read_judgebench(row: Mapping[str, Any], answer: Answer) -> Fields:
     )
 
 
+def read_helpsteer3(row: Mapping[str, Any], answer: Answer) -> Fields:
+    """HelpSteer3's preferences; both labels are 0.5 where neither answer is preferred."""
+    need(row, "response1", str)
+    group = read_helpsteer(row, answer)
+    made = [{"name": f"response{place}", **one} for place, one in enumerate(group["candidates"], 1)]
+    used = ("response1", "response2", "overall_preference", "context")
+    record = _case(
+        "helpsteer3", {**row, "prompt": group["prompt"]}, made, used=used, subset_field="domain"
+    )
+    return record
+
+
 def read_rmb(row: Mapping[str, Any], answer: Answer) -> Fields:
     """RMB: a pair (`chosen`, `reject`), or the best of several (`bon_best`, `loser_list`)."""
     best_of = "bon_best" in row
@@ -173,5 +186,8 @@ def read_rewardmath(row: Mapping[str, Any], answer: Answer) -> Fields:
         asked="problem",
         id_field="problem_id",
     )
-    said = {"output": need(row, "eval_solution", str), "label": int(kind == "chosen")}
+    text = need(row, "eval_solution", (str, list))
+    if isinstance(text, list):  # a step each
+        text = "\n".join(map(str, text))
+    said = {"output": text, "label": int(kind == "chosen")}
     return {**without(case, "candidates"), **said}

@@ -18,8 +18,8 @@
     ultrafeedback    instruction, completions: [{response, fine-grained_score}] x
     arena            conversation_a, conversation_b | response_a, ..., winner   x
 
-Benchmarks, only read: rewardbench (and the multilingual one), rewardbench2, rm-bench, judgebench,
-rewardmath, rmb, ppe; see `polarctl.formats.benchmarks`.
+Benchmarks, only read: rewardbench, m-rewardbench, rewardbench2, rm-bench, judgebench, rewardmath,
+helpsteer3, rmb, ppe; see `polarctl.formats.benchmarks`.
 
 `trl` also reads preferences whose prompt is named `question`, `input` and the like, with `system`
 before it, and `openai` its preference form (`input`, `preferred_output`, `non_preferred_output`).
@@ -39,6 +39,7 @@ from typing import Any
 
 from polarctl.errors import RecordError, UsageError
 from polarctl.formats.benchmarks import (
+    read_helpsteer3,
     read_judgebench,
     read_ppe,
     read_rewardbench,
@@ -170,6 +171,8 @@ FORMATS: dict[str, Format] = {
         ],
     ),
     "rewardbench2": Format(read_rewardbench2, None, [(*_TWO, "num_correct", "subset")]),
+    "m-rewardbench": Format(read_rewardbench, None),
+    "helpsteer3": Format(read_helpsteer3, None),
     "rm-bench": Format(read_rm_bench, None),
     "judgebench": Format(read_judgebench, None, [("response_A", "response_B", "label")]),
     "rewardmath": Format(read_rewardmath, None, [("problem", "eval_solution", "solution_type")]),

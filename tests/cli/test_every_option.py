@@ -323,10 +323,33 @@ EVAL: dict[str, Case | Seen] = {
     "device": swap(WITH_MODEL, "--device cpu", "--device cuda:99", "status"),
     "dtype": add(WITH_MODEL, "--dtype bfloat16"),
     "report": swap(EVAL_BASE, "--report report", ""),
+    "data": Seen("stages/test_eval_run.py", '"--data", data'),
+    "reference_field": Seen("stages/test_eval_run.py", '"--reference-field", "answer"'),
+    "no_text": add(EVAL_BASE, "--no-text"),
+    "benchmark": Seen("evaluation/test_suites.py", '"--benchmark", "rm-bench"'),
     "by": add(EVAL_BASE, "--by kind"),
+    "baseline": Seen("stages/test_eval.py", '"--baseline", folder'),
     "min_accuracy": add(EVAL_BASE, "--min-accuracy 1", "status"),
 }
 del EVAL["resume"]
+
+COMPARE_BASE = "compare scored.jsonl rescored.jsonl -o out.jsonl --report report -q"
+COMPARE: dict[str, Case | Seen] = {
+    **records(
+        COMPARE_BASE,
+        COMPARE_BASE.replace(" -q", ""),
+        COMPARE_BASE.replace("rescored", "bad-scored"),
+        "--no-text",
+    ),
+    "input": swap(COMPARE_BASE, "compare scored", "compare more-scored"),
+    "seed": add(COMPARE_BASE, "--seed 1"),
+    "report": swap(COMPARE_BASE, "--report report", ""),
+    "by": add(COMPARE_BASE, "--by kind"),
+    "no_text": add(COMPARE_BASE, "--no-text"),
+    "fail_if_worse": Seen("stages/test_compare.py", '"--fail-if-worse"'),
+}
+for absent in ("resume", "limit", "shard", "rejects"):
+    del COMPARE[absent]
 
 CONVERT_BASE = "convert ranked.jsonl -o out.jsonl -q"
 CONVERT: dict[str, Case | Seen] = {
@@ -416,6 +439,7 @@ TABLE: dict[str, dict[str, Case | Seen]] = {
     "score": SCORE,
     "serve": SERVE,
     "eval": EVAL,
+    "compare": COMPARE,
     "rft": RFT,
     "push": PUSH,
     "convert": CONVERT,
@@ -481,11 +505,18 @@ REFUSED = {
     },
     "eval": {
         "force": "eval scored.jsonl --force",
+        "data": "eval scored.jsonl --data x.jsonl",
+        "reference_field": "eval scored.jsonl --reference-field x",
+        "benchmark": "eval run rm-bench -m rm --benchmark rmb",
+        "shard": "eval run rm-bench -m rm --shard 0/2",
+        "manifest": "eval run rm-bench -m rm --manifest m.json",
+        "rejects": "eval run rm-bench -m rm --rejects r.jsonl",
         "no_reference": "eval scored.jsonl --no-reference",
         "batch_tokens": "eval scored.jsonl --batch-tokens 9",
         "device": "eval scored.jsonl --device cpu",
         "dtype": "eval scored.jsonl --dtype float32",
     },
+    "compare": {"force": "compare scored.jsonl rescored.jsonl --force"},
     "rft": {
         "reward_model": RFT_VERIFIED + " --reward-model rm",
         "server": RFT_VERIFIED + " --server http://127.0.0.1:9",
@@ -649,6 +680,7 @@ def world(tmp_path_factory, tiny_rm):
             for s in range(3)
         ],
         "scored": [{**t, "rewards": [i % 3, 1.5 + i % 2]} for i, t in enumerate(triples)],
+        "rescored": [{**t, "rewards": [i % 2, 0.5]} for i, t in enumerate(triples)],
         "ranked": [
             {
                 "prompt": f"p{i}",
