@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from polarctl.config import Common, DeepSpeed, Device, Gpus, LoraAlpha, Needs, Nnodes
+from polarctl.config import Common, DeepSpeed, Device, Gpus, LoraAlpha, Needs, Nnodes, SaveMinutes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +163,7 @@ class TrainConfig(Common):
         typer.Option(help="Precision of computing; weights and optimiser stay in float32."),
     ] = "auto"
     save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 500
+    save_minutes: SaveMinutes = 30.0
     report_to: Annotated[
         tuple[str, ...],
         typer.Option(metavar="TRACKER", help="tensorboard, wandb or trackio; may be repeated."),

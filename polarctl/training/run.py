@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # torch is loaded when the options are known to be good
     from polarctl.training.setup import Place, Trained
 
 # Where and how often, not what: these may differ at a resume.
-_FREE = frozenset("save_steps device workers report_to gpus nnodes".split())
+_FREE = frozenset("save_steps save_minutes device workers report_to gpus nnodes".split())
 _SOURCES = ("model", "init_from_config", "tokenizer")
 T = TypeVar("T")
 
@@ -336,6 +336,7 @@ def _steps(
     held_out = _held_out(known)
     meter, trackers = _meter(known), _trackers(known, folder) if first else None
     several = accelerator.reduce if accelerator.num_processes > 1 else None
+    clock = stopping.SaveClock(config.save_minutes)
     with (
         open(metrics if first else os.devnull, "ab") as log,
         stopping.StopFlag() as stop,
@@ -358,12 +359,13 @@ def _steps(
                 bar.update(entry.step, meter.line(entry.loss, entry.accuracy))
                 if trackers is not None:
                     trackers.log(entry.step, {**last, **meter.rates()})
-                asked = stop.agreed(several, accelerator.device)
-                if asked or entry.step % config.save_steps == 0:
+                asked, save = stop.agreed(clock, several, accelerator.device)
+                if asked or save or entry.step % config.save_steps == 0:
                     log.flush()
                     if first:
                         os.fsync(log.fileno())
                     _save(folder, trainer, best)
+                    clock.restart()
                 if asked:
                     raise stopping.stopped(asked, entry.step, total)
         except NotFinite as error:

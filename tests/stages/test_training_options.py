@@ -216,11 +216,14 @@ def test_bad_rows_are_set_aside_also_where_the_data_is_not_counted(triples, tiny
     assert bad["where"] == f"{data}:65"
 
 
+@pytest.mark.parametrize(
+    "saves", [("--save-steps", "1"), ("--save-steps", "1000", "--save-minutes", "1e-9")]
+)
 def test_a_run_that_diverges_stops_with_status_1_and_keeps_its_checkpoint(
-    triples, tiny_lm, tmp_path, capfd
+    saves, triples, tiny_lm, tmp_path, capfd
 ):
     out = tmp_path / "rm"
-    options = ["--lr", "1e30", "--epochs", "4", "--save-steps", "1", "--warmup", "0"]
+    options = ["--lr", "1e30", "--epochs", "4", "--warmup", "0", *saves]
     assert train(triples, tiny_lm, out, *options) == 1
     assert "not finite, stopped" in capfd.readouterr().err
     last = metrics(out)[-1]
