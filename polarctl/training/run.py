@@ -35,7 +35,9 @@ if TYPE_CHECKING:  # torch is loaded when the options are known to be good
     from polarctl.training.setup import Place, Trained
 
 # Where and how often, not what: these may differ at a resume.
-_FREE = frozenset("save_steps save_minutes device workers report_to gpus nnodes".split())
+_FREE = frozenset(
+    "save_steps save_minutes device workers report_to gpus nnodes plan_for tokens_per_s".split()
+)
 _SOURCES = ("model", "init_from_config", "tokenizer")
 T = TypeVar("T")
 
@@ -203,27 +205,20 @@ def prepare(job: Job, paths: list[str], rejects: reject_file.Rejects | None = No
 
 def say_plan(known: Known) -> None:
     """Say what the run would be."""
-    from polarctl.training import lora, plan
+    from polarctl.training import plan
+    from polarctl.training.memory import Model
 
-    config, survey, chosen = known.job.config, known.survey, known.plan
-    classifier = known.reward_model.model
-    if config.lora_rank is not None:
-        classifier = lora.adapt(
-            classifier,
-            rank=config.lora_rank,
-            alpha=config.lora_alpha,
-            new_tokens=known.reward_model.new_tokens,
-        )
-    weights = list(classifier.parameters())
-    memory = plan.memory(
-        known.reward_model.model.config,
-        sum(p.numel() for p in weights),
-        sum(p.numel() for p in weights if p.requires_grad),
-        known.place.batch_tokens,
-        half=known.place.half,
-        checkpointing=config.gradient_checkpointing,
-        zero=known.place.zero,
+    config, survey, made = known.job.config, known.survey, known.reward_model
+    outline = plan.Outline(
+        config=config,
+        hyper=known.plan,
+        sample=known.sample,
+        triples=known.triples,
+        model=Model.of(made.model, len(made.new_tokens)),
         processes=_processes(config, known.place),
+        half=known.place.half,
+        zero=known.place.zero,
+        gpu=known.place.gpu,
     )
     console.note(
         f"{known.job.stage}: options and input are good: {survey.triples:,} triples"
@@ -232,15 +227,17 @@ def say_plan(known: Known) -> None:
         config=resolved(config),
         records=survey.triples,
         bad=survey.bad,
+        parameters=known.parameters,
         tokens_per_triple=known.sample.tokens,
         computed_per_triple=known.sample.computed,
         fill=known.sample.fill,
-        steps=chosen.steps,
-        lr=chosen.lr,
-        batch_size=chosen.batch_size,
-        memory_bytes=memory.total,
+        steps=known.plan.steps,
+        lr=known.plan.lr,
+        batch_size=known.plan.batch_size,
+        memory_bytes=outline.memory().total,
+        hours=outline.hours,
     )
-    for line in plan.lines(known.sample, chosen, known.triples, memory):
+    for line in plan.lines(outline):
         console.note(f"  {line}")
 
 

@@ -151,6 +151,8 @@ PRETRAIN: dict[str, Case | Seen] = {
     "save_steps": add(TRAIN + " --val-fraction 0.5", "--save-steps 1"),
     "save_minutes": Seen("stages/test_training_options.py", '"--save-minutes", "1e-9"'),
     "report_to": add(TRAIN, "--report-to nobody", "status"),
+    "plan_for": add(PLAN, "--plan-for H100", "memory: .*"),
+    "tokens_per_s": add(PLAN, "--tokens-per-s 9", "time: .*"),
     "base_tokens": add(PLAN.replace("--lr 1e-2", ""), "--base-tokens 1T", "^lr: .*"),
 }
 
