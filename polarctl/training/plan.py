@@ -288,6 +288,8 @@ def _time_line(outline: Outline) -> str:
     if speed is None or hours is None:
         return "time: not known: give --tokens-per-s, of one GPU or process"
     took = f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:,.1f} minutes"
+    if hours >= 48:
+        took += f" ({hours / 24:,.0f} days)"
     unit = "process" if outline.gpu is None else "GPU"
     return (
         f"time: about {took}: {outline.computed:,.0f} tokens through the model at "

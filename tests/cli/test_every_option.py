@@ -457,6 +457,8 @@ REFUSED = {
         "val_steps": TRAIN + " --val-steps 1",
         "lora_alpha": TRAIN + " --lora-alpha 1",
         "base_tokens": TRAIN + " --base-tokens 1T",
+        "plan_for": TRAIN + " --plan-for H100",
+        "tokens_per_s": TRAIN + " --tokens-per-s 9",
     },
     "finetune": {"reference_field": "finetune t.jsonl --no-reference --reference-field x"},
     "score": {
