@@ -85,6 +85,7 @@ def run(config: Config) -> None:
             title="score",
             environments=environments,
             threads=threads,
+            counted=True,
         )
         cuts.say()
         floored.say(work.answers.floor)

@@ -42,7 +42,13 @@ _SOURCES = ("model", "init_from_config", "tokenizer")
 T = TypeVar("T")
 
 
-def run(stage: str, config: TrainConfig, *, reference_field: str, max_response_length: int) -> None:
+# From the lines of metrics.jsonl, the run's figures, a folder and a title to the files made there.
+Draw = Callable[[list[dict[str, Any]], dict[str, Any], Path, str], list[str]]
+
+
+def run(
+    stage: str, config: TrainConfig, *, reference_field: str, max_response_length: int, draw: Draw
+) -> None:
     """Train on the input and leave a checkpoint folder; print its path on stdout.
 
     Args:
@@ -50,6 +56,7 @@ def run(stage: str, config: TrainConfig, *, reference_field: str, max_response_l
         config: Its options.
         reference_field: The field that holds the reference.
         max_response_length: The stage's default, in tokens.
+        draw: Makes pictures of the finished run (`polarctl.evaluation.course.draw`).
 
     Raises:
         UsageError: The folder is taken, or a resume does not fit.
@@ -60,7 +67,7 @@ def run(stage: str, config: TrainConfig, *, reference_field: str, max_response_l
         stage, gpus=config.gpus, nnodes=config.nnodes, device=config.device, inputs=config.input
     ):
         return
-    job = Job(stage, config, reference_field, max_response_length)
+    job = Job(stage, config, reference_field, max_response_length, draw)
     paths = windows.inputs_of(stage, config)
     if config.dry_run:
         with tempfile.TemporaryDirectory() as scratch:
@@ -86,6 +93,7 @@ class Job:
     config: TrainConfig
     reference_field: str
     response_length: int
+    draw: Draw
 
     def verify(self, record: Record) -> None:
         """Raise RecordError for a record that does not fit; put the reference into its field."""
@@ -264,7 +272,7 @@ def train(known: Known, folder: run_folder.Run) -> None:
     """Resume or start, take the steps, finish the folder."""
     from polarctl.model import devices
     from polarctl.model.forward import Packed
-    from polarctl.training import setup
+    from polarctl.training import outcome, setup
     from polarctl.training.loop import Trainer
 
     job, plan, accelerator = known.job, known.plan, known.place.accelerator
@@ -282,20 +290,27 @@ def train(known: Known, folder: run_folder.Run) -> None:
     with devices.threads_for(model.module):
         last = _steps(known, folder, model, trainer, best)
     console.note(
-        f"{job.stage}: done after {trainer.step:,} steps in {time.monotonic() - start:.0f} s; the "
-        f"last step's loss {last['last_loss']:.4f}, accuracy {last['last_accuracy']:.3f}"
+        f"{job.stage}: done after {trainer.step:,} steps in {time.monotonic() - start:.0f} s"
     )
-    setup.write(job.config, known.place, model, folder.part(), job.response_length)
+    part = folder.part()
+    setup.write(job.config, known.place, model, part, job.response_length)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        entries = outcome.read(folder.folder / run_folder.METRICS)
+        found = outcome.figures(entries)
+        drawn = job.draw(entries, found, part, f"{job.stage}: {folder.target.name}")
         counts = {
             "triples": known.survey.triples,
             "held_out": known.survey.held_out,
             "sampled": known.sample.triples,
             "sampled_cut": known.sample.cut["any"],
             **last,
+            **found,
         }
         folder.finish(job.stage, job.config, counts)
+        trackers = job.config.report_to
+        for line in outcome.lines(job.stage, folder.target, found, drawn, trackers):
+            console.note(line)
     accelerator.end_training()
 
 
@@ -337,7 +352,7 @@ def _steps(
     with (
         open(metrics if first else os.devnull, "ab") as log,
         stopping.StopFlag() as stop,
-        console.progress(known.job.stage, total, "steps") as bar,
+        console.progress(known.job.stage, total, "steps", eta=False) as bar,
     ):
         try:
             for entry in trainer.train(_stream(known, trainer.used)):

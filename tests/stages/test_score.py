@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from polarctl import console
 from polarctl.cli import run
 
 ROWS = 1300  # three windows
@@ -51,6 +52,17 @@ def test_every_record_comes_back_in_order_with_its_rewards(whole):
             assert len(row["rewards"]) == len(row["candidates"])
         else:
             assert isinstance(row["reward"], float)
+
+
+def test_a_file_is_counted_so_that_progress_has_an_end(
+    candidates, whole, tiny_rm, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr(console, "PLAIN_INTERVAL_S", 0)
+    assert run(["score", str(candidates), "-m", str(tiny_rm), "-o", str(tmp_path / "o")]) == 0
+    bars = [line for line in capfd.readouterr().err.splitlines() if line.startswith("score: ")]
+    assert bars[-1].startswith(f"score: {ROWS:,}/{ROWS:,} records, ")
+    assert any(" left" in line for line in bars[:-1])
+    assert (tmp_path / "o").read_bytes() == whole.read_bytes()
 
 
 def test_a_pipe_gives_the_bytes_of_a_file(candidates, whole, tiny_rm):
