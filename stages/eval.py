@@ -117,7 +117,7 @@ def run(config: Config) -> None:
         for window in reader.windows(WINDOW_ROWS):
             for verdict in work(window.records):
                 out.write(verdict)
-        cuts.say()
+        cuts.say(config.model)
         check_by(config.by, fields)
         require_cases(cases, reader.rows)
         report = summarise(cases, config.seed)

@@ -87,6 +87,6 @@ def run(config: Config) -> None:
             threads=threads,
             counted=True,
         )
-        cuts.say()
+        cuts.say(config.model)
         floored.say(work.answers.floor)
         summary.say()

@@ -190,6 +190,17 @@ def load_encoder(path: str) -> Encoder:
     return _encoder(path, *_without_weights(path))
 
 
+def limits(path: str) -> tuple[int, int] | None:
+    """Tokens of one input and of one response that a reward model reads; None: it does not say."""
+    try:
+        template: Any = getattr(load_config(path, weights=False), "polar", None)
+        if template is None and internlm2.read(path) is not None:
+            template = internlm2.TEMPLATE
+        return int(template["max_length"]), int(template["max_response_length"])
+    except (MissingError, UsageError, KeyError, TypeError, ValueError):
+        return None
+
+
 def _without_weights(path: str, *, checked: bool = True) -> tuple[Any, Any]:
     """Config and tokenizer of a reward model, with its other files looked at or not."""
     config = load_config(path, weights=checked)

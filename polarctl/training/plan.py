@@ -71,8 +71,14 @@ def look(groups: Sequence[Any], batch_tokens: int) -> Sample:
     )
 
 
-def warn_of_cuts(sample: Sample) -> None:
-    """Warn when triples are longer than the template."""
+def warn_of_cuts(sample: Sample, length: int, response_length: int) -> None:
+    """Warn when triples are longer than the template, with the limits and the remedy.
+
+    Args:
+        sample: What a sample shows.
+        length: Tokens of one input at most.
+        response_length: Tokens of one response at most.
+    """
     if sample.cut["any"]:
         pieces = ", ".join(
             f"{piece}: {sample.cut[piece]:,}"
@@ -81,7 +87,8 @@ def warn_of_cuts(sample: Sample) -> None:
         )
         console.warn(
             f"{sample.cut['any']:,} of a sample of {sample.triples:,} triples are longer than "
-            f"--max-length and --max-response-length allow and are cut ({pieces})"
+            f"--max-length {length} and --max-response-length {response_length} allow and are cut "
+            f"({pieces}); larger values read more, as far as the model goes"
         )
 
 

@@ -191,7 +191,8 @@ def prepare(job: Job, paths: list[str], rejects: reject_file.Rejects | None = No
     parameters = sum(p.numel() for p in reward_model.model.parameters())
     encode = data.TripleEncoder(reward_model.encoder, config.negatives)
     sample = plan.look([encode(record) for record in survey.sample], place.batch_tokens)
-    plan.warn_of_cuts(sample)
+    template = reward_model.encoder
+    plan.warn_of_cuts(sample, template.max_length, template.max_response_length)
     facts = recipe.Facts(
         parameters=parameters,
         triples=survey.triples if survey.complete else None,

@@ -65,6 +65,19 @@ def test_a_file_is_counted_so_that_progress_has_an_end(
     assert (tmp_path / "o").read_bytes() == whole.read_bytes()
 
 
+def test_what_is_cut_is_said_with_the_limit_and_the_remedy(tiny_rm, tmp_path, capfd):
+    row = {"prompt": "q", "reference": "a", "output": "the sea was calm " * 50}
+    (tmp_path / "c.jsonl").write_text(json.dumps(row) + "\n")
+    command = ["score", str(tmp_path / "c.jsonl"), "-m", str(tiny_rm)]
+    assert run([*command, "-o", str(tmp_path / "new" / "o.jsonl")]) == 0
+    (said,) = [line for line in capfd.readouterr().err.splitlines() if "were cut" in line]
+    # The tiny model takes 128 tokens, and a quarter of them of a response.
+    assert (
+        "1 of 1 inputs are longer than the model's template, which takes 128 tokens, 32 of" in said
+    )
+    assert "`polarctl finetune --max-length`" in said
+
+
 def test_a_pipe_gives_the_bytes_of_a_file(candidates, whole, tiny_rm):
     with open(candidates, "rb") as stream:
         child = program("score", "-m", tiny_rm, stdin=stream, stdout=subprocess.PIPE)
