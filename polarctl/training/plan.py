@@ -242,30 +242,33 @@ def _ways(outline: Outline) -> dict[str, dict[str, Any]]:
 
 def _memory_table(outline: Outline) -> list[str]:
     """Memory of a process for each way, in GiB; columns of figures under their names."""
-    gpu, names = outline.gpu, (*_PARTS, "most", "with checkpointing")
-    where = "a CPU process" if gpu is None else f"one {gpu.name}"
-    many = "1 process" if outline.processes == 1 else f"{outline.processes:,} processes"
-    rows: list[tuple[str, ...]] = [(f"{where} of {many}, GiB:", *names)]
+    gpu, names = outline.gpu, (*_PARTS, "most", "less")
+    where = "process on the CPU (--plan-for: on a GPU)" if gpu is None else gpu.name
+    many = "" if outline.processes == 1 else f" of {outline.processes:,}"
+    rows: list[tuple[str, ...]] = [("GiB", *names)]
     for way, other in _ways(outline).items():
         need = outline.memory(**{**other, "checkpointing": False})
         less = outline.memory(**{**other, "checkpointing": True}).total
-        values = (*(getattr(need, name) for name in _PARTS), need.total, less)
-        rows.append((way, *(f"{value / _GIB:.1f}" for value in values)))
-        if gpu is not None and gpu.memory is not None:
-            fits = [_fits(total, gpu) for total in (need.total, less)]
-            word = "fits" if fits[0] else "fits with checkpointing" if fits[1] else "does not fit"
-            rows[-1] = (*rows[-1], f"{word} ({gpu.memory / _GIB:.0f})")
-    first = max(len(row[0]) for row in rows)
+        parts = (f"{getattr(need, name) / _GIB:.1f}" for name in _PARTS)
+        totals = (f"{t / _GIB:.1f}{' ' if _fits(t, gpu) else '!'}" for t in (need.total, less))
+        rows.append((way, *parts, *totals))
+    room = "" if gpu is None or gpu.memory is None else f", which has {gpu.memory / _GIB:.0f} GiB"
     return [
-        f"{row[0]:<{first}}"
-        + "".join(f"  {cell:>{len(name)}}" for cell, name in zip(row[1:], names, strict=False))
-        + "".join(f"  {more}" for more in row[1 + len(names) :])
-        for row in rows
-    ] + [_main_memory_line(outline)]
+        f"one {where}{many}{room}; `less`: with --gradient-checkpointing"
+        + (", `!`: does not fit" if room else ""),
+        *(
+            f"{row[0]:<14}"
+            + "".join(
+                f" {cell:>{max(7, len(name))}}" for cell, name in zip(row[1:], names, strict=True)
+            )
+            for row in rows
+        ),
+        _main_memory_line(outline),
+    ]
 
 
-def _fits(total: float, gpu: Gpu) -> bool:
-    return gpu.memory is None or total <= _ROOM * gpu.memory
+def _fits(total: float, gpu: Gpu | None) -> bool:
+    return gpu is None or gpu.memory is None or total <= _ROOM * gpu.memory
 
 
 def _main_memory_line(outline: Outline) -> str:
