@@ -24,6 +24,7 @@ from polarctl.model.packing import pack
 from polarctl.training import lora
 from polarctl.training.memory import Memory, Model, disk, memory, per_token
 from polarctl.training.speeds import published
+from tests.model.internlm2.official import build_official
 
 GIB = 2**30
 # Llama 3.1 8B's own config.json.
@@ -67,13 +68,18 @@ def triples(tmp_path_factory):
 # -- the model, from its config alone -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["causal LM", "larger vocabulary", "reward model", "random"])
+@pytest.mark.parametrize(
+    "kind", ["causal LM", "larger vocabulary", "reward model", "published", "random"]
+)
 def test_a_model_without_weights_has_the_parameters_of_the_real_one(
     kind, tiny_lm, tiny_rm, tmp_path
 ):
     source = {"reward model": tiny_rm}.get(kind, tiny_lm)
     folder = tmp_path / "model"
-    shutil.copytree(source, folder)
+    if kind == "published":
+        build_official(folder, hidden=128, max_positions=512)
+    else:
+        shutil.copytree(source, folder)
     if kind == "larger vocabulary":  # as many models have it: nothing has to grow
         model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
         model.resize_token_embeddings(400)
