@@ -170,7 +170,7 @@ class RewardModel:
                 raise RecordError(reason, where=where)
             cuts.update(done.cuts)
             yield from done.records
-        cuts.say()
+        cuts.say(str(self.path))
 
     def save_pretrained(self, folder: PathLike) -> None:
         """Write config, weights and tokenizer as a plain sequence classifier.

@@ -63,6 +63,10 @@ Nnodes = Annotated[
     int,
     typer.Option(min=1, help="Machines; MASTER_ADDR, MASTER_PORT and NODE_RANK say the rest."),
 ]
+SaveMinutes = Annotated[
+    float,
+    typer.Option(min=0, help="Minutes between checkpoints, beside --save-steps; 0: no clock."),
+]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Only warnings and errors.", rich_help_panel=COMMON)
 ]

@@ -171,21 +171,38 @@ class Progress(Protocol):
         """Set how much is done, with a few words of state (loss, rate)."""
 
 
+def duration(seconds: float) -> str:
+    """Seconds in the units that fit: `45 s`, `3 min 05 s`, `2 h 10 min`."""
+    minutes, left = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {left:02} s" if minutes else f"{left} s"
+
+
 class _PlainProgress:
     """One line every 30 s, for logs and pipes."""
 
-    def __init__(self, title: str, total: float | None, unit: str):
-        self.title, self.total, self.unit = title, total, unit
-        self.start = self.last = time.monotonic()
+    def __init__(self, title: str, total: float | None, unit: str, eta: bool):
+        self.title, self.total, self.unit, self.eta = title, total, unit, eta
+        self.last = time.monotonic()
+        self.first: tuple[float, float] | None = None
 
     def update(self, done: float, text: str = "") -> None:
         now = time.monotonic()
+        if self.first is None:  # what an earlier run has done says nothing of the speed
+            self.first = now, done
         if now - self.last < PLAIN_INTERVAL_S:
             return
         self.last = now
-        rate = done / max(now - self.start, 1e-9)
-        total = f"/{self.total:,.0f}" if self.total else ""
-        note(f"{self.title}: {done:,.0f}{total} {self.unit}, {rate:,.1f}/s {text}".rstrip())
+        begin, before = self.first
+        rate = (done - before) / max(now - begin, 1e-9)
+        parts = [f"{done:,.0f}" + (f"/{self.total:,.0f}" if self.total else "") + f" {self.unit}"]
+        if rate:
+            parts.append(f"{rate:,.1f}/s")
+            if self.eta and self.total and self.total > done:
+                parts.append(f"{duration((self.total - done) / rate)} left")
+        note(f"{self.title}: {', '.join(parts)} {text}".rstrip())
 
 
 class _RichProgress:
@@ -199,10 +216,19 @@ class _RichProgress:
 
 
 @contextmanager
-def progress(title: str, total: float | None = None, unit: str = "records") -> Iterator[Progress]:
-    """Watch a loop: a bar on a terminal, else a line every 30 s, nothing with `--quiet`."""
+def progress(
+    title: str, total: float | None = None, unit: str = "records", *, eta: bool = True
+) -> Iterator[Progress]:
+    """Watch a loop: a bar on a terminal, else a line every 30 s, nothing with `--quiet`.
+
+    Args:
+        title: Of what is done.
+        total: How much there is to do, or None.
+        unit: Of what is counted.
+        eta: Say how long it will take; False where the text of `update` does.
+    """
     if _state.quiet or _state.silent or _state.json or not sys.stderr.isatty():
-        yield _PlainProgress(title, total, unit)
+        yield _PlainProgress(title, total, unit, eta)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -212,7 +238,7 @@ def progress(title: str, total: float | None = None, unit: str = "records") -> I
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TimeRemainingColumn(),
+        *([TimeRemainingColumn()] if eta and total else []),
         TextColumn("{task.fields[text]}"),
         console=Console(stderr=True, no_color=not _state.color),
         redirect_stdout=False,  # stdout carries records

@@ -204,7 +204,7 @@ def run(config: Config) -> None:
             # What may yet be refused as a whole leaves no file.
             if cases.margins and (config.by is None or config.by in fields):
                 out.commit(out.units + 1, window.digest)
-        cuts.say()
+        cuts.say(config.model)
         check_by(config.by, fields)
         require_cases(cases, reader.rows)
         report = summarise(cases, config.seed)

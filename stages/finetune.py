@@ -31,8 +31,13 @@ class Config(TrainConfig):
 
 def run(config: Config) -> None:
     """Train on the input."""
+    from polarctl.evaluation import course
     from polarctl.training import run as training
 
     training.run(
-        "finetune", config, reference_field=config.reference_field, max_response_length=4096
+        "finetune",
+        config,
+        reference_field=config.reference_field,
+        max_response_length=4096,
+        draw=course.draw,
     )

@@ -37,6 +37,13 @@ class Config(TrainConfig):
 
 def run(config: Config) -> None:
     """Train on the input."""
+    from polarctl.evaluation import course
     from polarctl.training import run as training
 
-    training.run("pretrain", config, reference_field="reference", max_response_length=5120)
+    training.run(
+        "pretrain",
+        config,
+        reference_field="reference",
+        max_response_length=5120,
+        draw=course.draw,
+    )

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from polarctl.config import DeepSpeed, Device, Dtype, Gpus, LoraAlpha, Needs, Nnodes
+from polarctl.config import DeepSpeed, Device, Dtype, Gpus, LoraAlpha, Needs, Nnodes, SaveMinutes
 from polarctl.rl.options import RewardConfig
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from polarctl.rl.registry import Checker
     from polarctl.storage.run_folder import Run
 
-_FREE = frozenset({"save_steps", "micro_batch_size", "device", "gpus", "nnodes"})
+_FREE = frozenset({"save_steps", "save_minutes", "micro_batch_size", "device", "gpus", "nnodes"})
 _SOURCES = ("model", "reward_model")
 
 
@@ -115,6 +115,7 @@ class Config(RewardConfig):
         int, typer.Option(min=1, help="Tokens of one pass of the reward model, with padding.")
     ] = 8192
     save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100
+    save_minutes: SaveMinutes = 30.0
     # -- how it is trained --
     method: Annotated[
         Literal["grpo", "rloo", "sft", "distill"],

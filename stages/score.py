@@ -85,7 +85,8 @@ def run(config: Config) -> None:
             title="score",
             environments=environments,
             threads=threads,
+            counted=True,
         )
-        cuts.say()
+        cuts.say(config.model)
         floored.say(work.answers.floor)
         summary.say()

@@ -58,3 +58,33 @@ def test_secrets_of_the_environment_are_never_said(tmp_path, monkeypatch, capfd)
     assert run(["validate", SECRET]) == 2
     said = capfd.readouterr().err
     assert SECRET not in said and "***" in said
+
+
+class Clock:
+    """Seconds, as told."""
+
+    now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+
+def test_without_a_terminal_a_line_comes_every_30_seconds_with_the_time_left(monkeypatch, capsys):
+    clock = Clock()
+    monkeypatch.setattr(console, "time", clock)
+    console.configure(quiet=False, verbose=False, color=False, json_lines=False)
+    with console.progress("score", 1000, "records") as bar:
+        # An earlier run did 500, and this one goes on with 5 a second.
+        for second in range(0, 101, 5):
+            clock.now = float(second)
+            bar.update(500 + 5 * second)
+    assert capsys.readouterr().err.splitlines() == [
+        "score: 650/1,000 records, 5.0/s, 1 min 10 s left",
+        "score: 800/1,000 records, 5.0/s, 40 s left",
+        "score: 950/1,000 records, 5.0/s, 10 s left",
+    ]
+    with console.progress("pretrain", 1000, "steps", eta=False) as bar:
+        bar.update(1)
+        clock.now += 30
+        bar.update(31, "loss 0.5 | 3 h left")  # the one time that is said
+    assert capsys.readouterr().err == "pretrain: 31/1,000 steps, 1.0/s loss 0.5 | 3 h left\n"

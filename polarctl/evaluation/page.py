@@ -11,15 +11,12 @@ from __future__ import annotations
 import base64
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from typing import TYPE_CHECKING
+from typing import Any
 
 from polarctl.evaluation.metrics import Interval
-
-if TYPE_CHECKING:
-    import rich.table
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -286,26 +283,51 @@ def _flat(text: str) -> str:
     return re.sub(r"([\\`*_<>|\[\]#~&])", r"\\\1", " ".join(_clean(text).split()))
 
 
-def terminal_table(table: Table) -> rich.table.Table:
-    """The same table for a rich console; square brackets and escape codes in cells stay text."""
-    from rich import box
-    from rich.table import Table as RichTable
-    from rich.text import Text
+class _Shown:
+    """A table for a rich console: on a terminal too narrow for its longest words, a list."""
 
-    def text(cell: str) -> Text:
-        return Text(_clean(cell))
+    def __init__(self, table: Table):
+        self.table = table
 
-    shown = RichTable(
-        box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0)
-    )
-    if table.caption:
-        shown.title = text(table.caption)
-    for name, numeric in zip(table.columns, table.numeric(), strict=True):
-        # On a narrow terminal cells fold: an ellipsis would hide digits.
-        shown.add_column(text(name), justify="right" if numeric else "left", overflow="fold")
-    for row in table.rows:
-        shown.add_row(*map(text, row))
-    return shown
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        from rich import box
+        from rich.cells import cell_len
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        table = self.table
+        shown = RichTable(
+            box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0)
+        )
+        if table.caption:
+            shown.title = Text(_clean(table.caption))
+        needed = 0
+        for i, (name, numeric) in enumerate(zip(table.columns, table.numeric(), strict=True)):
+            words = " ".join([name, *(row[i] for row in table.rows)]).split()
+            width = max(map(cell_len, map(_clean, words)), default=0)
+            needed += width + 3  # padding and the line between columns
+            shown.add_column(
+                Text(_clean(name)), justify="right" if numeric else "left", min_width=width
+            )
+        for row in table.rows:
+            shown.add_row(*(Text(_clean(cell)) for cell in row))
+        if needed <= options.max_width:
+            yield shown
+            return
+        if table.caption:
+            yield Text(_clean(table.caption) + "\n", overflow="fold")
+        for row in table.rows:
+            lines = [f"{n}: {cell}" for n, cell in zip(table.columns, row, strict=True) if cell]
+            yield Text(_clean("\n".join(lines) + "\n"), overflow="fold")
+
+
+def terminal_table(table: Table) -> _Shown:
+    """The same table for a rich console; square brackets and escape codes in cells stay text.
+
+    No word is broken: where the columns have no room for their longest words, every row is a list
+    of its cells with the columns' names.
+    """
+    return _Shown(table)
 
 
 def format_interval(interval: Interval) -> str:

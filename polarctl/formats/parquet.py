@@ -13,7 +13,7 @@ from typing import Any
 from polarctl.config import Common
 from polarctl.errors import UsageError, need
 from polarctl.storage import atomic, manifest, replace
-from polarctl.storage.paths import check_paths
+from polarctl.storage.paths import check_paths, make_folders, remove_empty
 from polarctl.storage.write import Output
 
 
@@ -79,6 +79,7 @@ class VerlFile:
         self.stage, self.config, self.inputs = stage, config, inputs
         self._pyarrow = require_pyarrow("verl")
         check_paths(config, [entry["path"] for entry in inputs])
+        self._made = make_folders(config.output, config.manifest)
         self._target = Path(config.output)
         self._mark = Path(config.manifest or f"{config.output}.manifest.json")
         self._temporary = replace.next_to(self._target)
@@ -108,6 +109,7 @@ class VerlFile:
         self.sink.__exit__(kind, error, trace)
         if kind is not None:
             self._temporary.unlink(missing_ok=True)
+            remove_empty(self._made)
             return
         with open(self._temporary, "rb") as stream:
             os.fsync(stream.fileno())

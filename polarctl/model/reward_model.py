@@ -136,15 +136,20 @@ def load_tokenizer(path: str) -> Any:
         ) from None
 
 
-def load_config(path: str) -> Any:
+def load_config(path: str, *, weights: bool = True) -> Any:
     """A model's config from a folder, a config file or the Hub.
+
+    Args:
+        path: Folder, file or Hub id.
+        weights: They are about to be read too, so all files have to be those of the manifest.
 
     Raises:
         MissingError: There is none, or it needs code from the folder.
         UsageError: It is an InternLM2's, and of a kind that is not supported; or the files of the
             folder are not those that its manifest names.
     """
-    manifest.check_model(path)
+    if weights:
+        manifest.check_model(path)
     released = internlm2.read(path)
     if released is not None:
         return internlm2.to_llama(released)
@@ -160,11 +165,19 @@ def load_config(path: str) -> Any:
 def load(path: str, *, device: str = "cpu", dtype: Any = torch.float32) -> PolarModel:
     """A trained reward model.
 
+    Args:
+        path: Folder or Hub id.
+        device: Where the weights go; `meta`: none are read, and none have to be there.
+        dtype: Their precision.
+
     Raises:
         MissingError: No model, tokenizer or reward head there.
     """
-    config, tokenizer = _without_weights(path)
-    model = _classifier(path, config, dtype, head=True)
+    config, tokenizer = _without_weights(path, checked=device != "meta")
+    if device == "meta":
+        model = _from_config(config, dtype, device)
+    else:
+        model = _classifier(path, config, dtype, head=True)
     return PolarModel(model.to(device).eval(), tokenizer, _encoder(path, config, tokenizer))
 
 
@@ -177,9 +190,20 @@ def load_encoder(path: str) -> Encoder:
     return _encoder(path, *_without_weights(path))
 
 
-def _without_weights(path: str) -> tuple[Any, Any]:
-    """Config and tokenizer of a reward model."""
-    config = load_config(path)
+def limits(path: str) -> tuple[int, int] | None:
+    """Tokens of one input and of one response that a reward model reads; None: it does not say."""
+    try:
+        template: Any = getattr(load_config(path, weights=False), "polar", None)
+        if template is None and internlm2.read(path) is not None:
+            template = internlm2.TEMPLATE
+        return int(template["max_length"]), int(template["max_response_length"])
+    except (MissingError, UsageError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _without_weights(path: str, *, checked: bool = True) -> tuple[Any, Any]:
+    """Config and tokenizer of a reward model, with its other files looked at or not."""
+    config = load_config(path, weights=checked)
     tokenizer = load_tokenizer(path)
     if getattr(config, "num_labels", None) != 1 or not is_classifier(config):
         raise MissingError(
@@ -220,7 +244,7 @@ def create(
         max_response_length: Tokens of one response, or None: a reward model's own or the default.
         default_response_length: That default; a quarter of `max_length` where that is less.
         cut_side: Where long responses are cut, or None: a reward model's own or `right`.
-        device: Where the weights go.
+        device: Where the weights go; `meta`: the shapes alone, and no weights are read.
         dtype: Their precision.
         seed: Seed of random weights.
 
@@ -233,7 +257,7 @@ def create(
         raise UsageError("pass either `--model` or `--init-from-config`")
     source = base or config_path
     assert source is not None
-    config = load_config(source)
+    config = load_config(source, weights=device != "meta")
     trained = getattr(config, "polar", None) or internlm2.read(source)
     longest = getattr(config, "max_position_embeddings", None) or math.inf
     if max_length is not None and max_length > longest:
@@ -258,7 +282,12 @@ def create(
     torch.manual_seed(seed)
     if base is None:
         config.vocab_size = max(config.vocab_size, len(tokenizer))
-        model = _from_config(config, dtype)
+        model = _from_config(config, dtype, device)
+    elif device == "meta":
+        model = _from_config(config, dtype, device)
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            # New rows drawn around the mean of the old ones need the old ones.
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     else:
         model = _classifier(base, config, dtype, head=False)
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
@@ -363,8 +392,9 @@ def refuse_unread(path: str, config: Any, names: Iterable[str]) -> None:
     console.warn(f"{what}; they are left out")
 
 
-def _from_config(config: Any, dtype: Any) -> Any:
-    model = transformers.AutoModelForSequenceClassification.from_config(config)
+def _from_config(config: Any, dtype: Any, device: str = "cpu") -> Any:
+    with torch.device("meta") if device == "meta" else nullcontext():
+        model = transformers.AutoModelForSequenceClassification.from_config(config)
     return model.to(dtype)
 
 

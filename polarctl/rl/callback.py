@@ -110,6 +110,7 @@ class Recorder(transformers.TrainerCallback):
     def __init__(self, job: PolicyRun):
         self.job = job
         self.stop = stopping.StopFlag()
+        self.clock = stopping.SaveClock(job.config.save_minutes)
         self.stopped_by = 0
         self.warned = False
         self.failed = False
@@ -230,7 +231,9 @@ class Recorder(transformers.TrainerCallback):
         """Save and stop when asked to; save nothing at the end, where the policy is written."""
         accelerator = self.trainer.accelerator
         several = accelerator.num_processes > 1
-        asked = self.stop.agreed(accelerator.reduce if several else None, args.device)
+        add = accelerator.reduce if several else None
+        asked, save = self.stop.agreed(self.clock, add, args.device)
+        control.should_save |= save
         check = self.job.check
         if check is not None and check.due(state.global_step, self.job.steps):
             check.look(self.trainer, state.global_step)
@@ -244,6 +247,7 @@ class Recorder(transformers.TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Mark the checkpoint as whole, once all that was written before it is durable."""
+        self.clock.restart()
         if not state.is_world_process_zero:
             return
         for stream in (self.metrics, self.rollouts):

@@ -223,14 +223,26 @@ class Cuts(Counter[str]):
             self["any"] += bool(scored.truncated)
             self.update(scored.truncated)
 
-    def say(self) -> None:
-        """Warn when something was cut."""
-        if self["any"]:
-            pieces = ", ".join(f"{name}: {self[name]:,}" for name in PIECES if self[name])
-            console.warn(
-                f"{self['any']:,} of {self['inputs']:,} inputs are longer than the model's "
-                f"template and were cut ({pieces})"
-            )
+    def say(self, model: str | None) -> None:
+        """Warn when something was cut, with the limit and the remedy.
+
+        Args:
+            model: The reward model, a folder or a Hub id, or None where it is not known.
+        """
+        if not self["any"]:
+            return
+        from polarctl.model import reward_model
+
+        pieces = ", ".join(f"{name}: {self[name]:,}" for name in PIECES if self[name])
+        limits = None if model is None else reward_model.limits(model)
+        takes, remedy = "", "; shorter texts are read whole"
+        if limits is not None:
+            takes = f", which takes {limits[0]:,} tokens, {limits[1]:,} of a response,"
+            remedy += ", or a model that `polarctl finetune --max-length` has made longer"
+        console.warn(
+            f"{self['any']:,} of {self['inputs']:,} inputs are longer than the model's "
+            f"template{takes} and were cut ({pieces}){remedy}"
+        )
 
 
 class Floored(Counter[str]):

@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
 from polarctl.config import Common, resolved
 from polarctl.errors import UsageError
 from polarctl.storage import replace
+
+
+def make_folders(*named: str | None) -> list[Path]:
+    """Make the folders that outputs are to be in; those that were made, the innermost first.
+
+    Args:
+        *named: Paths of outputs that `check_paths` has passed; None and `-` are none.
+
+    Raises:
+        UsageError: One cannot be made.
+    """
+    made: list[Path] = []
+    for folder in {Path(path).parent for path in named if path and path != "-"}:
+        absent = [path for path in (folder, *folder.parents) if not path.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"{folder}: cannot be made: {error.strerror}") from None
+        made += absent
+    return sorted(made, key=lambda path: -len(path.parts))
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove folders that a run has made and left empty, the innermost first."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def check_paths(config: Common, inputs: list[str]) -> None:
@@ -28,9 +56,10 @@ def check_paths(config: Common, inputs: list[str]) -> None:
             raise UsageError(f"{target}: is named for two outputs")
         if target.exists() and not target.is_file():
             raise UsageError(f"{target}: is not a regular file", hint="`-o -` writes to stdout")
-        if not folder.is_dir():
-            raise UsageError(f"{folder}: no such folder", hint=f"mkdir -p {folder}")
-        if not os.access(target if target.exists() else folder, os.W_OK):
+        above = next(path for path in (folder, *folder.parents) if path.exists())
+        if not above.is_dir():
+            raise UsageError(f"{target}: cannot be written: {above} is not a folder")
+        if not os.access(target if target.exists() else above, os.W_OK):
             raise UsageError(f"{target}: cannot be written")
         for path in inputs:
             if path != "-" and target.exists() and os.path.samefile(path, target):

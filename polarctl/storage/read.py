@@ -176,6 +176,18 @@ class Reader:
         elif passed == done and digest is not None and digest != now:
             raise _other_input()
 
+    def total(self) -> int | None:
+        """Rows of the whole input, or None where that cannot be known beforehand: of a pipe.
+
+        Everything is read once; what is wrong with it is said when its turn comes.
+        """
+        if any(map(is_pipe, self.paths)):
+            return None
+        try:
+            return sum(1 for _ in self.lines())
+        except RecordError:
+            return None
+
     def lines(self) -> Iterator[tuple[str, bytes]]:
         """(place, line) of every row that is not blank, up to the limit, as `parse` takes them."""
         count = 0

@@ -31,7 +31,7 @@ from polarctl.parallel import rank
 from polarctl.records import Record
 from polarctl.storage import atomic, checkpoint, claim, manifest, read, replace
 from polarctl.storage.fingerprint import difference, header
-from polarctl.storage.paths import check_paths
+from polarctl.storage.paths import check_paths, make_folders
 from polarctl.storage.write import stdout
 
 METRICS = "metrics.jsonl"
@@ -161,6 +161,7 @@ def opened(
     with contextlib.ExitStack() as held:
         if rank.is_first():
             check_paths(dataclasses.replace(config, output="-"), paths)
+            make_folders(config.rejects)
             held.enter_context(locked(folder))
         identity = _identity(stage, config, paths, sources, free, files)
         done = (folder / replace.MANIFEST).exists()

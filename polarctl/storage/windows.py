@@ -65,6 +65,7 @@ def map_windows(
     title: str,
     environments: Sequence[Mapping[str, str]] = (),
     threads: int = 1,
+    counted: bool = False,
 ) -> None:
     """Run `work` over each window of rows and commit its records, passing over finished ones.
 
@@ -78,6 +79,7 @@ def map_windows(
         title: For the progress bar.
         environments: See `polarctl.parallel.pool.in_order`; the windows are dealt to the processes.
         threads: Windows that are worked on at a time in this process.
+        counted: Count the rows first, so that the time left can be said: for slow work.
     """
     if out.complete:
         return
@@ -104,7 +106,8 @@ def map_windows(
             task=f"computes for `{title}`",
             hint="the same command goes on where this one stopped",
         )
-    with console.progress(title) as bar:
+    total = reader.total() if counted else None
+    with console.progress(title, total) as bar:
         for result in found:
             window, bad = waiting.popleft()
             for row in bad:

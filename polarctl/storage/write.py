@@ -30,7 +30,7 @@ from polarctl.storage import journal as journals
 from polarctl.storage.claim import Claim, locked
 from polarctl.storage.fingerprint import changed_since, difference, header
 from polarctl.storage.growing_file import Track
-from polarctl.storage.paths import check_paths
+from polarctl.storage.paths import check_paths, make_folders, remove_empty
 
 _BLOCK_BYTES = 1 << 20
 _MOST_REASONS, _SHOWN_REASONS = 100, 5
@@ -86,6 +86,7 @@ class Output:
         self._replacing = False
         self._header = header(stage, config, inputs, identity or {})
         check_paths(config, [entry["path"] for entry in inputs])
+        self._made = make_folders(config.output, config.rejects, config.manifest)
         self._mark = Path(config.manifest or f"{self.path}.manifest.json")
         if self.path is not None:
             self._open(self.path)
@@ -296,6 +297,7 @@ class Output:
             # A run that has finished nothing leaves nothing that would look like one.
             nothing = self._file is None or (self.units == 0 and self._file.size == 0)
             self._close(forget=finished or nothing)
+            remove_empty(self._made)
 
     def _close(self, *, forget: bool) -> None:
         """Close the files; `forget` the journal and what is out of sight."""

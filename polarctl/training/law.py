@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 _SIZE, _TOKENS = 2.0**20, 2.0**30
 _SUFFIX = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
-_FITTED_SIZES, _FITTED_TOKENS = (50e6, 7e9), (1e9, 3.6e12)
+# POLAR-7B, the largest model that was trained by it, has 7.4e9 weights.
+_FITTED_SIZES, _FITTED_TOKENS = (50e6, 7.5e9), (1e9, 3.6e12)
 
 
 def learning_rate(parameters: float, base_tokens: float, tokens: float) -> float:

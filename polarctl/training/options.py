@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from polarctl.config import Common, DeepSpeed, Device, Gpus, LoraAlpha, Needs, Nnodes
+from polarctl.config import Common, DeepSpeed, Device, Gpus, LoraAlpha, Needs, Nnodes, SaveMinutes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +20,7 @@ class TrainConfig(Common):
         Needs("init_from_config", lambda c: c.model is None, "a run without --model"),
         Needs("epochs", lambda c: c.max_steps is None, "a run without --max-steps"),
         Needs("val_steps", lambda c: c.val_fraction > 0, "a run with --val-fraction"),
+        Needs("plan_for tokens_per_s", lambda c: c.dry_run, "a plan, --dry-run"),
         Needs("lora_alpha", lambda c: c.lora_rank is not None, "a run with --lora-rank"),
     ]
 
@@ -163,7 +164,20 @@ class TrainConfig(Common):
         typer.Option(help="Precision of computing; weights and optimiser stay in float32."),
     ] = "auto"
     save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 500
+    save_minutes: SaveMinutes = 30.0
     report_to: Annotated[
         tuple[str, ...],
         typer.Option(metavar="TRACKER", help="tensorboard, wandb or trackio; may be repeated."),
     ] = ()
+    plan_for: Annotated[
+        Literal["A100", "A800", "B200", "H100", "H200", "H800", "L40S"] | None,
+        typer.Option(help="With --dry-run: plan for GPUs of this kind, which need not be here."),
+    ] = None
+    tokens_per_s: Annotated[
+        float | None,
+        typer.Option(
+            min=1e-9,
+            help="With --dry-run: tokens a second of one GPU, as training prints them (computed, "
+            "of all GPUs: divide); default: published figures.",
+        ),
+    ] = None

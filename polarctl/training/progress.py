@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from polarctl import console
 from polarctl.errors import MissingError, UsageError
 from polarctl.training import flops
 
@@ -119,7 +120,7 @@ class Meter:
         if self.mfu is not None:
             parts.append(f"MFU {self.mfu:.0%}")
         if self.steps_left:
-            parts.append(f"{_duration(self.eta_s)} left")
+            parts.append(f"{console.duration(self.eta_s)} left")
         return " | ".join(parts)
 
 
@@ -128,14 +129,6 @@ def _short(number: float) -> str:
         if number >= limit:
             return f"{number / limit:.1f}{suffix}"
     return f"{number:.0f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, left = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02} min"
-    return f"{minutes} min {left:02} s" if minutes else f"{left} s"
 
 
 class Trackers:

@@ -16,7 +16,8 @@ from polarctl.training.options import TrainConfig
 # The paper's 1.8B model started from a base model of so many tokens (polar pre-training).
 _BASE_TOKENS = 2.5e12
 # POLAR's fine-tuning: 320 triples; 1e-5 for the 1.8B model and 2e-5 for the 7B one.
-_TUNING_BATCH, _TUNING_RATES, _SMALLER, _LARGE = 320, (1e-5, 2e-5), 1.8e9, 4e9
+_TUNING_BATCH, _TUNING_RATES, _NAMED, _LARGE = 320, (1e-5, 2e-5), 1.8e9, 4e9
+_SMALLER = 1.69e9  # the 1.8B model has 1.70e9 weights without an output head
 # Small runs, by measurement (docs/guides/training.md): steps that a run should have, passes that it
 # takes for them at most, and the batch where the data are not counted.
 _STEPS, _PASSES, _SMALL_BATCH = 100, 4.0, 32
@@ -180,7 +181,7 @@ def _rate(config: TrainConfig, facts: Facts) -> float:
     size = facts.parameters
     lr, reason = _TUNING_RATES[size > _LARGE], f"POLAR's own fine-tuning, for {size:.3g} weights"
     if size < _SMALLER:
-        lr *= (_SMALLER / size) ** _SLOPE
+        lr *= (_NAMED / size) ** _SLOPE
         reason = (
             f"1e-5 x (1.8e9 / N)^{_SLOPE} for N = {size:.3g} weights, by measurement: no value is "
             "published for so few"

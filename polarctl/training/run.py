@@ -35,12 +35,20 @@ if TYPE_CHECKING:  # torch is loaded when the options are known to be good
     from polarctl.training.setup import Place, Trained
 
 # Where and how often, not what: these may differ at a resume.
-_FREE = frozenset("save_steps device workers report_to gpus nnodes".split())
+_FREE = frozenset(
+    "save_steps save_minutes device workers report_to gpus nnodes plan_for tokens_per_s".split()
+)
 _SOURCES = ("model", "init_from_config", "tokenizer")
 T = TypeVar("T")
 
 
-def run(stage: str, config: TrainConfig, *, reference_field: str, max_response_length: int) -> None:
+# From the lines of metrics.jsonl, the run's figures, a folder and a title to the files made there.
+Draw = Callable[[list[dict[str, Any]], dict[str, Any], Path, str], list[str]]
+
+
+def run(
+    stage: str, config: TrainConfig, *, reference_field: str, max_response_length: int, draw: Draw
+) -> None:
     """Train on the input and leave a checkpoint folder; print its path on stdout.
 
     Args:
@@ -48,6 +56,7 @@ def run(stage: str, config: TrainConfig, *, reference_field: str, max_response_l
         config: Its options.
         reference_field: The field that holds the reference.
         max_response_length: The stage's default, in tokens.
+        draw: Makes pictures of the finished run (`polarctl.evaluation.course.draw`).
 
     Raises:
         UsageError: The folder is taken, or a resume does not fit.
@@ -58,7 +67,7 @@ def run(stage: str, config: TrainConfig, *, reference_field: str, max_response_l
         stage, gpus=config.gpus, nnodes=config.nnodes, device=config.device, inputs=config.input
     ):
         return
-    job = Job(stage, config, reference_field, max_response_length)
+    job = Job(stage, config, reference_field, max_response_length, draw)
     paths = windows.inputs_of(stage, config)
     if config.dry_run:
         with tempfile.TemporaryDirectory() as scratch:
@@ -84,6 +93,7 @@ class Job:
     config: TrainConfig
     reference_field: str
     response_length: int
+    draw: Draw
 
     def verify(self, record: Record) -> None:
         """Raise RecordError for a record that does not fit; put the reference into its field."""
@@ -181,7 +191,8 @@ def prepare(job: Job, paths: list[str], rejects: reject_file.Rejects | None = No
     parameters = sum(p.numel() for p in reward_model.model.parameters())
     encode = data.TripleEncoder(reward_model.encoder, config.negatives)
     sample = plan.look([encode(record) for record in survey.sample], place.batch_tokens)
-    plan.warn_of_cuts(sample)
+    template = reward_model.encoder
+    plan.warn_of_cuts(sample, template.max_length, template.max_response_length)
     facts = recipe.Facts(
         parameters=parameters,
         triples=survey.triples if survey.complete else None,
@@ -203,27 +214,20 @@ def prepare(job: Job, paths: list[str], rejects: reject_file.Rejects | None = No
 
 def say_plan(known: Known) -> None:
     """Say what the run would be."""
-    from polarctl.training import lora, plan
+    from polarctl.training import plan
+    from polarctl.training.memory import Model
 
-    config, survey, chosen = known.job.config, known.survey, known.plan
-    classifier = known.reward_model.model
-    if config.lora_rank is not None:
-        classifier = lora.adapt(
-            classifier,
-            rank=config.lora_rank,
-            alpha=config.lora_alpha,
-            new_tokens=known.reward_model.new_tokens,
-        )
-    weights = list(classifier.parameters())
-    memory = plan.memory(
-        known.reward_model.model.config,
-        sum(p.numel() for p in weights),
-        sum(p.numel() for p in weights if p.requires_grad),
-        known.place.batch_tokens,
-        half=known.place.half,
-        checkpointing=config.gradient_checkpointing,
-        zero=known.place.zero,
+    config, survey, made = known.job.config, known.survey, known.reward_model
+    outline = plan.Outline(
+        config=config,
+        hyper=known.plan,
+        sample=known.sample,
+        triples=known.triples,
+        model=Model.of(made.model, len(made.new_tokens)),
         processes=_processes(config, known.place),
+        half=known.place.half,
+        zero=known.place.zero,
+        gpu=known.place.gpu,
     )
     console.note(
         f"{known.job.stage}: options and input are good: {survey.triples:,} triples"
@@ -232,15 +236,17 @@ def say_plan(known: Known) -> None:
         config=resolved(config),
         records=survey.triples,
         bad=survey.bad,
+        parameters=known.parameters,
         tokens_per_triple=known.sample.tokens,
         computed_per_triple=known.sample.computed,
         fill=known.sample.fill,
-        steps=chosen.steps,
-        lr=chosen.lr,
-        batch_size=chosen.batch_size,
-        memory_bytes=memory.total,
+        steps=known.plan.steps,
+        lr=known.plan.lr,
+        batch_size=known.plan.batch_size,
+        memory_bytes=outline.memory().total,
+        hours=outline.hours,
     )
-    for line in plan.lines(known.sample, chosen, known.triples, memory):
+    for line in plan.lines(outline):
         console.note(f"  {line}")
 
 
@@ -267,7 +273,7 @@ def train(known: Known, folder: run_folder.Run) -> None:
     """Resume or start, take the steps, finish the folder."""
     from polarctl.model import devices
     from polarctl.model.forward import Packed
-    from polarctl.training import setup
+    from polarctl.training import outcome, setup
     from polarctl.training.loop import Trainer
 
     job, plan, accelerator = known.job, known.plan, known.place.accelerator
@@ -285,20 +291,27 @@ def train(known: Known, folder: run_folder.Run) -> None:
     with devices.threads_for(model.module):
         last = _steps(known, folder, model, trainer, best)
     console.note(
-        f"{job.stage}: done after {trainer.step:,} steps in {time.monotonic() - start:.0f} s; the "
-        f"last step's loss {last['last_loss']:.4f}, accuracy {last['last_accuracy']:.3f}"
+        f"{job.stage}: done after {trainer.step:,} steps in {time.monotonic() - start:.0f} s"
     )
-    setup.write(job.config, known.place, model, folder.part(), job.response_length)
+    part = folder.part()
+    setup.write(job.config, known.place, model, part, job.response_length)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        entries = outcome.read(folder.folder / run_folder.METRICS)
+        found = outcome.figures(entries)
+        drawn = job.draw(entries, found, part, f"{job.stage}: {folder.target.name}")
         counts = {
             "triples": known.survey.triples,
             "held_out": known.survey.held_out,
             "sampled": known.sample.triples,
             "sampled_cut": known.sample.cut["any"],
             **last,
+            **found,
         }
         folder.finish(job.stage, job.config, counts)
+        trackers = job.config.report_to
+        for line in outcome.lines(job.stage, folder.target, found, drawn, trackers):
+            console.note(line)
     accelerator.end_training()
 
 
@@ -336,10 +349,11 @@ def _steps(
     held_out = _held_out(known)
     meter, trackers = _meter(known), _trackers(known, folder) if first else None
     several = accelerator.reduce if accelerator.num_processes > 1 else None
+    clock = stopping.SaveClock(config.save_minutes)
     with (
         open(metrics if first else os.devnull, "ab") as log,
         stopping.StopFlag() as stop,
-        console.progress(known.job.stage, total, "steps") as bar,
+        console.progress(known.job.stage, total, "steps", eta=False) as bar,
     ):
         try:
             for entry in trainer.train(_stream(known, trainer.used)):
@@ -358,12 +372,13 @@ def _steps(
                 bar.update(entry.step, meter.line(entry.loss, entry.accuracy))
                 if trackers is not None:
                     trackers.log(entry.step, {**last, **meter.rates()})
-                asked = stop.agreed(several, accelerator.device)
-                if asked or entry.step % config.save_steps == 0:
+                asked, save = stop.agreed(clock, several, accelerator.device)
+                if asked or save or entry.step % config.save_steps == 0:
                     log.flush()
                     if first:
                         os.fsync(log.fileno())
                     _save(folder, trainer, best)
+                    clock.restart()
                 if asked:
                     raise stopping.stopped(asked, entry.step, total)
         except NotFinite as error:

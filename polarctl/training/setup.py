@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import accelerate
 import torch
 
 from polarctl import console
-from polarctl.errors import UsageError
+from polarctl.errors import UsageError, need
 from polarctl.model import devices
 from polarctl.model import reward_model as models
 from polarctl.model.forward import Packed, Padded, module_of
@@ -22,6 +23,7 @@ from polarctl.training import lora, zero
 from polarctl.training.engine import Engine, PlainEngine
 from polarctl.training.loop import Hyperparameters
 from polarctl.training.options import TrainConfig
+from polarctl.training.plan import Gpu, gpu_of
 
 # The first process reads all of the data while the others wait for it.
 _PATIENCE = datetime.timedelta(hours=12)
@@ -37,12 +39,14 @@ class Place:
         half: Compute in bfloat16; weights and optimiser stay in float32.
         batch_tokens: Tokens of one forward pass.
         deepspeed: DeepSpeed's config, or None.
+        gpu: Of a plan: the kind of GPU that it is for.
     """
 
     accelerator: accelerate.Accelerator
     half: bool
     batch_tokens: int
     deepspeed: dict[str, Any] | None
+    gpu: Gpu | None = None
 
     @property
     def zero(self) -> int:
@@ -59,6 +63,9 @@ def place_of(config: TrainConfig) -> Place:
         UsageError: A device, precision or DeepSpeed config that does not exist.
     """
     devices.quiet_libraries()
+    if config.plan_for is not None:  # which need not be here
+        rows = config.batch_tokens or _BATCH_TOKENS["cuda"]
+        return _planned(config, config.dtype != "float32", rows, "cuda")
     device = devices.device_of(config.device)
     if config.dtype == "float16":
         raise UsageError(
@@ -75,9 +82,12 @@ def place_of(config: TrainConfig) -> Place:
     if tokens is None:
         tokens = _BATCH_TOKENS[kind]
         console.choice("batch tokens", str(tokens), f"for a {kind.upper()}")
-    dtype = "bfloat16" if half else "float32"
+    if config.dry_run:
+        if config.deepspeed is not None and importlib.util.find_spec("deepspeed") is None:
+            raise need("deepspeed", "deepspeed")
+        return _planned(config, half, tokens, device)
     if config.deepspeed is not None:
-        given = zero.config_of(config.deepspeed, dtype=dtype, clip=Hyperparameters.clip)
+        given = _deepspeed(config.deepspeed, half)
         accelerator = zero.accelerator(given, cpu=kind == "cpu")
         return Place(accelerator=accelerator, half=half, batch_tokens=tokens, deepspeed=given)
     # Another run of this Python process may have had another precision; accelerate keeps one.
@@ -92,8 +102,25 @@ def place_of(config: TrainConfig) -> Place:
     return Place(accelerator=accelerator, half=half, batch_tokens=tokens, deepspeed=None)
 
 
+def _deepspeed(name: str, half: bool) -> dict[str, Any]:
+    dtype = "bfloat16" if half else "float32"
+    return zero.config_of(name, dtype=dtype, clip=Hyperparameters.clip)
+
+
+def _planned(config: TrainConfig, half: bool, tokens: int, device: str) -> Place:
+    """A place where nothing will be computed: no GPU is touched and no DeepSpeed started."""
+    accelerate.state.AcceleratorState._reset_state()
+    return Place(
+        accelerator=accelerate.Accelerator(cpu=True),
+        half=half,
+        batch_tokens=tokens,
+        deepspeed=None if config.deepspeed is None else _deepspeed(config.deepspeed, half),
+        gpu=gpu_of(config, device),
+    )
+
+
 def reward_model_of(config: TrainConfig, default_response_length: int) -> PolarModel:
-    """The model to be trained, on the CPU, in float32."""
+    """The model to be trained, in float32, on the CPU; for a plan without its weights."""
     made = models.create(
         base=config.model,
         config_path=config.init_from_config,
@@ -102,6 +129,7 @@ def reward_model_of(config: TrainConfig, default_response_length: int) -> PolarM
         max_response_length=config.max_response_length,
         default_response_length=default_response_length,
         cut_side=config.cut_side,
+        device="meta" if config.dry_run else "cpu",
         seed=config.seed,
     )
     made.model.config.polar_no_reference = config.no_reference

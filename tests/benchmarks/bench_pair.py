@@ -37,7 +37,8 @@ print(frame["policy"].list.len().sum())
 DUCKDB = f"""
 import sys, duckdb
 store = duckdb.connect(sys.argv[2] + "/duck.db", config=dict(
-    memory_limit="256MB", threads=1, temp_directory=sys.argv[2] + "/duck", preserve_insertion_order=False))
+    memory_limit="256MB", threads=1, temp_directory=sys.argv[2] + "/duck",
+    preserve_insertion_order=False))
 store.execute(
     "create table t as select row_number() over () as row, * from "
     "read_ndjson('" + sys.argv[1] + "', columns={COLUMNS})")

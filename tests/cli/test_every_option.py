@@ -149,7 +149,10 @@ PRETRAIN: dict[str, Case | Seen] = {
     "device": swap(TRAIN, "--device cpu", "--device cuda:99", "status"),
     "dtype": add(TRAIN, "--dtype bfloat16"),
     "save_steps": add(TRAIN + " --val-fraction 0.5", "--save-steps 1"),
+    "save_minutes": Seen("stages/test_training_options.py", '"--save-minutes", "1e-9"'),
     "report_to": add(TRAIN, "--report-to nobody", "status"),
+    "plan_for": add(PLAN, "--plan-for H100", "memory: .*"),
+    "tokens_per_s": add(PLAN, "--tokens-per-s 9", "time: .*"),
     "base_tokens": add(PLAN.replace("--lr 1e-2", ""), "--base-tokens 1T", "^lr: .*"),
 }
 
@@ -215,6 +218,7 @@ RFT: dict[str, Case | Seen] = {
     "reward_floor": Seen("stages/test_rft.py", '"--reward-floor", "-20"'),
     "batch_tokens": Seen("scoring/test_scorer.py", "batch_tokens"),
     "save_steps": Seen("stages/test_rft.py", "--save-steps 1"),
+    "save_minutes": Seen("stages/test_rft.py", '"--save-minutes", "1e-9"'),
     "method": add(RFT_BASE, "--method rloo"),
     "preset": Seen("stages/test_rft_methods.py", '"--preset", "laptop"'),
     "rollouts": Seen("engines/test_vllm_rollouts.py", '"--rollouts", "vllm"'),
@@ -480,6 +484,8 @@ REFUSED = {
         "val_steps": TRAIN + " --val-steps 1",
         "lora_alpha": TRAIN + " --lora-alpha 1",
         "base_tokens": TRAIN + " --base-tokens 1T",
+        "plan_for": TRAIN + " --plan-for H100",
+        "tokens_per_s": TRAIN + " --tokens-per-s 9",
     },
     "finetune": {"reference_field": "finetune t.jsonl --no-reference --reference-field x"},
     "score": {

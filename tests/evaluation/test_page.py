@@ -155,6 +155,20 @@ def test_a_narrow_terminal_shows_every_digit():
     assert all(part in out.getvalue() for part in ("81.2", "79.0", "83.1"))
 
 
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 120])
+def test_no_terminal_is_so_narrow_that_a_word_is_broken(width):
+    from rich.console import Console
+
+    columns = ["mistake of the rejected answer", "cases", "no label", "fine-tuned"]
+    cells = ["a colour too many", "1,234", "81.2 % [79.0, 83.1]", "interchanged 92.0 %"]
+    out = io.StringIO()
+    Console(file=out, width=width).print(terminal_table(Table(columns, [cells], "The same")))
+    assert max(map(len, out.getvalue().splitlines())) <= width
+    words = out.getvalue().replace(":", "").split()
+    for word in " ".join(["The same", *columns, *cells]).split():
+        assert word in words, word
+
+
 def test_format_interval():
     assert format_interval(Interval(0.8123, 0.7899, 0.831, 10, 5)) == "81.2 % [79.0, 83.1]"
     assert format_interval(Interval(1.0, 0.5, 1.0, 3, 3)) == "100.0 % [50.0, 100.0]"

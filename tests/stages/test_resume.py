@@ -118,6 +118,26 @@ def test_a_killed_run_ends_in_the_same_bytes(way, triples, tiny_lm, tmp_path):
     assert sha256(out / "metrics.jsonl") == sha256(whole / "metrics.jsonl")
 
 
+@pytest.mark.slow
+def test_processes_save_after_the_same_step_when_the_clock_of_the_first_asks(
+    triples, tiny_lm, tmp_path
+):
+    """30 ms are some steps here; if each process looked at its own clock, they would not meet."""
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    more = ["--save-steps", "1000", "--save-minutes", "0.0005", "--batch-tokens", "50"]
+    finish(with_options(command(triples, tiny_lm, whole, "accumulation"), more), 2)
+    arguments = with_options(command(triples, tiny_lm, out, "accumulation"), more)
+    child = start(arguments, 2)
+    checkpoints = out / "checkpoints"
+    while child.poll() is None and len(list(checkpoints.glob("*/checkpoint.json"))) < 2:
+        time.sleep(0.001)
+    kill_all(child)
+    assert list(checkpoints.glob("step-*/checkpoint.json")) and not (out / "config.json").exists()
+    finish(arguments, 2)
+    assert sha256(out / "model.safetensors") == sha256(whole / "model.safetensors")
+    assert sha256(out / "metrics.jsonl") == sha256(whole / "metrics.jsonl")
+
+
 @pytest.fixture(scope="module")
 def stopped(triples, tiny_lm, tmp_path_factory):
     """A run that was stopped after some steps, and the weights that it is to end in."""

@@ -332,14 +332,15 @@ def test_a_bad_pool_is_one_line_with_its_place(
         (["--pool", "POOL", "--policy", "a"], "`--policy` has no effect here: it is for --model"),
         (["-m", "BASE", "--top-p", "0"], "top-p"),
         (["-m", "BASE", "--samples", "0"], "samples"),
-        (["-m", "BASE", "-o", "none/out.jsonl"], "none: no such folder"),
+        (["-m", "BASE", "-o", "POOL/out.jsonl"], "is not a folder"),
         (["-m", "BASE", "--device", "tpu"], "no such device"),
         (["-m", "BASE", "--dtype", "int8"], "`int8` is not one of"),
     ],
 )
 def test_a_bad_option_is_refused(prompts, pool, tiny_lm, capfd, arguments, said):
     names = {"POOL": pool, "BASE": str(tiny_lm)}
-    assert sample(prompts, *[names.get(word, word) for word in arguments]) == 2
+    words = [word.replace("POOL", str(pool)) for word in arguments]
+    assert sample(prompts, *[names.get(word, word) for word in words]) == 2
     assert said in capfd.readouterr().err
 
 

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from polarctl import console
 from polarctl.cli import run
 
 ROWS = 1300  # three windows
@@ -51,6 +52,30 @@ def test_every_record_comes_back_in_order_with_its_rewards(whole):
             assert len(row["rewards"]) == len(row["candidates"])
         else:
             assert isinstance(row["reward"], float)
+
+
+def test_a_file_is_counted_so_that_progress_has_an_end(
+    candidates, whole, tiny_rm, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr(console, "PLAIN_INTERVAL_S", 0)
+    assert run(["score", str(candidates), "-m", str(tiny_rm), "-o", str(tmp_path / "o")]) == 0
+    bars = [line for line in capfd.readouterr().err.splitlines() if line.startswith("score: ")]
+    assert bars[-1].startswith(f"score: {ROWS:,}/{ROWS:,} records, ")
+    assert any(" left" in line for line in bars[:-1])
+    assert (tmp_path / "o").read_bytes() == whole.read_bytes()
+
+
+def test_what_is_cut_is_said_with_the_limit_and_the_remedy(tiny_rm, tmp_path, capfd):
+    row = {"prompt": "q", "reference": "a", "output": "the sea was calm " * 50}
+    (tmp_path / "c.jsonl").write_text(json.dumps(row) + "\n")
+    command = ["score", str(tmp_path / "c.jsonl"), "-m", str(tiny_rm)]
+    assert run([*command, "-o", str(tmp_path / "new" / "o.jsonl")]) == 0
+    (said,) = [line for line in capfd.readouterr().err.splitlines() if "were cut" in line]
+    # The tiny model takes 128 tokens, and a quarter of them of a response.
+    assert (
+        "1 of 1 inputs are longer than the model's template, which takes 128 tokens, 32 of" in said
+    )
+    assert "`polarctl finetune --max-length`" in said
 
 
 def test_a_pipe_gives_the_bytes_of_a_file(candidates, whole, tiny_rm):

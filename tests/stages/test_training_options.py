@@ -191,6 +191,23 @@ def test_a_dry_run_prints_the_plan(triples, tiny_lm, tmp_path, capfd):
     assert not (tmp_path / "rm").exists()
 
 
+def test_the_batch_that_is_said_is_the_one_in_force(triples, tiny_lm, tmp_path, capfd):
+    base = ["finetune", str(triples), "-m", str(tiny_lm), "-o", str(tmp_path / "rm")]
+    assert run([*base, "--batch-size", "4", "--dry-run"]) == 0
+    said = capfd.readouterr().err
+    assert "of 4 triples" in said and "--batch-size 4" in said and "320" not in said
+
+
+def test_triples_that_are_cut_are_said_with_the_limit_and_the_remedy(
+    triples, tiny_lm, tmp_path, capfd
+):
+    options = ["--max-length", "64", "--max-response-length", "2", "--dry-run"]
+    assert train(triples, tiny_lm, tmp_path / "rm", *options) == 0
+    (said,) = [line for line in capfd.readouterr().err.splitlines() if "are cut" in line]
+    assert "longer than --max-length 64 and --max-response-length 2 allow" in said
+    assert "larger values read more" in said
+
+
 def test_rejects_of_another_run_are_not_overwritten(triples, tiny_lm, tmp_path, capfd):
     kept = tmp_path / "rejects.jsonl"
     kept.write_text("precious\n")
@@ -216,11 +233,14 @@ def test_bad_rows_are_set_aside_also_where_the_data_is_not_counted(triples, tiny
     assert bad["where"] == f"{data}:65"
 
 
+@pytest.mark.parametrize(
+    "saves", [("--save-steps", "1"), ("--save-steps", "1000", "--save-minutes", "1e-9")]
+)
 def test_a_run_that_diverges_stops_with_status_1_and_keeps_its_checkpoint(
-    triples, tiny_lm, tmp_path, capfd
+    saves, triples, tiny_lm, tmp_path, capfd
 ):
     out = tmp_path / "rm"
-    options = ["--lr", "1e30", "--epochs", "4", "--save-steps", "1", "--warmup", "0"]
+    options = ["--lr", "1e30", "--epochs", "4", "--warmup", "0", *saves]
     assert train(triples, tiny_lm, out, *options) == 1
     assert "not finite, stopped" in capfd.readouterr().err
     last = metrics(out)[-1]

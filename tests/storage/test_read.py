@@ -291,6 +291,17 @@ def test_a_damaged_compressed_file_never_gives_a_traceback(tmp_path, kind):
             assert "cannot read on" in str(error)
 
 
+def test_rows_are_counted_beforehand_where_they_can_be(tmp_path):
+    rows = b'{"prompt": "q"}\n\n' * 5  # blank lines are no rows, broken ones are
+    plain = write(tmp_path / "a.jsonl", rows + b"{\n")
+    small = write(tmp_path / "b.jsonl.gz", gzip.compress(rows))
+    assert Reader([plain, small], "Prompt").total() == 11
+    assert Reader([plain, small], "Prompt", limit=7).total() == 7
+    assert Reader([plain, "-"], "Prompt").total() is None
+    torn = write(tmp_path / "c.jsonl.gz", gzip.compress(rows)[:-4])
+    assert Reader([torn], "Prompt").total() is None  # it is read as far as it goes when it is due
+
+
 def test_files_are_closed_when_they_are_read(tmp_path):
     opened = []
     for kind in ("gz", "zst"):

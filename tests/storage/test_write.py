@@ -451,6 +451,21 @@ def test_output_that_is_the_input_is_refused(whole, tmp_path):
     assert source.read_bytes() == before
 
 
+def test_folders_of_outputs_are_made_and_an_empty_one_does_not_stay(whole, tmp_path):
+    source, wanted, *_ = whole
+    target = tmp_path / "a" / "b" / "out.jsonl"
+    more = {"rejects": str(tmp_path / "c/r.jsonl"), "manifest": str(tmp_path / "d/m.json")}
+    run(source, target, **more)
+    assert (
+        target.exists() and (tmp_path / "c/r.jsonl").exists() and (tmp_path / "d/m.json").exists()
+    )
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes(b"{\n")
+    with pytest.raises(RecordError):
+        run(bad, tmp_path / "e" / "f" / "out.jsonl", rejects=None)
+    assert not (tmp_path / "e").exists()
+
+
 def test_one_path_for_two_outputs_is_refused(whole, tmp_path):
     source, *_ = whole
     target = tmp_path / "out.jsonl"
@@ -462,10 +477,7 @@ def test_one_path_for_two_outputs_is_refused(whole, tmp_path):
 
 def test_an_output_that_cannot_be_written_is_a_usage_error(whole, tmp_path):
     source, *_ = whole
-    with pytest.raises(UsageError, match="no such folder") as caught:
-        run(source, tmp_path / "missing" / "out.jsonl", rejects=None)
-    assert caught.value.hint == f"mkdir -p {tmp_path / 'missing'}"
-    with pytest.raises(UsageError, match="no such folder"):
+    with pytest.raises(UsageError, match="is not a folder"):
         run(source, source / "out.jsonl", rejects=None)  # under a file
     with pytest.raises(UsageError, match="is not a regular file"):
         run(source, tmp_path / "whole", rejects=None)

@@ -43,7 +43,7 @@ def test_the_papers_own_models_are_inside_the_fitted_range() -> None:
 
 
 def test_what_lies_outside_is_named() -> None:
-    assert "N from 5e+07 to 7e+09" in Law.of(70e9, 2.5e12, 1e12).outside()
+    assert "N from 5e+07 to 7.5e+09" in Law.of(70e9, 2.5e12, 1e12).outside()
     assert "3.6e+12" in Law.of(1.8e9, 2.5e12, 4e12).outside()
     both = Law.of(1e6, 2.5e12, 1e6).outside()
     assert both.startswith("extrapolated:") and "N from" in both and "D_r from" in both
