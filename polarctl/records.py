@@ -462,6 +462,19 @@ def references_of(record: dict[str, Any]) -> list[Any]:
     return record["references"] if "references" in record else [record["reference"]]
 
 
+def check_scorable(record: Record, *, reference: bool) -> None:
+    """Raise RecordError for a record that cannot be scored.
+
+    Args:
+        record: A candidate, a group or a triple.
+        reference: The model compares with one, so there must be one.
+    """
+    given = record if reference else {"reference": "", **record}
+    check(given, KINDS[kind_of_scorable(record)])
+    if reference:
+        require_reference(record)
+
+
 def require_reference(record: Record) -> None:
     """Raise RecordError for a record without a reference, or with two kinds of them."""
     if "reference" in record and "references" in record:

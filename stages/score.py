@@ -31,7 +31,6 @@ def run(config: Config) -> None:
 
     from polarctl import console
     from polarctl.parallel import served
-    from polarctl.records import kind_of_scorable
     from polarctl.scoring import engines
     from polarctl.scoring.scorer import Cuts, Floored
     from polarctl.scoring.window import ScoreWork, Summary
@@ -42,7 +41,7 @@ def run(config: Config) -> None:
     paths = windows.inputs_of("score", config)
     work = ScoreWork(config, chat=engines.reads_chat(config))
     if config.dry_run:
-        windows.dry_run("score", config, paths, kind_of_scorable, verify=work.verify)
+        windows.dry_run("score", config, paths, None, verify=work.verify)
         return
     identity = engines.identity(config)
     if config.conditions:
@@ -54,9 +53,7 @@ def run(config: Config) -> None:
         if out.complete:
             return
         environments = engines.processes(config)
-        reader = windows.reader_of(
-            config, paths, kind_of_scorable, on_bad=out.reject, verify=work.verify
-        )
+        reader = windows.reader_of(config, paths, None, on_bad=out.reject, verify=work.verify)
         counts = out.counts
         counts.setdefault("tokens", 0)
         counts["cuts"] = cuts = Cuts(counts.get("cuts", {}))

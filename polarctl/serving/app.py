@@ -21,13 +21,10 @@ from starlette.requests import ClientDisconnect
 from polarctl import __version__, console
 from polarctl.errors import PolarctlError, RecordError
 from polarctl.records import (
-    KINDS,
     Record,
-    check,
-    kind_of_scorable,
+    check_scorable,
     outputs_of,
     references_of,
-    require_reference,
 )
 from polarctl.scoring.answers import AS_THEY_ARE, Answers
 from polarctl.scoring.chat_classifier import ClassifierScorer
@@ -79,7 +76,8 @@ class Service:
         self.chat: ClassifierScorer | None = None
         if isinstance(scorer, ClassifierScorer):
             self.chat, engine = scorer, scorer.engine
-            self.no_reference, self.longest = scorer.reference is None, scorer.limit
+            self.no_reference = scorer.encoder.reference is None
+            self.longest = scorer.encoder.limit
         else:
             engine = scorer
             self.encoder = copy.copy(engine.model.encoder)
@@ -122,9 +120,7 @@ class Service:
                 raise Refused(400, f"{where} is no JSON object")
             record = Record(row, where)
             try:
-                check(record, KINDS[kind_of_scorable(record)])
-                if not self.no_reference:
-                    require_reference(record)
+                check_scorable(record, reference=not self.no_reference)
             except RecordError as error:
                 raise Refused(400, f"{where}: {error.reason}") from None
             records.append(record)

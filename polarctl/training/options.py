@@ -167,3 +167,8 @@ class TrainConfig(Common):
         tuple[str, ...],
         typer.Option(metavar="TRACKER", help="tensorboard, wandb or trackio; may be repeated."),
     ] = ()
+
+    @property
+    def chat(self) -> bool:
+        """Whether the model reads conversations in a chat template, and no references."""
+        return False

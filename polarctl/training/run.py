@@ -87,7 +87,7 @@ class Job:
 
     def verify(self, record: Record) -> None:
         """Raise RecordError for a record that does not fit; put the reference into its field."""
-        if self.config.no_reference:
+        if self.config.no_reference or self.config.chat:
             record["reference"] = ""
         elif self.reference_field != "reference":
             if self.reference_field not in record:

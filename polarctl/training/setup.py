@@ -13,7 +13,7 @@ import torch
 
 from polarctl import console
 from polarctl.errors import UsageError
-from polarctl.model import devices
+from polarctl.model import chat_model, devices
 from polarctl.model import reward_model as models
 from polarctl.model.forward import Packed, Padded, module_of
 from polarctl.model.reward_model import PolarModel
@@ -94,6 +94,14 @@ def place_of(config: TrainConfig) -> Place:
 
 def reward_model_of(config: TrainConfig, default_response_length: int) -> PolarModel:
     """The model to be trained, on the CPU, in float32."""
+    if config.chat:
+        return chat_model.create(
+            base=config.model,
+            config_path=config.init_from_config,
+            tokenizer_path=config.tokenizer,
+            max_length=config.max_length,
+            seed=config.seed,
+        )
     made = models.create(
         base=config.model,
         config_path=config.init_from_config,

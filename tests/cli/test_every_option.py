@@ -156,6 +156,9 @@ PRETRAIN: dict[str, Case | Seen] = {
 # What `finetune` has of TrainConfig is read by the same code.
 FINETUNE: dict[str, Case | Seen] = {
     "reference_field": add(TRAIN.replace("pretrain", "finetune"), "--reference-field prompt"),
+    "prompt_style": add(
+        TRAIN.replace("pretrain", "finetune").replace("-m lm", "-m chat"), "--prompt-style chat"
+    ),
 }
 
 RFT_BASE = (
@@ -454,7 +457,12 @@ REFUSED = {
         "lora_alpha": TRAIN + " --lora-alpha 1",
         "base_tokens": TRAIN + " --base-tokens 1T",
     },
-    "finetune": {"reference_field": "finetune t.jsonl --no-reference --reference-field x"},
+    "finetune": {
+        "reference_field": "finetune t.jsonl --no-reference --reference-field x",
+        "no_reference": "finetune t.jsonl --prompt-style chat --no-reference",
+        "max_response_length": "finetune t.jsonl --prompt-style chat --max-response-length 9",
+        "cut_side": "finetune t.jsonl --prompt-style chat --cut-side left",
+    },
     "score": {
         "resume": "score candidates.jsonl -m rm --no-resume",
         "force": "score candidates.jsonl -m rm --force",
