@@ -360,7 +360,7 @@ SERVE: dict[str, Case | Seen] = {
         name: Seen("serving/test_serve.py", f'"--{name.replace("_", "-")}"')
         for name in (
             "served_model_name host port end_token key_file max_body_mib max_inputs max_text_chars "
-            "max_chars prompt_style strip_thinking reward_floor"
+            "max_chars prompt_style pooling_data strip_thinking reward_floor"
         ).split()
     },
     **voice("serve -m ./nowhere"),
