@@ -158,8 +158,9 @@ def hub(folder: Path) -> Iterator[dict[str, str]]:
         yield {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "cache")}
 
 
-# In the lane with vLLM: tests/engines/test_page.py; twice: tests/stages/test_rounds.py.
-ELSEWHERE = ("vllm-serve", "vllm-client", "vllm-offline", "rounds")
+# In the lane with vLLM: tests/engines/test_page.py; twice: tests/stages/test_rounds.py; all of a
+# page in one folder: tests/test_your_data.py.
+ELSEWHERE = ("your-data", "vllm-serve", "vllm-client", "vllm-offline", "rounds")
 
 # Name in `<!-- test: NAME -->` to a function that prepares the folder; one that is a context holds
 # something open meanwhile and gives environment variables.
