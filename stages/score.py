@@ -30,15 +30,18 @@ def run(config: Config) -> None:
     from contextlib import closing
 
     from polarctl import console
+    from polarctl.storage import windows
+
+    paths = windows.inputs_of("score", config)  # before torch is loaded
+
     from polarctl.parallel import served
     from polarctl.scoring import engines
     from polarctl.scoring.scorer import Cuts, Floored
     from polarctl.scoring.window import ScoreWork, Summary
-    from polarctl.storage import manifest, read, windows
+    from polarctl.storage import manifest, read
     from polarctl.storage.write import Output, check_paths
 
     engines.check(config)
-    paths = windows.inputs_of("score", config)
     work = ScoreWork(config, chat=engines.reads_chat(config))
     if config.dry_run:
         windows.dry_run("score", config, paths, None, verify=work.verify)

@@ -46,7 +46,9 @@ def create(
         MissingError: Model, tokenizer or chat template is not there.
     """
     if (base is None) == (config_path is None):
-        raise UsageError("pass either `--model` or `--init-from-config`")
+        raise UsageError(
+            "pass either `--model` or `--init-from-config`", hint="-m FOLDER, or a Hub id"
+        )
     source = base or config_path
     assert source is not None
     config = models.load_config(source)

@@ -258,7 +258,9 @@ def create(
         MissingError: Model or tokenizer is not there.
     """
     if (base is None) == (config_path is None):
-        raise UsageError("pass either `--model` or `--init-from-config`")
+        raise UsageError(
+            "pass either `--model` or `--init-from-config`", hint="-m FOLDER, or a Hub id"
+        )
     source = base or config_path
     assert source is not None
     config = load_config(source)

@@ -9,6 +9,7 @@ where a run started or how it was cut.
 from __future__ import annotations
 
 import codecs
+import difflib
 import glob
 import hashlib
 import json
@@ -56,7 +57,7 @@ def expand(patterns: Iterable[str]) -> list[str]:
             continue
         found = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
         if not found:
-            raise UsageError(f"{pattern}: no such file")
+            raise UsageError(f"{pattern}: no such file", hint=_near(pattern))
         paths.extend(found)
     return paths
 
@@ -250,6 +251,15 @@ def _placed(error: RecordError, where: str) -> RecordError:
     return RecordError(error.reason, where=where, hint=hint)
 
 
+def _near(pattern: str) -> str | None:
+    """What a name may have been meant for, among those that are there."""
+    folder, name = os.path.split(pattern)
+    if not os.path.isdir(folder or "."):
+        return f"there is no folder {folder}"
+    near = difflib.get_close_matches(name, os.listdir(folder or "."), 1)
+    return f"did you mean `{os.path.join(folder, near[0])}`?" if near else None
+
+
 def decode(line: bytes, where: str, kind: str | Callable[[dict[str, Any]], str] | None) -> Record:
     """One line as a checked record.
 
@@ -266,9 +276,15 @@ def decode(line: bytes, where: str, kind: str | Callable[[dict[str, Any]], str] 
     try:
         fields = orjson.loads(line.removeprefix(codecs.BOM_UTF8))
     except orjson.JSONDecodeError as error:
-        raise RecordError(_problem(line, error), where=where) from None
+        table = where.rpartition(":")[0].lower().endswith((".csv", ".tsv", ".parquet"))
+        hint = f"{_CONVERT}: polarctl convert FILE -o FILE.jsonl" if table else None
+        raise RecordError(_problem(line, error), where=where, hint=hint) from None
     if isinstance(fields, list) and all(isinstance(entry, dict) for entry in fields):
-        raise RecordError(f"one JSON array, not one object a line: {_CONVERT}", where=where)
+        raise RecordError(
+            "one JSON array, not one object a line",
+            where=where,
+            hint=f"{_CONVERT}: polarctl convert FILE -o FILE.jsonl",
+        )
     if not isinstance(fields, dict):
         raise RecordError("not a JSON object", where=where)
     try:

@@ -421,6 +421,7 @@ TABLE: dict[str, dict[str, Case | Seen]] = {
     "convert": CONVERT,
     "quickstart": QUICKSTART,
     "schema": SCHEMA,
+    "doctor": {k: v for k, v in voice("doctor").items() if k != "quiet"},
     "validate": VALIDATE,
 }
 
