@@ -33,6 +33,7 @@ MAX_WINDOW_BYTES = 64 << 20
 MAX_DEPTH = 128  # orjson writes 254 levels, and what a stage writes wraps a record into some more
 _DEEP = f"nested deeper than {MAX_DEPTH} levels"
 _CONVERT = "`polarctl convert` reads it"
+_HOW = "polarctl convert FILE -o FILE.jsonl"
 STDIN = "<stdin>"  # in messages; a file of this name is a copy of it
 
 _KEY, _ESCAPED = re.compile(rb'"[ \t\r\n]*:'), re.compile(rb'\\"[ \t\r\n]*:')
@@ -277,13 +278,12 @@ def decode(line: bytes, where: str, kind: str | Callable[[dict[str, Any]], str] 
         fields = orjson.loads(line.removeprefix(codecs.BOM_UTF8))
     except orjson.JSONDecodeError as error:
         table = where.rpartition(":")[0].lower().endswith((".csv", ".tsv", ".parquet"))
-        hint = f"{_CONVERT}: polarctl convert FILE -o FILE.jsonl" if table else None
-        raise RecordError(_problem(line, error), where=where, hint=hint) from None
+        problem = _problem(line, error)
+        hint = _HOW if table or _CONVERT in problem else None
+        raise RecordError(problem, where=where, hint=hint) from None
     if isinstance(fields, list) and all(isinstance(entry, dict) for entry in fields):
         raise RecordError(
-            "one JSON array, not one object a line",
-            where=where,
-            hint=f"{_CONVERT}: polarctl convert FILE -o FILE.jsonl",
+            f"one JSON array, not one object a line: {_CONVERT}", where=where, hint=_HOW
         )
     if not isinstance(fields, dict):
         raise RecordError("not a JSON object", where=where)
