@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 from polarctl.errors import RecordError, UsageError
-from polarctl.records import Record, check, find_kind, kind_of_scorable
+from polarctl.records import Record, find_kind
 
 if TYPE_CHECKING:
     from polarctl.scoring.window import ScoreWork
@@ -159,11 +159,7 @@ class RewardModel:
 
         cuts = Cuts()
 
-        def verify(record: Record) -> None:
-            check(record, find_kind(kind_of_scorable(record)))
-            self._work.verify(record)
-
-        checked = _checked(records, verify)
+        checked = _checked(records, self._work.verify)
         while window := list(itertools.islice(checked, WINDOW_ROWS)):
             done = self._work(window)
             for where, reason, _ in done.rejected:

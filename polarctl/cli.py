@@ -19,7 +19,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
@@ -32,7 +32,7 @@ from polarctl.parallel import launcher, rank
 
 STAGES = (
     "sample pair pretrain finetune score serve eval compare rft push convert quickstart schema "
-    "validate".split()
+    "validate doctor".split()
 )
 
 _RESUME = "the same command goes on from here"
@@ -44,38 +44,6 @@ _TYPER: dict[str, Any] = {
         "help_option_names": ["-h", "--help"],
         "max_content_width": 120,  # or the terminal's, where that is less
     },
-}
-
-
-# Names that options have in transformers, TRL, vLLM and LLaMA-Factory.
-_ELSEWHERE = {
-    "learning-rate": "lr",
-    "model-name-or-path": "model",
-    "base-model": "model",
-    "output-dir": "output",
-    "out": "output",
-    "num-train-epochs": "epochs",
-    "num-epochs": "epochs",
-    "train-batch-size": "batch-size",
-    "per-device-train-batch-size": "batch-size",
-    "max-seq-length": "max-length",
-    "max-seq-len": "max-length",
-    "cutoff-len": "max-length",
-    "warmup-ratio": "warmup",
-    "bf16": "dtype",
-    "fp16": "dtype",
-    "torch-dtype": "dtype",
-    "tensor-parallel-size": "gpus",
-    "nproc-per-node": "gpus",
-    "lora-r": "lora-rank",
-    "beta": "kl-coef",
-    "max-completion-length": "max-new-tokens",
-    "max-tokens": "max-new-tokens",
-    "n": "samples",
-    "resume-from-checkpoint": "resume",
-    "eval-steps": "val-steps",
-    "overwrite-output-dir": "force",
-    "overwrite": "force",
 }
 
 
@@ -221,6 +189,10 @@ class _Stage(typer.core.TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if not ctx.resilient_parsing:
+            if PRINT_CONFIG in args[: args.index("--") if "--" in args else None]:
+                ctx.obj = PRINT_CONFIG
+                ctx.resilient_parsing = True  # what a run would need need not be there
+                return super().parse_args(ctx, args)
             _, _, order = self.make_parser(ctx).parse_args(list(args))
             for parameter, times in Counter(order).items():
                 several = getattr(parameter, "multiple", True) or parameter.name == "help"
@@ -232,14 +204,19 @@ class _Stage(typer.core.TyperCommand):
         return super().parse_args(ctx, args)
 
 
+PRINT_CONFIG = "--print-config"
 # Where a value may come from, by click's names; a default is from nowhere.
 _SOURCES = {"COMMANDLINE": "command line", "ENVIRONMENT": "environment", "DEFAULT_MAP": "config"}
 
 
-def _given(context: typer.Context, settings: Any) -> dict[str, str]:
+def _given(
+    context: typer.Context, settings: Any, config_type: type[config.Common]
+) -> dict[str, str]:
     """The options that the user has set, and where; not those that are set to nothing."""
     found = {}
-    for field in dataclasses.fields(settings):
+    for field in dataclasses.fields(config_type):
+        if field.name in config_type.ABSENT:
+            continue
         source = context.get_parameter_source(field.name)
         value = getattr(settings, field.name)
         nothing = value is None or value == () or (value is False and field.default is False)
@@ -265,9 +242,14 @@ def stage_command(stage: str) -> Any:
         secrets = environment_secrets(os.environ).values()
         console.hide(*(value.decode("utf-8", "surrogateescape") for value in secrets))
         config.check_environment(stage, config_type)
+        del values["polarctl_print_config"]
         tidy = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        if polarctl_context.obj == PRINT_CONFIG:
+            given = _given(polarctl_context, SimpleNamespace(**tidy), config_type)
+            sys.stdout.write(config.as_yaml(stage, config_type, {k: tidy[k] for k in given}))
+            return
         settings = config_type(**tidy)
-        settings = config.with_given(settings, _given(polarctl_context, settings))
+        settings = config.with_given(settings, _given(polarctl_context, settings, config_type))
         config.check_given(stage, settings)
         before = console.snapshot()
         console.configure(
@@ -288,7 +270,20 @@ def stage_command(stage: str) -> Any:
     own = inspect.Parameter(
         "polarctl_context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
     )
-    parameters = [own, *_parameters(stage, config_type)]
+    show = inspect.Parameter(
+        "polarctl_print_config",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=False,
+        annotation=Annotated[
+            bool,
+            typer.Option(
+                PRINT_CONFIG,
+                help="Print all options as a file for --config, with those that are set here.",
+                rich_help_panel=config.COMMON,
+            ),
+        ],
+    )
+    parameters = [own, *_parameters(stage, config_type), show]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     single = typer.Typer(add_completion=False, **_TYPER)
@@ -442,7 +437,7 @@ def _meant(unknown: str, error: Any, stage: str | None) -> str:
     context = error.ctx
     known = [name for p in context.command.params for name in p.opts] if context else []
     word = unknown.lstrip("-").replace("_", "-")
-    elsewhere = [f"--{word}", f"--{_ELSEWHERE.get(word, word)}"]
+    elsewhere = [f"--{word}", f"--{config.ELSEWHERE.get(word, word)}"]
     near = [name for name in elsewhere if name in known]
     near += difflib.get_close_matches(f"--{word}", known, 2, cutoff=0.75)
     help_text = f"polarctl {stage} --help" if stage else "polarctl --help"

@@ -23,6 +23,38 @@ _MAX_YAML_BYTES = 1 << 20
 KEY_VARIABLE = "POLARCTL_SERVER_KEY"  # of a server that is asked, or that `serve` is
 
 
+# Names that options have in transformers, TRL, vLLM and LLaMA-Factory.
+ELSEWHERE = {
+    "learning-rate": "lr",
+    "model-name-or-path": "model",
+    "base-model": "model",
+    "output-dir": "output",
+    "out": "output",
+    "num-train-epochs": "epochs",
+    "num-epochs": "epochs",
+    "train-batch-size": "batch-size",
+    "per-device-train-batch-size": "batch-size",
+    "max-seq-length": "max-length",
+    "max-seq-len": "max-length",
+    "cutoff-len": "max-length",
+    "warmup-ratio": "warmup",
+    "bf16": "dtype",
+    "fp16": "dtype",
+    "torch-dtype": "dtype",
+    "tensor-parallel-size": "gpus",
+    "nproc-per-node": "gpus",
+    "lora-r": "lora-rank",
+    "beta": "kl-coef",
+    "max-completion-length": "max-new-tokens",
+    "max-tokens": "max-new-tokens",
+    "n": "samples",
+    "resume-from-checkpoint": "resume",
+    "eval-steps": "val-steps",
+    "overwrite-output-dir": "force",
+    "overwrite": "force",
+}
+
+
 def shard_of(text: str) -> tuple[int, int]:
     """`I/N` as numbers, 0 <= I < N.
 
@@ -277,7 +309,8 @@ def leave_out(stage: str, config: Any, name: str) -> str:
 
 
 def _nearest(key: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(key, known, 1)
+    elsewhere = ELSEWHERE.get(key.replace("_", "-"), key).replace("-", "_")
+    near = [elsewhere] if elsewhere in known else difflib.get_close_matches(key, known, 1)
     return f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(known)}"
 
 
@@ -367,6 +400,42 @@ def _is_text(value: str) -> bool:
         return b"\0" not in value.encode()
     except UnicodeEncodeError:  # half of a surrogate pair
         return False
+
+
+def as_yaml(stage: str, config_type: type[Common], values: Mapping[str, Any]) -> str:
+    """A file for `--config`: every option of a stage with its help.
+
+    Args:
+        stage: Name of the stage.
+        config_type: Its options.
+        values: What is set; all other options stand behind a `#`, with their defaults.
+    """
+    import textwrap
+
+    import yaml
+
+    hints = get_type_hints(config_type, include_extras=True)
+    fields = {field.name: field for field in dataclasses.fields(config_type)}
+    lines = [
+        f"# Options of `polarctl {stage}`, for `--config FILE`. Take away the `#` of what you set."
+    ]
+    for name in keys(config_type):
+        if name == "config":
+            continue
+        kind, info = get_args(hints[name])
+        options = (kind, *get_args(kind))
+        choices = [c for k in options if get_origin(k) is Literal for c in get_args(k)]
+        text = info.help + (f" One of: {', '.join(choices)}." if choices else "")
+        default = fields[name].default
+        if default is dataclasses.MISSING:
+            text, default = f"{text} It has to be set.", None
+        value = values.get(name, default)
+        value = list(value) if isinstance(value, tuple) else value
+        lines += ["", *textwrap.wrap(text, 96, initial_indent="# ", subsequent_indent="# ")]
+        written = yaml.safe_dump(value, default_flow_style=True, width=10**6)
+        written = f"{name}: {written.removesuffix('...' + chr(10)).strip()}".removesuffix(" null")
+        lines.append(written if name in values else f"#{written}")
+    return "\n".join(lines) + "\n"
 
 
 def env_prefix(stage: str) -> str:

@@ -406,11 +406,31 @@ def check(fields: dict[str, Any], kind: type[Struct]) -> None:
             hint = _NO_REFERENCE
         elif kind is Candidate and _TEXT_FOR_OBJECT.match(reason):
             hint = "`polarctl convert` reads candidates that are plain texts"
+        elif reason.startswith("missing field `"):
+            hint = _renamed(reason.split("`")[1], fields)
         raise RecordError(reason, hint=hint) from None
     if kind is Candidate and ("output" in fields) == ("candidates" in fields):
         raise RecordError("needs either `output` or `candidates`")
     if kind is Candidate and "candidates" in fields and not fields["candidates"]:
         raise RecordError("`candidates` is empty")
+
+
+# What other people call a field.
+_ALIASES = {
+    "prompt": "question instruction input query problem text",
+    "reference": "ground_truth gold target solution answer",
+    "output": "response answer completion generation",
+    "chosen": "preferred better accepted chosen_response",
+    "rejected": "other worse dispreferred rejected_response",
+}
+
+
+def _renamed(name: str, fields: dict[str, Any]) -> str | None:
+    """How a field that is missing can be had, if people know it by another name."""
+    if name not in _ALIASES:
+        return None
+    found = next((other for other in _ALIASES[name].split() if other in fields), "FIELD")
+    return f"`polarctl convert --map {name}={found}` renames a field"
 
 
 def _readable(message: str) -> str:
@@ -488,11 +508,18 @@ def references_of(record: dict[str, Any]) -> list[Any]:
     return record["references"] if "references" in record else [record["reference"]]
 
 
-def require_reference(record: Record) -> None:
-    """Raise RecordError for a record without a reference, or with two kinds of them."""
-    if "reference" in record and "references" in record:
+def check_scorable(record: Record, *, reference: bool) -> None:
+    """Raise RecordError for a record that cannot be scored.
+
+    Args:
+        record: A candidate, a group or a triple.
+        reference: The model compares with one, so there must be one.
+    """
+    given = record if reference else {"reference": "", **record}
+    check(given, KINDS[kind_of_scorable(record)])
+    if reference and "reference" in record and "references" in record:
         raise RecordError("has both `reference` and `references`", hint="drop one of them")
-    if not record.get("references", "reference" in record):
+    if reference and not record.get("references", "reference" in record):
         raise RecordError(
             "missing field `reference`",
             hint="POLAR compares with a reference; --no-reference scores without",

@@ -15,6 +15,7 @@ polarctl eval run rm-bench -m runs/rm --no-reference -o runs/rm-bench
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 from collections.abc import Callable
@@ -136,31 +137,32 @@ def run(config: Config) -> None:
     from polarctl.evaluation.figures import summarise
     from polarctl.evaluation.page import terminal_table
     from polarctl.evaluation.suites import SUITES
-    from polarctl.records import Record, kind_of_scorable, require_reference
-    from polarctl.scoring.scorer import Cuts, load_scorer, score_records
+    from polarctl.records import Record, check_scorable
+    from polarctl.scoring import engines
+    from polarctl.scoring.scorer import Cuts, score_records
     from polarctl.storage import manifest, read, windows
     from polarctl.storage import replace as replacing
     from polarctl.storage.write import Output
 
     paths = windows.inputs_of("eval", config)
-    kind: Callable[[dict[str, Any]], str] | None = None
-    verify: Callable[[Record], None] | None = require_rewards
+    verify: Callable[[Record], None] = require_rewards
+    chat = config.model is not None and engines.is_chat(config.model, "auto")
+    no_reference = config.no_reference or chat
     if config.model is not None:
-        kind, verify = kind_of_scorable, None if config.no_reference else require_reference
+        verify = functools.partial(check_scorable, reference=not no_reference)
     fields: set[str] = set()
     suite = SUITES[config.benchmark]() if config.benchmark else None
 
     def look(record: Record) -> None:
         fields.update(record)
-        if verify is not None:
-            verify(record)
+        verify(record)
         if suite is not None:
             suite.check(record, labels_of(record))
 
     baseline = _baseline(config)
     if config.dry_run:
         windows.dry_run(
-            "eval", config, paths, kind, verify=look, check=lambda: check_by(config.by, fields)
+            "eval", config, paths, None, verify=look, check=lambda: check_by(config.by, fields)
         )
         return
     if config.report:
@@ -174,19 +176,20 @@ def run(config: Config) -> None:
             # The check is asked for again, so it is made again, on the figures in the manifest.
             _check(config, out.counts, baseline)
             return
-        scorer = config.model and load_scorer(
+        scorer = config.model and engines.open_here(
             config.model,
+            chat=chat,
             device=config.device,
             dtype=config.dtype,
             batch_tokens=config.batch_tokens,
             no_reference=config.no_reference,
         )
         cuts = Cuts()
-        reader = windows.reader_of(config, paths, kind, on_bad=out.reject, verify=look)
+        reader = windows.reader_of(config, paths, None, on_bad=out.reject, verify=look)
 
         def work(window: list[Record]) -> Any:
             if scorer:
-                scored = list(score_records(window, scorer, no_reference=config.no_reference))
+                scored = list(score_records(window, scorer, no_reference=no_reference))
                 for _, details in scored:
                     cuts.add(details)
                 window = [

@@ -30,19 +30,21 @@ def run(config: Config) -> None:
     from contextlib import closing
 
     from polarctl import console
+    from polarctl.storage import windows
+
+    paths = windows.inputs_of("score", config)  # before torch is loaded
+
     from polarctl.parallel import served
-    from polarctl.records import kind_of_scorable
     from polarctl.scoring import engines
     from polarctl.scoring.scorer import Cuts, Floored
     from polarctl.scoring.window import ScoreWork, Summary
-    from polarctl.storage import manifest, read, windows
+    from polarctl.storage import manifest, read
     from polarctl.storage.write import Output, check_paths
 
     engines.check(config)
-    paths = windows.inputs_of("score", config)
     work = ScoreWork(config, chat=engines.reads_chat(config))
     if config.dry_run:
-        windows.dry_run("score", config, paths, kind_of_scorable, verify=work.verify)
+        windows.dry_run("score", config, paths, None, verify=work.verify)
         return
     identity = engines.identity(config)
     if config.conditions:
@@ -54,9 +56,7 @@ def run(config: Config) -> None:
         if out.complete:
             return
         environments = engines.processes(config)
-        reader = windows.reader_of(
-            config, paths, kind_of_scorable, on_bad=out.reject, verify=work.verify
-        )
+        reader = windows.reader_of(config, paths, None, on_bad=out.reject, verify=work.verify)
         counts = out.counts
         counts.setdefault("tokens", 0)
         counts["cuts"] = cuts = Cuts(counts.get("cuts", {}))

@@ -1,8 +1,8 @@
 r"""Serve a reward model over HTTP: for RL trainers, and for those who run no vLLM.
 
 Answers at /score (records, as `polarctl score` reads them), /classify and /pooling (the shapes of
-vLLM, SGLang and lmdeploy) and /get_reward (OpenRLHF), with raw rewards; /v1/models, /health and
-/metrics say how it is. Requests that arrive together are computed together.
+vLLM, SGLang and lmdeploy) and /get_reward (OpenRLHF), with raw rewards; /tokenize counts;
+/v1/models, /health and /metrics say how it is. Requests that arrive together are computed together.
 
 It listens on this machine alone. On another --host every route but /health asks for a key
 (`Authorization: Bearer ...`), which comes from POLARCTL_SERVER_KEY or --key-file. SIGTERM, its
@@ -17,7 +17,7 @@ polarctl score candidates.jsonl -m runs/rm --server http://127.0.0.1:8000 -o sco
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -61,6 +61,13 @@ class Config(Bare):
         str | None, typer.Option(metavar="PATH", help="File whose first line is the key.")
     ] = None
     prompt_style: PromptStyle = "auto"
+    pooling_data: Annotated[
+        Literal["list", "nested", "number"],
+        typer.Option(
+            help="/pooling: how a reward is written: a list `[r]` as in vLLM, or for the published "
+            "POLAR client nested `[[r]]` (its vllm mode) or a number `r` (its lmdeploy mode)."
+        ),
+    ] = "list"
     max_body_mib: Annotated[int, typer.Option(min=1, help="Size of a request at most.")] = 32
     max_inputs: Annotated[
         int,
@@ -135,7 +142,9 @@ def run(config: Config) -> None:
         )
         name = config.served_model_name or config.model
         identity = manifest.folder_identity(config.model)
-        service = app.Service(scorer, name, limits, config.end_token, identity, answers)
+        service = app.Service(
+            scorer, name, limits, config.end_token, identity, answers, config.pooling_data
+        )
         greeting = f"serving {config.model} on {address}"
         listening.serve(
             service,

@@ -1,5 +1,7 @@
 """Options: flag > environment > YAML > default, checked wherever they come from."""
 
+import dataclasses
+import re
 import sys
 import types
 from dataclasses import dataclass
@@ -8,7 +10,7 @@ from typing import Annotated
 import pytest
 import typer
 
-from polarctl import cli
+from polarctl import cli, config
 from polarctl.config import Common, resolved, semantic, shard_of, shown
 from polarctl.errors import UsageError
 
@@ -234,3 +236,42 @@ def test_a_plan_shows_options_that_are_zero_or_switched_off():
     found = shown(Config(rate=0, seed=0, resume=False, output="x"))
     assert found["rate"] == 0 and found["seed"] == 0 and found["resume"] is False
     assert not {"force", "quiet", "limit", "names", "config"} & set(found)
+
+
+@pytest.mark.parametrize("stage", cli.STAGES)
+def test_print_config_lists_every_option_and_each_line_reads_back(stage, tmp_path, capfd):
+    """The file as printed sets nothing; without the `#` it sets each option to its default."""
+    import importlib
+
+    config_type = importlib.import_module(f"polarctl.stages.{stage}").Config
+    assert cli.run([stage, "--print-config"]) == 0
+    text = capfd.readouterr().out
+    file = tmp_path / "all.yaml"
+    file.write_text(text)
+    assert config.read_yaml(str(file), config_type) == {}
+    options = re.findall(r"^#(\w+):(.*)$", text, re.M)
+    assert [name for name, _ in options] == [n for n in config.keys(config_type) if n != "config"]
+    fields = {field.name: field for field in dataclasses.fields(config_type)}
+    file.write_text("".join(f"{name}:{value}\n" for name, value in options))
+    for name, found in config.read_yaml(str(file), config_type).items():
+        default = fields[name].default
+        if default is dataclasses.MISSING:
+            assert found is None
+        else:
+            assert (tuple(found) if isinstance(found, list) else found) == default
+
+
+def test_print_config_keeps_what_is_typed_and_the_file_gives_the_same_run(tmp_path, capfd):
+    typed = ["finetune", "a.jsonl", "-m", "lm", "--lr", "1e-5", "--report-to", "tensorboard"]
+    assert cli.run([*typed, "--no-shared-prefix", "--print-config"]) == 0
+    file = tmp_path / "mine.yaml"
+    file.write_text(capfd.readouterr().out)
+    from polarctl.stages.finetune import Config
+
+    assert config.read_yaml(str(file), Config) == {
+        "input": ["a.jsonl"],
+        "model": "lm",
+        "lr": 1e-5,
+        "report_to": ["tensorboard"],
+        "shared_prefix": False,
+    }

@@ -190,8 +190,8 @@ def hub(folder: Path) -> Iterator[dict[str, str]]:
 
 
 # In the lane with vLLM: tests/engines/test_page.py; twice: tests/stages/test_rounds.py; in one slow
-# test below: `evaluate`.
-ELSEWHERE = ("vllm-serve", "vllm-client", "vllm-offline", "rounds", "evaluate")
+# test below: `evaluate`; all of a page in one folder: tests/test_your_data.py.
+ELSEWHERE = ("vllm-serve", "vllm-client", "vllm-offline", "rounds", "evaluate", "your-data")
 
 # What these show, a quicker test shows too.
 SLOW = ("guide",)

@@ -91,3 +91,19 @@ def test_the_study_of_additions_runs_from_policies_to_tables(tmp_path):
     assert len(test) == 40
     for name in ("prompts-train.jsonl", "prompts-rft.jsonl", "round2/rollouts.jsonl"):
         assert not test & {row["prompt"] for row in rows(name)}
+
+
+def test_the_gsm8k_study_makes_triples_of_solutions_that_nobody_ranked():
+    gsm8k = load("gsm8k")
+    rows = [
+        {"question": f"What is {i} + 1?", "answer": f"We add 1 to {i}.\nSo {i} + 1.\n#### {i + 1}"}
+        for i in range(10, 30)
+    ]
+    triples = list(gsm8k.made(rows))
+    assert [row["prompt"] for row in triples] == [row["question"] for row in rows]
+    for i, row in enumerate(triples, 10):
+        assert row["reference"] == f"We add 1 to {i}.\nSo {i} + 1.\nA: {i + 1}"
+        assert row["chosen"] in (f"We add 1 to {i}.\nA: {i + 1}", f"So {i} + 1.\nA: {i + 1}")
+        kept, _, result = row["rejected"].partition("\nA: ")
+        assert row["chosen"].startswith(kept) and result not in ("", str(i + 1))
+    assert triples == list(gsm8k.made(rows))  # the same again

@@ -72,11 +72,14 @@ def model_card(
     """
     kinds = config.get("architectures")
     is_reward = "polar" in config or "CausalLM" not in str(kinds)
+    chat = "polar" not in config and "SequenceClassification" in str(kinds)
     base = _base(manifest)
     front = {
         "library_name": "transformers",
         "pipeline_tag": "text-classification" if is_reward else "text-generation",
-        "tags": ["polar", "reward-model"] if is_reward else ["polar"],
+        "tags": (["reward-model"] if chat else ["polar", "reward-model"])
+        if is_reward
+        else ["polar"],
         "base_model": base if base and _HUB_ID.fullmatch(base) else None,
         "license": license,
         "datasets": list(datasets),
@@ -85,7 +88,7 @@ def model_card(
     separator = str(polar.get("separator", "<|reward|>"))
     token = str(polar.get("reward_token", "[UNUSED_TOKEN_130]"))
     return _fill(
-        "reward_model.md" if is_reward else "policy_model.md",
+        "chat_reward_model.md" if chat else "reward_model.md" if is_reward else "policy_model.md",
         front_matter=_front(front),
         name=repo_id.partition("/")[2] or repo_id,
         repo_id=repo_id,

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from polarctl import console
 from polarctl.errors import MissingError, UsageError
+from polarctl.model.conversation import ChatEncoder
 from polarctl.model.head import head
 from polarctl.model.internlm2 import classifier
 from polarctl.model.internlm2 import config as internlm2
@@ -48,7 +49,7 @@ class PolarModel:
 
     model: Any
     tokenizer: Any
-    encoder: Encoder
+    encoder: Encoder | ChatEncoder
     new_tokens: tuple[int, ...] = ()
 
     @property
@@ -162,22 +163,26 @@ def load_config(path: str, *, weights: bool = True) -> Any:
         ) from None
 
 
-def load(path: str, *, device: str = "cpu", dtype: Any = torch.float32) -> PolarModel:
-    """A trained reward model.
+def load(
+    path: str, *, device: str = "cpu", dtype: Any = torch.float32, as_polar: bool = False
+) -> PolarModel:
+    """A trained POLAR model.
 
     Args:
         path: Folder or Hub id.
         device: Where the weights go; `meta`: none are read, and none have to be there.
         dtype: Their precision.
+        as_polar: It reads POLAR's template, whatever its files say.
 
     Raises:
         MissingError: No model, tokenizer or reward head there.
+        UsageError: It reads conversations.
     """
-    config, tokenizer = _without_weights(path, checked=device != "meta")
+    config, tokenizer = _without_weights(path, checked=device != "meta", as_polar=as_polar)
     if device == "meta":
-        model = _from_config(config, dtype, device)
+        model = from_config(config, dtype, device)
     else:
-        model = _classifier(path, config, dtype, head=True)
+        model = classifier_of(path, config, dtype, head=True)
     return PolarModel(model.to(device).eval(), tokenizer, _encoder(path, config, tokenizer))
 
 
@@ -186,6 +191,7 @@ def load_encoder(path: str) -> Encoder:
 
     Raises:
         MissingError: No tokenizer or reward head there.
+        UsageError: It reads conversations.
     """
     return _encoder(path, *_without_weights(path))
 
@@ -201,10 +207,27 @@ def limits(path: str) -> tuple[int, int] | None:
         return None
 
 
-def _without_weights(path: str, *, checked: bool = True) -> tuple[Any, Any]:
+def reads_chat(path: str, config: Any, tokenizer: Any) -> bool:
+    """Whether a checkpoint is a reward model that reads conversations.
+
+    A model of ours has `polar` in its config.json, and a published POLAR model is an InternLM2. Of
+    those a chat template says nothing: a POLAR model may have inherited one.
+    """
+    if getattr(config, "polar", None) is not None or internlm2.read(path) is not None:
+        return False
+    classifies = is_classifier(config) and config.num_labels == 1
+    return classifies and bool(getattr(tokenizer, "chat_template", None))
+
+
+def _without_weights(path: str, *, checked: bool = True, as_polar: bool = False) -> tuple[Any, Any]:
     """Config and tokenizer of a reward model, with its other files looked at or not."""
     config = load_config(path, weights=checked)
     tokenizer = load_tokenizer(path)
+    if not as_polar and reads_chat(path, config, tokenizer):
+        raise UsageError(
+            f"{path}: reads conversations in a chat template, and here a POLAR model is needed",
+            hint="score, eval and serve read it by transformers, rft as `--reward rm:PATH`",
+        )
     if getattr(config, "num_labels", None) != 1 or not is_classifier(config):
         raise MissingError(
             f"{path}: has no reward head", hint="`polarctl pretrain` and `finetune` make one"
@@ -254,7 +277,9 @@ def create(
         MissingError: Model or tokenizer is not there.
     """
     if (base is None) == (config_path is None):
-        raise UsageError("pass either `--model` or `--init-from-config`")
+        raise UsageError(
+            "pass either `--model` or `--init-from-config`", hint="-m FOLDER, or a Hub id"
+        )
     source = base or config_path
     assert source is not None
     config = load_config(source, weights=device != "meta")
@@ -282,14 +307,14 @@ def create(
     torch.manual_seed(seed)
     if base is None:
         config.vocab_size = max(config.vocab_size, len(tokenizer))
-        model = _from_config(config, dtype, device)
+        model = from_config(config, dtype, device)
     elif device == "meta":
-        model = _from_config(config, dtype, device)
+        model = from_config(config, dtype, device)
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             # New rows drawn around the mean of the old ones need the old ones.
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     else:
-        model = _classifier(base, config, dtype, head=False)
+        model = classifier_of(base, config, dtype, head=False)
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer))
     torch.nn.init.zeros_(model.score.weight)  # the first loss is ln 2
@@ -334,7 +359,12 @@ def is_classifier(config: Any) -> bool:
     return isinstance(named, list) and any("SequenceClassification" in str(name) for name in named)
 
 
-def _classifier(path: str, config: Any, dtype: Any, *, head: bool) -> Any:
+def classifier_of(path: str, config: Any, dtype: Any, *, head: bool) -> Any:
+    """A sequence classifier; with `head` its reward head must be among its weights.
+
+    Raises:
+        MissingError: It cannot be loaded, or weights are missing.
+    """
     model, absent = load_classifier(path, config, dtype)
     missing = set(absent) - (set() if head else {"score.weight"})
     if missing:
@@ -392,7 +422,8 @@ def refuse_unread(path: str, config: Any, names: Iterable[str]) -> None:
     console.warn(f"{what}; they are left out")
 
 
-def _from_config(config: Any, dtype: Any, device: str = "cpu") -> Any:
+def from_config(config: Any, dtype: Any, device: str = "cpu") -> Any:
+    """A classifier with random weights; on `meta` without any."""
     with torch.device("meta") if device == "meta" else nullcontext():
         model = transformers.AutoModelForSequenceClassification.from_config(config)
     return model.to(dtype)

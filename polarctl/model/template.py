@@ -125,6 +125,11 @@ class Encoder:
         for marker in sorted({separator, reward_token, *_special_tokens(tokenizer)}, key=len)[::-1]:
             self._markers.setdefault(marker[-1], []).append(marker)
 
+    @property
+    def limits(self) -> dict[str, int]:
+        """Tokens at most, by the option that sets them."""
+        return {"max-length": self.max_length, "max-response-length": self.max_response_length}
+
     def text(self, prompt: Text, reference: Text, output: Text, wrapper: str = "sft") -> str:
         """Return the glued string, reward token included, for a server that tokenizes by itself."""
         return next(self._compose(prompt, reference, [output], wrapper, False))[0]

@@ -214,7 +214,7 @@ def open_here(
         from polarctl.scoring.chat_classifier import ClassifierScorer
 
         return ClassifierScorer(path, with_reference=with_reference, **options)
-    return load_scorer(path, no_reference=no_reference, **options)
+    return load_scorer(path, no_reference=no_reference, as_polar=True, **options)
 
 
 def open_judge(config: EngineConfig) -> Any:

@@ -92,14 +92,15 @@ def continued(
         The rollouts, and whether each was cut off: it has none of `ends`, where there are some.
 
     Raises:
-        RecordError: A query does not begin with its prompt, or there is no reference.
+        RecordError: A query does not hold its prompt, or there is no reference.
     """
     items, cut_off = [], []
     for index, (query, prompt, label) in enumerate(zip(queries, prompts, labels, strict=True)):
-        if not query.startswith(prompt):
+        begin = len(prompt) if query.startswith(prompt) else response_at(query, prompt)
+        if begin is None:
             raise RecordError(
-                f"`query[{index}]` does not begin with its prompt",
-                hint="was the prompt cut? --data.max_len has to hold it and the response",
+                f"`query[{index}]` does not go on from its prompt",
+                hint="it has to begin with the prompt, or with what a cut has left of its end",
             )
         known = label if isinstance(label, dict) else {"reference": label}
         # A data set gives every row the fields of all rows.
@@ -112,15 +113,61 @@ def continued(
         if not reference and not no_reference:
             raise RecordError(
                 f"`labels[{index}]` has no reference to compare with",
-                hint="--data.label_key names the field that holds it",
+                hint="OpenRLHF sends an empty label unless --data.label_key names the field",
             )
-        response = query[len(prompt) :]
+        response = query[begin:]
         answer = _without_end(response, ends)
         items.append(
             Item(known.get("prompt", prompt), reference, answer, known.get("wrapper", "sft"))
         )
         cut_off.append(bool(ends) and answer == response)
     return items, cut_off
+
+
+_ANCHOR = 16  # characters, blanks left out, that are enough to know a prompt's end by
+
+
+def response_at(query: str, prompt: str) -> int | None:
+    """Where the response begins in a query that does not begin with its prompt.
+
+    OpenRLHF cuts a long prompt from the left and decodes token ids, so a query begins with the end
+    of the prompt, written as the tokenizer writes it: other blanks, other characters where the
+    vocabulary has none. Blanks are left out of the comparison. The prompt's end is found as the
+    longest one that the query begins with, or else by its last characters, where they stand in the
+    query once.
+
+    Args:
+        query: A prompt and its response, decoded.
+        prompt: The prompt as text.
+
+    Returns:
+        Index into the query, or None where the prompt's end is not found.
+    """
+    places = [i for i, char in enumerate(query) if not char.isspace() and char != "\ufffd"]
+    told = "".join(query[i] for i in places)
+    wanted = "".join(char for char in prompt if not char.isspace() and char != "\ufffd")
+    end = _overlap(told, wanted)
+    if end is None:
+        tail = wanted[-_ANCHOR:]
+        if len(tail) < _ANCHOR or told.count(tail) != 1:
+            return None
+        end = told.index(tail) + len(tail)
+    begin = places[end - 1] + 1 if end else 0
+    blank = prompt[len(prompt.rstrip()) :]  # is the prompt's, not the response's
+    while begin < len(query) and blank and query[begin].isspace():
+        begin, blank = begin + 1, blank[1:]
+    return begin
+
+
+def _overlap(text: str, before: str) -> int | None:
+    """Length of the longest end of `before` that `text` begins with; None: too short to be sure."""
+    least = min(_ANCHOR, len(before))
+    at = before.find(text[:least]) if least and len(text) >= least else -1
+    while at >= 0:
+        if text.startswith(before[at:]):
+            return len(before) - at
+        at = before.find(text[:least], at + 1)
+    return None
 
 
 def _without_end(response: str, ends: Sequence[str]) -> str:

@@ -190,9 +190,15 @@ def _by_prompt(items: Sequence[Item]) -> Iterator[list[Item]]:
 
 
 def load_scorer(
-    path: str, *, device: str, dtype: str, batch_tokens: int, no_reference: bool | None = False
+    path: str,
+    *,
+    device: str,
+    dtype: str,
+    batch_tokens: int,
+    no_reference: bool | None = False,
+    as_polar: bool = False,
 ) -> ModelScorer:
-    """A reward model as a scorer, from the options that every scoring stage has.
+    """A POLAR model as a scorer, from the options that every scoring stage has.
 
     Args:
         path: Folder or Hub id.
@@ -201,12 +207,19 @@ def load_scorer(
         batch_tokens: `--batch-tokens`.
         no_reference: `--no-reference`; a model that was trained otherwise is warned of. None: as
             it was trained.
+        as_polar: See `polarctl.model.reward_model.load`.
+
+    Raises:
+        MissingError: No model, tokenizer, head or device there.
+        UsageError: It reads conversations.
     """
     from polarctl.model import devices, reward_model
 
     devices.quiet_libraries()
     where = devices.device_of(device)
-    loaded = reward_model.load(path, device=where, dtype=devices.dtype_of(dtype, where))
+    loaded = reward_model.load(
+        path, device=where, dtype=devices.dtype_of(dtype, where), as_polar=as_polar
+    )
     if no_reference not in (None, loaded.no_reference):
         trained = "without" if loaded.no_reference else "with"
         console.warn(f"{path}: was trained {trained} references and now scores otherwise")

@@ -14,7 +14,7 @@ from typing import Any
 
 from polarctl import console
 from polarctl.errors import MissingError, PolarctlError, UsageError, need
-from polarctl.model import reward_model
+from polarctl.model import devices, reward_model
 from polarctl.model.internlm2 import config as internlm2
 from polarctl.model.internlm2 import convert
 from polarctl.scoring.scorer import Item, Scored, check_finite, score_ids
@@ -28,7 +28,7 @@ class VllmScorer:
 
     Args:
         path: Folder or Hub id of a reward model.
-        dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        dtype: `auto` (chosen and said as for transformers), `float32`, `bfloat16` or `float16`.
         engine_options: Further arguments of `vllm.LLM`.
 
     Raises:
@@ -47,6 +47,10 @@ class VllmScorer:
             import vllm
         except ImportError:
             raise need("vllm", "vllm") from None
+        from vllm.platforms import current_platform
+
+        where = "cpu" if current_platform.is_cpu() else "cuda"
+        precision = str(devices.dtype_of(dtype, where)).removeprefix("torch.")
         folder = _plain(path)
         # The default of vLLM for pooling models, unless the checkpoint's config says otherwise.
         overrides = {"head_dtype": "float32"}
@@ -56,7 +60,7 @@ class VllmScorer:
             self.engine = vllm.LLM(
                 folder,
                 runner="pooling",
-                dtype=dtype,
+                dtype=precision,
                 max_model_len=_longest(folder, self.encoder.max_length),
                 **{
                     "enable_prefix_caching": True,

@@ -13,7 +13,7 @@ from typing import Any
 
 from polarctl import console
 from polarctl.errors import RecordError, UsageError
-from polarctl.records import Record, outputs_of, prompt_id, require_reference
+from polarctl.records import Record, check_scorable, outputs_of, prompt_id
 from polarctl.scoring import conditions, engines
 from polarctl.scoring.answers import AS_THEY_ARE, REWARD_FLOOR, Answers, floor_of
 from polarctl.scoring.options import ScoreOptions
@@ -92,12 +92,12 @@ class ScoreWork:
 
     def verify(self, record: Record) -> None:
         """Raise RecordError for a record that lacks what the options need."""
+        shown = not self.config.no_reference and (not self.chat or self.config.reference_in_prompt)
+        check_scorable(record, reference=shown and not self.principle)
         if self.principle:
             from polarctl.judging.judge import require_principle
 
             require_principle(record)
-        elif not self.config.no_reference and (not self.chat or self.config.reference_in_prompt):
-            require_reference(record)
         if self.config.normalize in WITHIN_GROUP and len(outputs_of(record)) < 2:
             raise RecordError(
                 f"`--normalize {self.config.normalize}` compares the candidates of a record",

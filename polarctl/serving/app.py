@@ -22,13 +22,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from polarctl import __version__, console
 from polarctl.errors import PolarctlError, RecordError
 from polarctl.records import (
-    KINDS,
     Record,
-    check,
-    kind_of_scorable,
+    check_scorable,
     outputs_of,
     references_of,
-    require_reference,
 )
 from polarctl.scoring.answers import AS_THEY_ARE, Answers
 from polarctl.scoring.chat_classifier import ClassifierScorer
@@ -63,6 +60,7 @@ class Service:
         ends: See `polarctl.serving.shapes.rollouts_of`.
         fingerprint: What tells its weights from others, for `/v1/models`.
         answers: What of an output is scored, where a request has outputs of their own.
+        pooling: How a reward stands in a reply of `/pooling` (`polarctl.serving.shapes.POOLING`).
     """
 
     def __init__(
@@ -73,7 +71,10 @@ class Service:
         ends: Sequence[str] = (),
         fingerprint: str = "",
         answers: Answers = AS_THEY_ARE,
+        pooling: str = "list",
     ):
+        self.pooling_data = pooling
+        self._said: set[str] = set()
         self.name, self.limits, self.ends = name, limits, tuple(ends)
         self.fingerprint, self.answers = fingerprint, answers
         self._turns = Turns(_TOKENIZING, self.check)
@@ -81,11 +82,12 @@ class Service:
         self._texts = Gate(_AT_ONCE * limits.chars)
         self.chat: ClassifierScorer | None = None
         if isinstance(scorer, ClassifierScorer):
-            self.chat, engine = scorer, scorer.engine
-            self.no_reference, self.longest = scorer.reference is None, scorer.limit
+            self.chat, engine, self.tokenizer = scorer, scorer.engine, scorer.tokenizer
+            self.no_reference = scorer.encoder.reference is None
+            self.longest = scorer.encoder.limit
         else:
             engine = scorer
-            self.encoder = copy.copy(engine.model.encoder)
+            self.encoder, self.tokenizer = copy.copy(engine.model.encoder), engine.model.tokenizer
             self.encoder.tokenizer = InTurns(self.encoder.tokenizer, self._turns)
             self.no_reference = engine.model.no_reference
             self.longest = self.encoder.max_length + 64  # other merges can make it a few longer
@@ -122,6 +124,8 @@ class Service:
     def native(self, body: Any) -> Any:
         """`/score`: a record or a list of them, as `polarctl score` reads them."""
         rows = body if isinstance(body, list) else [body]
+        if isinstance(body, dict) and {"text_1", "queries", "documents"} & body.keys():
+            raise Refused(400, f"pairs of texts are scored by other models; here {_RECORDS}")
         records = []
         for index, row in enumerate(rows):
             where = f"record {index}" if isinstance(body, list) else "the record"
@@ -129,9 +133,7 @@ class Service:
                 raise Refused(400, f"{where} is no JSON object")
             record = Record(row, where)
             try:
-                check(record, KINDS[kind_of_scorable(record)])
-                if not self.no_reference:
-                    require_reference(record)
+                check_scorable(record, reference=not self.no_reference)
             except RecordError as error:
                 raise Refused(400, f"{where}: {error.reason}") from None
             records.append(record)
@@ -171,7 +173,23 @@ class Service:
     def pooling(self, body: Any) -> Any:
         """`/pooling`, in the shape of vLLM and lmdeploy."""
         inputs, rewards = self._given(body)
-        return shapes.pooled(rewards, sum(map(len, inputs)), self.name)
+        return shapes.pooled(rewards, sum(map(len, inputs)), self.name, self.pooling_data)
+
+    def tokenize(self, body: Any) -> Any:
+        """`/tokenize`, in vLLM's shape: of a `prompt`, or of `messages` for a model of chats."""
+        given = _object(body)
+        if "messages" in given:
+            ids = self._conversation(given)
+        else:
+            text = given.get("prompt")
+            if not isinstance(text, str):
+                raise Refused(400, "`prompt` must be a text")
+            Size(self.limits).add_input(text)
+            with self._turns:
+                ids = self.tokenizer.encode(
+                    text, add_special_tokens=given.get("add_special_tokens") is not False
+                )
+        return {"count": len(ids), "max_model_len": self.longest, "tokens": ids}
 
     def get_reward(self, body: Any) -> Any:
         """`/get_reward`, as OpenRLHF asks."""
@@ -193,9 +211,16 @@ class Service:
                 self.meters.floored.labels(one.floored).inc()
 
     def _given(self, body: Any) -> tuple[list[list[int]], list[float]]:
+        if "messages" in _object(body):
+            ids = self._conversation(body)
+            ((reward,),) = self._rewards_of([[ids]])
+            self.meters.inputs.inc()
+            return [ids], [reward]
         if self.chat is not None:
-            raise Refused(400, "the model reads conversations, not whole inputs: /score takes them")
-        given = shapes.inputs_of(_object(body))
+            raise Refused(
+                400, "the model reads conversations, not whole inputs: `messages`, or /score"
+            )
+        given = shapes.inputs_of(body)
         size = Size(self.limits)
         for one in given:
             size.add_input(one)
@@ -204,6 +229,22 @@ class Service:
             found = self._rewards_of(shapes.grouped(inputs))
         self.meters.inputs.inc(len(inputs))
         return inputs, [reward for group in found for reward in group]
+
+    def _conversation(self, body: dict[str, Any]) -> list[int]:
+        """The token ids of `messages`, for a model that reads them."""
+        if self.chat is None:
+            raise Refused(400, f"a POLAR model reads no conversation; {_RECORDS}")
+        item = shapes.conversation_of(body)
+        size = Size(self.limits)
+        size.add(item.prompt, [item.reference], [item.output])
+        with self._texts.holding(size.chars), self._turns:
+            return self.chat.encode(item)[0]
+
+    def say_once(self, message: str) -> None:
+        """Warn of a refusal that its client does not show, of the first few kinds of it."""
+        if len(self._said) < _SAID and message not in self._said:
+            self._said.add(message)
+            console.warn(f"/get_reward: {message}")
 
 
 def create(service: Service, key: str | None = None) -> FastAPI:
@@ -226,16 +267,19 @@ def create(service: Service, key: str | None = None) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def nowhere(request: Request, error: HTTPException) -> Response:
-        return _error(
-            error.status_code, f"{request.method} {request.scope['path']}: {error.detail}"
-        )
+        said = f"{request.method} {request.scope['path']}: {error.detail}"
+        if error.status_code in (404, 405):
+            said += f"; served: {', '.join(_ROUTES)}"
+        return _error(error.status_code, said)
 
     app.add_middleware(_Watch, service=service, key=key)
 
     for path, answer in (
         ("/score", service.native),
+        ("/v1/score", service.native),
         ("/classify", service.classify),
         ("/pooling", service.pooling),
+        ("/tokenize", service.tokenize),
         ("/get_reward", service.get_reward),
     ):
         app.post(path)(_route(answer, service))
@@ -261,7 +305,11 @@ def create(service: Service, key: str | None = None) -> FastAPI:
     return app
 
 
-_ROUTES = ("/score", "/classify", "/pooling", "/get_reward", "/v1/models", "/health", "/metrics")
+_ROUTES = (
+    "/score /v1/score /classify /pooling /tokenize /get_reward /v1/models /health /metrics".split()
+)
+_RECORDS = '/score takes {"prompt", "reference", "output" or "candidates"}'
+_SAID = 20  # refusals that are said
 
 
 class _Watch:
@@ -295,6 +343,8 @@ class _Watch:
         except Exception as error:
             if status:
                 raise
+            if path == "/get_reward" and isinstance(error, RecordError):
+                self.service.say_once(_reason(error))  # OpenRLHF's log holds the status alone
             response = _failed(error)
             await response(scope, receive, noted)
         route = path if path in _ROUTES else "other"
@@ -386,9 +436,13 @@ def _failed(error: Exception) -> Response:
     if isinstance(error, Closed):
         return _error(503, "the server is stopping")
     if isinstance(error, RecordError):
-        return _error(400, error.reason)
+        return _error(400, _reason(error))
     if isinstance(error, ClientDisconnect):
         return _error(400, "the body ends too early")
     console.warn(f"a request failed: {type(error).__name__}: {error}")
     said = str(error) if isinstance(error, PolarctlError) else "the server failed at this request"
     return _error(500, said)
+
+
+def _reason(error: RecordError) -> str:
+    return error.reason if error.hint is None else f"{error.reason} ({error.hint})"

@@ -3,6 +3,8 @@
     /classify  {"model", "input": text, ids or lists of them}   {"data": [{"index", "probs": [r]}]}
     /classify  {"model", "text": text or a list}                [{"embedding": [r]}]
     /pooling   {"model", "input"}                               {"data": [{"index", "data": [r]}]}
+    /pooling   {"model", "messages"}                            the same, of models that read chats
+    /tokenize  {"model", "prompt" or "messages"}                {"count", "max_model_len", "tokens"}
     /get_reward {"query", "prompts", "labels"}                  {"rewards", "scores", "extra_logs"}
 
 What a client sends beside is passed over, `use_activation` too: rewards are raw, always.
@@ -12,11 +14,11 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from polarctl.model.packing import common_prefix
-from polarctl.model.template import Encoder
+from polarctl.model.template import Encoder, content_text
 from polarctl.scoring.reward_function import continued
 from polarctl.scoring.scorer import Item
 from polarctl.serving.limits import Refused
@@ -38,6 +40,27 @@ def inputs_of(body: dict[str, Any]) -> list[Any]:
         if not isinstance(one, str) and not (isinstance(one, list) and one and _is_ids(one)):
             raise Refused(400, f"`{name}[{index}]` is no text and no list of token ids")
     return given
+
+
+def conversation_of(body: dict[str, Any]) -> Item:
+    """The conversation of a request; its last message is the output.
+
+    Raises:
+        Refused: No list of messages that ends in an answer.
+    """
+    turns = body.get("messages")
+    if not isinstance(turns, list) or not all(
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in turns
+    ):
+        raise Refused(400, "`messages` must be a list of {role, content}")
+    if len(turns) < 2 or turns[-1]["role"] != "assistant":
+        raise Refused(400, "`messages` must end in the answer, a message of the role `assistant`")
+    try:
+        for turn in turns:
+            content_text([turn])
+    except ValueError as error:
+        raise Refused(400, f"`messages`: {error}") from None
+    return Item(turns[:-1], "", [turns[-1]])
 
 
 def _is_ids(value: list[Any]) -> bool:
@@ -92,9 +115,25 @@ def classified(rewards: Sequence[float], tokens: int, model: str) -> dict[str, A
     return _listed("classify", rows, tokens, model)
 
 
-def pooled(rewards: Sequence[float], tokens: int, model: str) -> dict[str, Any]:
-    """The reply of vLLM and lmdeploy to `/pooling`."""
-    rows = [{"index": i, "object": "pooling", "data": [reward]} for i, reward in enumerate(rewards)]
+# What the published POLAR client reads in its vllm mode, `data[-1][0]`, and in its lmdeploy mode.
+POOLING: dict[str, Callable[[float], Any]] = {
+    "list": lambda reward: [reward],
+    "nested": lambda reward: [[reward]],
+    "number": lambda reward: reward,
+}
+
+
+def pooled(rewards: Sequence[float], tokens: int, model: str, data: str = "list") -> dict[str, Any]:
+    """The reply of vLLM and lmdeploy to `/pooling`.
+
+    Args:
+        rewards: Of the inputs, in their order.
+        tokens: Of all inputs.
+        model: Its name in the reply.
+        data: How a reward stands in `data`, of `POOLING`.
+    """
+    put = POOLING[data]
+    rows = [{"index": i, "object": "pooling", "data": put(r)} for i, r in enumerate(rewards)]
     return _listed("pool", rows, tokens, model)
 
 

@@ -63,5 +63,5 @@ def check_paths(config: Common, inputs: list[str]) -> None:
             raise UsageError(f"{target}: cannot be written")
         for path in inputs:
             if path != "-" and target.exists() and os.path.samefile(path, target):
-                raise UsageError(f"{target}: is both input and output")
+                raise UsageError(f"{target}: is both input and output", hint="another -o")
         replace.check_unused(target, resolved(config))

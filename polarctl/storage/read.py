@@ -9,6 +9,7 @@ where a run started or how it was cut.
 from __future__ import annotations
 
 import codecs
+import difflib
 import glob
 import hashlib
 import json
@@ -32,6 +33,7 @@ MAX_WINDOW_BYTES = 64 << 20
 MAX_DEPTH = 128  # orjson writes 254 levels, and what a stage writes wraps a record into some more
 _DEEP = f"nested deeper than {MAX_DEPTH} levels"
 _CONVERT = "`polarctl convert` reads it"
+_HOW = "polarctl convert FILE -o FILE.jsonl"
 STDIN = "<stdin>"  # in messages; a file of this name is a copy of it
 
 _KEY, _ESCAPED = re.compile(rb'"[ \t\r\n]*:'), re.compile(rb'\\"[ \t\r\n]*:')
@@ -56,7 +58,7 @@ def expand(patterns: Iterable[str]) -> list[str]:
             continue
         found = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
         if not found:
-            raise UsageError(f"{pattern}: no such file")
+            raise UsageError(f"{pattern}: no such file", hint=_near(pattern))
         paths.extend(found)
     return paths
 
@@ -262,6 +264,15 @@ def _placed(error: RecordError, where: str) -> RecordError:
     return RecordError(error.reason, where=where, hint=hint)
 
 
+def _near(pattern: str) -> str | None:
+    """What a name may have been meant for, among those that are there."""
+    folder, name = os.path.split(pattern)
+    if not os.path.isdir(folder or "."):
+        return f"there is no folder {folder}"
+    near = difflib.get_close_matches(name, os.listdir(folder or "."), 1)
+    return f"did you mean `{os.path.join(folder, near[0])}`?" if near else None
+
+
 def decode(line: bytes, where: str, kind: str | Callable[[dict[str, Any]], str] | None) -> Record:
     """One line as a checked record.
 
@@ -278,9 +289,14 @@ def decode(line: bytes, where: str, kind: str | Callable[[dict[str, Any]], str] 
     try:
         fields = orjson.loads(line.removeprefix(codecs.BOM_UTF8))
     except orjson.JSONDecodeError as error:
-        raise RecordError(_problem(line, error), where=where) from None
+        table = where.rpartition(":")[0].lower().endswith((".csv", ".tsv", ".parquet"))
+        problem = _problem(line, error)
+        hint = _HOW if table or _CONVERT in problem else None
+        raise RecordError(problem, where=where, hint=hint) from None
     if isinstance(fields, list) and all(isinstance(entry, dict) for entry in fields):
-        raise RecordError(f"one JSON array, not one object a line: {_CONVERT}", where=where)
+        raise RecordError(
+            f"one JSON array, not one object a line: {_CONVERT}", where=where, hint=_HOW
+        )
     if not isinstance(fields, dict):
         raise RecordError("not a JSON object", where=where)
     try:

@@ -23,6 +23,7 @@ from typing import TypeVar
 
 from polarctl import console, seeding
 from polarctl.errors import PolarctlError, RecordError, UsageError
+from polarctl.model.conversation import ChatEncoder
 from polarctl.model.template import Encoder, content_text
 from polarctl.parallel import rank as ranks
 from polarctl.parallel.pool import in_order
@@ -284,7 +285,7 @@ class TripleEncoder:
         negatives: Rejected trajectories that are used at most.
     """
 
-    encoder: Encoder
+    encoder: Encoder | ChatEncoder
     negatives: int = 1
 
     def __call__(self, record: Record) -> Group:
@@ -301,7 +302,7 @@ class TripleEncoder:
                 [record["chosen"], *rejected],
                 record.get("wrapper", "sft"),
             )
-        except ValueError as error:
+        except (ValueError, RecordError) as error:
             raise RecordError(str(error), where=record.where) from None
         cut = {piece for encoded in found for piece in encoded.cut}
         return Group(tuple(e.ids for e in found), record.get("margin", 0.0), tuple(sorted(cut)))

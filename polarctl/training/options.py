@@ -181,3 +181,8 @@ class TrainConfig(Common):
             "of all GPUs: divide); default: published figures.",
         ),
     ] = None
+
+    @property
+    def chat(self) -> bool:
+        """Whether the model reads conversations in a chat template, and no references."""
+        return False

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,13 +71,12 @@ def look(groups: Sequence[Any], batch_tokens: int) -> Sample:
     )
 
 
-def warn_of_cuts(sample: Sample, length: int, response_length: int) -> None:
+def warn_of_cuts(sample: Sample, limits: Mapping[str, int]) -> None:
     """Warn when triples are longer than the template, with the limits and the remedy.
 
     Args:
         sample: What a sample shows.
-        length: Tokens of one input at most.
-        response_length: Tokens of one response at most.
+        limits: The encoder's.
     """
     if sample.cut["any"]:
         pieces = ", ".join(
@@ -85,10 +84,11 @@ def warn_of_cuts(sample: Sample, length: int, response_length: int) -> None:
             for piece in ("prompt", "reference", "output")
             if sample.cut[piece]
         )
+        allowed = " and ".join(f"--{name} {tokens}" for name, tokens in limits.items())
         console.warn(
             f"{sample.cut['any']:,} of a sample of {sample.triples:,} triples are longer than "
-            f"--max-length {length} and --max-response-length {response_length} allow and are cut "
-            f"({pieces}); larger values read more, as far as the model goes"
+            f"{allowed} allow and are cut ({pieces}); larger values read more, as far as the model "
+            "goes"
         )
 
 

@@ -97,7 +97,7 @@ class Job:
 
     def verify(self, record: Record) -> None:
         """Raise RecordError for a record that does not fit; put the reference into its field."""
-        if self.config.no_reference:
+        if self.config.no_reference or self.config.chat:
             record["reference"] = ""
         elif self.reference_field != "reference":
             if self.reference_field not in record:
@@ -191,8 +191,7 @@ def prepare(job: Job, paths: list[str], rejects: reject_file.Rejects | None = No
     parameters = sum(p.numel() for p in reward_model.model.parameters())
     encode = data.TripleEncoder(reward_model.encoder, config.negatives)
     sample = plan.look([encode(record) for record in survey.sample], place.batch_tokens)
-    template = reward_model.encoder
-    plan.warn_of_cuts(sample, template.max_length, template.max_response_length)
+    plan.warn_of_cuts(sample, reward_model.encoder.limits)
     facts = recipe.Facts(
         parameters=parameters,
         triples=survey.triples if survey.complete else None,

@@ -14,7 +14,7 @@ import torch
 
 from polarctl import console
 from polarctl.errors import UsageError, need
-from polarctl.model import devices
+from polarctl.model import chat_model, devices
 from polarctl.model import reward_model as models
 from polarctl.model.forward import Packed, Padded, module_of
 from polarctl.model.reward_model import PolarModel
@@ -121,6 +121,15 @@ def _planned(config: TrainConfig, half: bool, tokens: int, device: str) -> Place
 
 def reward_model_of(config: TrainConfig, default_response_length: int) -> PolarModel:
     """The model to be trained, in float32, on the CPU; for a plan without its weights."""
+    if config.chat:
+        return chat_model.create(
+            base=config.model,
+            config_path=config.init_from_config,
+            tokenizer_path=config.tokenizer,
+            max_length=config.max_length,
+            device="meta" if config.dry_run else "cpu",
+            seed=config.seed,
+        )
     made = models.create(
         base=config.model,
         config_path=config.init_from_config,

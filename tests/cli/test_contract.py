@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from polarctl import cli
+from polarctl import cli, config
 from polarctl.cli import STAGES
 
 PROGRAM = str(Path(sys.executable).parent / "polarctl")
@@ -358,6 +358,11 @@ def test_shell_completion_knows_stages_and_options():
 
     assert "pretrain" in complete("polarctl pre")
     assert "--kind" in complete("polarctl validate --k")
+    # Values that can be listed, optional ones too; for all others the shell's own names of files.
+    assert '"bradley-terry"' in complete("polarctl finetune --loss ")
+    assert '"chat"' in complete("polarctl score x.jsonl --prompt-style ")
+    for words in ("polarctl score ", "polarctl score x.jsonl -m ", "polarctl score x.jsonl -o "):
+        assert complete(words).strip() == "_files"
 
 
 # -- validate and schema --------------------------------------------------------------------------
@@ -433,7 +438,7 @@ def test_every_name_of_another_tool_leads_to_an_option():
         for parameter in cli.stage_command(stage).params
         for name in parameter.opts
     }
-    assert {f"--{name}" for name in cli._ELSEWHERE.values()} <= options
+    assert {f"--{name}" for name in config.ELSEWHERE.values()} <= options
 
 
 def test_a_run_that_fails_at_once_leaves_no_folder(tmp_path, capfd):

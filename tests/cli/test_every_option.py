@@ -159,6 +159,9 @@ PRETRAIN: dict[str, Case | Seen] = {
 # What `finetune` has of TrainConfig is read by the same code.
 FINETUNE: dict[str, Case | Seen] = {
     "reference_field": add(TRAIN.replace("pretrain", "finetune"), "--reference-field prompt"),
+    "prompt_style": add(
+        TRAIN.replace("pretrain", "finetune").replace("-m lm", "-m chat"), "--prompt-style chat"
+    ),
 }
 
 RFT_BASE = (
@@ -384,7 +387,7 @@ SERVE: dict[str, Case | Seen] = {
         name: Seen("serving/test_serve.py", f'"--{name.replace("_", "-")}"')
         for name in (
             "served_model_name host port end_token key_file max_body_mib max_inputs max_text_chars "
-            "max_chars prompt_style strip_thinking reward_floor"
+            "max_chars prompt_style pooling_data strip_thinking reward_floor"
         ).split()
     },
     "max_connections": Seen("serving/test_slow_clients.py", '"--max-connections", "40"'),
@@ -449,6 +452,7 @@ TABLE: dict[str, dict[str, Case | Seen]] = {
     "convert": CONVERT,
     "quickstart": QUICKSTART,
     "schema": SCHEMA,
+    "doctor": {k: v for k, v in voice("doctor").items() if k != "quiet"},
     "validate": VALIDATE,
 }
 
@@ -487,7 +491,12 @@ REFUSED = {
         "plan_for": TRAIN + " --plan-for H100",
         "tokens_per_s": TRAIN + " --tokens-per-s 9",
     },
-    "finetune": {"reference_field": "finetune t.jsonl --no-reference --reference-field x"},
+    "finetune": {
+        "reference_field": "finetune t.jsonl --no-reference --reference-field x",
+        "no_reference": "finetune t.jsonl --prompt-style chat --no-reference",
+        "max_response_length": "finetune t.jsonl --prompt-style chat --max-response-length 9",
+        "cut_side": "finetune t.jsonl --prompt-style chat --cut-side left",
+    },
     "score": {
         "resume": "score candidates.jsonl -m rm --no-resume",
         "force": "score candidates.jsonl -m rm --force",

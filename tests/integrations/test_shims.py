@@ -225,7 +225,7 @@ def test_serve_reads_the_same_labels(served, wanted):
         ({"labels": [""]}, "`labels[0]` has no reference"),
         ({"labels": [{"prompt": "a"}]}, "`labels[0]` has no reference"),
         ({"labels": [{"reference": 3}]}, "`labels[0]`: field `reference`: expected"),
-        ({"queries": ["b a"]}, "`query[0]` does not begin with its prompt"),
+        ({"queries": ["b a"]}, "`query[0]` does not go on from its prompt"),
     ],
 )
 def test_a_rollout_that_cannot_be_scored_is_an_error(changed, said, served, tiny_rm):

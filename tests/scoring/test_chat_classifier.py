@@ -177,13 +177,13 @@ TEXTS = st.text("aé推🙂", max_size=25) | st.text("ab é推🙂<|end|>\n", ma
 def test_every_input_fits_and_what_fits_is_whole(scorer, prompt, output, limit):
     item = Item(prompt, "", output)
     whole, _ = scorer.encode(Item(prompt[:0], "", output))
-    scorer.limit = limit
+    scorer.encoder.limit = limit
     try:
         ids, cut = scorer.encode(item)
-        answer = scorer._clean(output)
+        answer = scorer.encoder._clean(output)
         text = scorer.tokenizer.decode(ids)
     finally:
-        scorer.limit = 128
+        scorer.encoder.limit = 128
     assert len(ids) <= limit
     assert ("output" in cut) == (len(whole) > limit)
     kept = text.rpartition("<|assistant|>")[2].removesuffix("<|end|>")

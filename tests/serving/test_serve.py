@@ -131,14 +131,90 @@ def test_the_shapes_of_vllm(kind, server, wanted, inputs):
     assert row["probs"] == pytest.approx([wanted.expected[2]], abs=1e-5)
 
 
-def test_the_three_modes_of_the_published_client(server, wanted, inputs):
-    texts, _ = inputs
-    vllm = post(server, "/pooling", {"input": texts, "model": "internlm/POLAR-7B"})
-    assert [row["data"][-1] for row in vllm["data"]] == wanted
-    lmdeploy = post(server, "/pooling", {"input": texts})
-    assert [row["data"][-1] for row in lmdeploy["data"]] == wanted
-    sglang = post(server, "/classify", {"model": "internlm/POLAR-7B", "text": texts})
-    assert [row["embedding"][0] for row in sglang] == wanted
+# How the published POLAR client reads a reply in its three modes, and the option that it needs.
+MODES = {
+    "sglang": ("list", "/classify", "text", lambda r: [e["embedding"][0] for e in r]),
+    "vllm": (
+        "nested",
+        "/pooling",
+        "input",
+        lambda reply: [e["data"][-1][0] for e in reply["data"]],
+    ),
+    "lmdeploy": ("number", "/pooling", "input", lambda reply: [e["data"] for e in reply["data"]]),
+}
+
+
+@contextlib.contextmanager
+def within(folder, **options):
+    """The routes in this process, over a real scorer."""
+    from starlette.testclient import TestClient
+
+    from polarctl.scoring.scorer import load_scorer
+    from polarctl.serving.app import Service, create
+    from polarctl.serving.limits import Limits
+
+    scorer = load_scorer(str(folder), device="cpu", dtype="float32", batch_tokens=8192)
+    with TestClient(create(Service(scorer, "rm", Limits(), **options))) as client:
+        yield client
+
+
+@pytest.mark.parametrize("data", ["list", "nested", "number"])
+def test_the_modes_of_the_published_client(data, tiny_rm, wanted, inputs):
+    """`serve --pooling-data` writes what each of them reads; SGLang's shape is always there."""
+    with within(tiny_rm, pooling=data) as client:
+        for needs, route, field, read in MODES.values():
+            if needs == data or route == "/classify":
+                assert read(post(client, route, {field: inputs[0]})) == wanted
+        rows = post(client, "/pooling", {"input": inputs[0]})["data"]
+        assert ([row["data"] for row in rows] == [[r] for r in wanted.expected]) == (data == "list")
+
+
+def test_a_query_that_openrlhf_has_cut_or_decoded_otherwise_is_scored(server, wanted):
+    prompt, response = GROUP["prompt"], "it is so"
+    right = pytest.approx(wanted.expected[2], abs=1e-5)
+    label = {"reference": "yes", "prompt": GROUP["prompt"]}
+    marked = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+    # Cut from the left, in the middle of a word; decoded with other blanks; with a character that
+    # the vocabulary does not have; with a BOS before it.
+    spaced = marked.replace("<|im_end|>\n", "<|im_end|> \n ")
+    for said, head in (
+        (marked, marked[25:]),
+        (marked, spaced),
+        (marked.replace("user\n", "user\nné "), marked.replace("user\n", "user\nn<unk> ")),
+        (marked, "<s> " + marked),
+        (prompt, prompt[9:]),
+    ):
+        body = {"query": [head + response + "<|im_end|>"], "prompts": [said], "labels": [label]}
+        assert post(server, "/get_reward", body)["rewards"] == [right], head
+    body["query"] = ["something else"]
+    assert "does not go on from" in post(server, "/get_reward", body, 400)["error"]["message"]
+
+
+def test_an_empty_label_is_said_to_the_client_and_once_by_the_server(tiny_rm, capfd):
+    """OpenRLHF sends it without --data.label_key, and logs no more than the reply's status."""
+    body = {"query": ["Why?So."], "prompts": ["Why?"], "labels": [""]}
+    with within(tiny_rm) as client:
+        for _ in range(3):
+            said = post(client, "/get_reward", body, 400)["error"]["message"]
+            assert "`labels[0]` has no reference" in said and "--data.label_key" in said
+    assert capfd.readouterr().err.count("/get_reward: `labels[0]` has no reference") == 1
+
+
+def test_other_routes_answer_or_say_what_is_served(server, wanted, inputs):
+    assert post(server, "/v1/score", GROUP)["rewards"] == wanted
+    for route in ("/score", "/v1/score"):  # as vLLM's clients of cross-encoders ask
+        body = {"model": "m", "text_1": "a", "text_2": ["b", "c"]}
+        said = post(server, route, body, 400)["error"]["message"]
+        assert '"prompt", "reference"' in said
+    messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    for route in ("/pooling", "/classify", "/tokenize"):
+        said = post(server, route, {"model": "m", "messages": messages}, 400)["error"]["message"]
+        assert "reads no conversation; /score takes" in said
+    reply = post(server, "/tokenize", {"model": "m", "prompt": inputs[0][0]})
+    assert (reply["tokens"], reply["count"]) == (inputs[1][0], len(inputs[1][0]))
+    assert "`prompt` must be a text" in post(server, "/tokenize", {}, 400)["error"]["message"]
+    said = post(server, "/v1/chat/completions", {"messages": messages}, 404)["error"]["message"]
+    assert said.startswith("POST /v1/chat/completions: Not Found; served: /score, ")
 
 
 def test_openrlhf_gets_a_reward_for_each_rollout(server, wanted):
@@ -154,9 +230,6 @@ def test_openrlhf_gets_a_reward_for_each_rollout(server, wanted):
     rewards = post(server, "/get_reward", body)["rewards"]
     assert rewards[:3] == pytest.approx([wanted.expected[0]] * 3, abs=1e-5)
     assert rewards[3] != pytest.approx(rewards[2], abs=1e-3)  # nobody has said that it ends a text
-    body["query"][1] = "something else"
-    said = post(server, "/get_reward", body, 400)["error"]["message"]
-    assert said == "`query[1]` does not begin with its prompt"
 
 
 def test_outputs_without_an_answer_get_the_floor(tiny_rm, wanted):
@@ -279,6 +352,12 @@ def test_a_chat_reward_model_is_read_as_score_reads_it(tmp_path, capfd):
             group["reference"] = "yes"
             body = {"query": rollouts, "prompts": prompts, "labels": ["yes"] * 3}
             assert post(client, "/get_reward", body)["rewards"] == wanted
+            messages = [{"role": "user", "content": GROUP["prompt"]}]
+            messages += [{"role": "assistant", "content": CANDIDATES[1]}]
+            (row,) = post(client, "/pooling", {"model": "m", "messages": messages})["data"]
+            assert row["data"] == pytest.approx([wanted.expected[1]], abs=1e-5)
+            count = post(client, "/tokenize", {"messages": messages})["count"]
+            assert count == len(tokenizer.apply_chat_template(messages)["input_ids"])
             # Whole inputs are written by POLAR's template, so their rewards would mean nothing.
             for route in ("/classify", "/pooling"):
                 for given in ([5, 6, 7], "yes<|reward|>yes[UNUSED_TOKEN_130]"):
@@ -453,7 +532,11 @@ def test_all_inputs_of_a_request_are_bounded_before_the_first(body, said, plain)
 
 
 def test_the_limits_are_options(tiny_rm):
-    with serving("-m", tiny_rm, "--max-text-chars", 10, "--max-chars", 50) as client:
+    options = ["--max-text-chars", 10, "--max-chars", 50, "--pooling-data", "number"]
+    with serving("-m", tiny_rm, *options) as client:
+        end = reward_model.load_encoder(str(tiny_rm)).reward_token_id
+        (row,) = post(client, "/pooling", {"input": [5, 6, end]})["data"]
+        assert isinstance(row["data"], float)
         fits = {"prompt": "0123456789", "reference": "r", "output": "0123456789"}
         post(client, "/score", fits)
         said = post(client, "/score", {**fits, "reference": "0" * 11}, 413)["error"]["message"]
