@@ -41,7 +41,7 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-# -- in the process that dies -----------------------------------------------------------------------
+# -- in the process that dies ---------------------------------------------------------------------
 
 _OPERATIONS = ("fsync", "replace", "rename", "unlink", "rmdir")
 
