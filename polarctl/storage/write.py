@@ -304,12 +304,13 @@ class Output:
                 if forget:
                     track.discard()
                 track.stream.close()
+        # The journal goes last: as long as there is one, the same command clears up after a kill.
+        if self._claim is not None:
+            self._claim.release(forget=forget)
         if self._journal is not None:
             if forget:
                 self._journal_path.unlink(missing_ok=True)
             self._journal.close()
-        if self._claim is not None:
-            self._claim.release(forget=forget)
 
     def _finish(self) -> None:
         outputs: dict[str, Any] = {}
