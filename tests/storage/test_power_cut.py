@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from faults import count, draws
 
 from polarctl import cli
 from polarctl.config import Common
@@ -115,6 +116,35 @@ def test_the_same_command_goes_on_after_a_cut_at_any_moment(
         assert {path.name for path in folder.iterdir()} == whole.keys(), number
         for file in (name, "bad"):
             assert (folder / file).read_bytes() == whole[file], number
+
+
+@pytest.mark.parametrize("again", [{}, {"resume": False}])
+def test_a_second_cut_while_the_first_is_made_good_is_none_the_worse(
+    again, source, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(manifest, "environment", dict)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with monkeypatch.context() as patch:
+        first = Disk(folder, patch)
+        copy(source, folder / "out.jsonl")
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    moments = draws("second cuts").sample(range(len(first.cuts)), count(3, 12))
+    for files in [first.cuts[moment] for moment in moments]:
+        shutil.rmtree(folder)
+        put(folder, files)
+        with monkeypatch.context() as patch:
+            second = Disk(folder, patch)
+            for path in folder.iterdir():
+                second.synced[path.stat().st_ino] = path.read_bytes()
+            copy(source, folder / "out.jsonl", **again)
+        for left in second.cuts:
+            shutil.rmtree(folder)
+            put(folder, left)
+            copy(source, folder / "out.jsonl")
+            assert {path.name for path in folder.iterdir()} == whole.keys()
+            for file in ("out.jsonl", "bad"):
+                assert (folder / file).read_bytes() == whole[file]
 
 
 def test_a_checkpoint_that_is_marked_is_whole(tmp_path, monkeypatch):
