@@ -68,9 +68,17 @@ FAULTS = [
     Fault(
         "the journal tells of a unit before its bytes are synced",
         "polarctl/storage/growing_file.py",
-        "        os.fsync(self.stream.fileno())\n",
-        "",
+        "        self.stream.flush()\n        os.fsync(self.stream.fileno())\n",
+        "        self.stream.flush()\n",
         "tests/storage/test_power_cut.py::test_the_same_command_goes_on_after_a_cut_at_any_moment",
+    ),
+    Fault(
+        "a run that begins again does so in the place of the old file",
+        "polarctl/storage/growing_file.py",
+        "        if not size and not self.hidden:",
+        "        if False:",
+        "tests/storage/test_power_cut.py"
+        "::test_a_second_cut_while_the_first_is_made_good_is_none_the_worse",
     ),
     Fault(
         "the lock on an output is released at once",

@@ -237,9 +237,19 @@ def test_with_every_checkpoint_damaged_the_run_begins_again(
     assert sha256(out / "model.safetensors") == wanted
 
 
-def test_other_data_or_another_number_of_processes_is_another_run(
-    stopped, triples, tiny_lm, tmp_path, capfd, monkeypatch
-):
+@pytest.mark.slow
+def test_another_number_of_processes_is_another_run(stopped, triples, tiny_lm, tmp_path, capfd):
+    out = tmp_path / "part"
+    shutil.copytree(stopped[0], out)
+    assert run([*command(triples, tiny_lm, out, "accumulation"), "--gpus", "2"]) == 2
+    said = capfd.readouterr().err
+    assert "`processes` was 1 and is now 2" in said and "Traceback" not in said
+    assert not (out / "model.safetensors").exists()
+    assert run(command(triples, tiny_lm, out, "accumulation")) == 0
+    assert sha256(out / "model.safetensors") == stopped[1]
+
+
+def test_other_data_is_another_run(stopped, triples, tiny_lm, tmp_path, capfd):
     part, _ = stopped
     out = tmp_path / "part"
     shutil.copytree(part, out)
