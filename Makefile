@@ -4,6 +4,7 @@
 # make test-slow   those: kills, full disks, several processes, the quickstart and the study
 # make test-vllm   the tests that need vLLM (its CPU build), in .venv-vllm
 # make test-trainers verl's and OpenRLHF's own code with what we write for them, in .venv-trainers
+# make test-faults the full counts: kills, damaged input, a bad server, deliberate faults in the code
 # make test-kills  the training runs of rft, each killed ten times
 # make test-oldest the tests with the lowest versions that pyproject.toml admits, in .venv-oldest
 # make bench       measure speed
@@ -19,8 +20,8 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup quickstart test test-slow test-vllm test-trainers test-kills test-oldest bench docs dist reference \
-	clean
+.PHONY: setup quickstart test test-slow test-vllm test-trainers test-faults test-kills test-oldest bench docs dist \
+	reference clean
 
 setup: $(STAMP)
 
@@ -77,6 +78,15 @@ test-vllm: .venv-vllm/.installed
 
 test-trainers: setup .venv-trainers/.installed
 	.venv-trainers/bin/python -m pytest -o addopts="-ra --strict-markers" tests/trainers
+
+# Hours on two cores. FAULTS_SEED=7 tries other kills and other input; FAULTS_REPORT=FILE keeps the
+# counts. docs/promises.md says what it holds.
+FAULT_TESTS := tests/stages/test_stage_kills.py tests/stages/test_resume.py tests/stages/test_fuzz.py \
+	tests/storage/test_power_cut.py tests/scoring/test_server_at_scale.py tests/serving
+
+test-faults: setup
+	FAULTS=full FAULTS_SERVE_SECONDS=600 $(BIN)/python -m pytest $(FAULT_TESTS)
+	$(BIN)/python tests/mutations.py
 
 test-kills: setup
 	KILLS=10 $(BIN)/python -m pytest tests/stages/test_rft_kills.py

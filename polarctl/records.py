@@ -490,15 +490,16 @@ def prompt_id(fields: dict[str, Any]) -> str:
 
 
 def kind_of_scorable(fields: dict[str, Any]) -> str:
-    """`triple` for records with chosen and rejected, else `candidate`."""
-    return "triple" if "chosen" in fields and "rejected" in fields else "candidate"
+    """`triple` for records with chosen and rejected and no group, else `candidate`."""
+    pair = "chosen" in fields and "rejected" in fields
+    return "triple" if pair and "candidates" not in fields else "candidate"
 
 
 def outputs_of(record: dict[str, Any]) -> list[Any]:
     """The candidates of a record: its group, its pair (chosen, rejected), or its one output."""
     if "candidates" in record:
         return [candidate["output"] for candidate in record["candidates"]]
-    if "chosen" in record:
+    if "chosen" in record and "rejected" in record:
         return [record["chosen"], record["rejected"]]
     return [record["output"]]
 

@@ -16,7 +16,7 @@ def values(record: Fields, by: By) -> list[float | None]:
     """The label or the reward of each candidate of a group; None where it is not known.
 
     Raises:
-        RecordError: None of them is known.
+        RecordError: None of them is known, or one is no number.
     """
     candidates = record["candidates"]
     rewards = record.get("rewards")
@@ -25,7 +25,7 @@ def values(record: Fields, by: By) -> list[float | None]:
         if not scored:
             raise RecordError("has no reward for each candidate", hint="`polarctl score` adds them")
         assert isinstance(rewards, list)
-        return [None if value is None else float(value) for value in rewards]
+        return [_number(value, "rewards", (int, float)) for value in rewards]
     found = [c.get("label") for c in candidates]
     if all(value is None for value in found):
         raise RecordError(
@@ -34,7 +34,15 @@ def values(record: Fields, by: By) -> list[float | None]:
             if scored
             else "`polarctl score` adds rewards for `--by reward`",
         )
-    return [None if value is None else float(value) for value in found]
+    return [_number(value, "label", (int, float, bool)) for value in found]
+
+
+def _number(value: Any, field: str, kinds: tuple[type, ...]) -> float | None:
+    if value is None:
+        return None
+    if type(value) not in kinds:
+        raise RecordError(f"field `{field}`: a {type(value).__name__} where a number belongs")
+    return float(value)
 
 
 def best_and_worst(record: Fields, min_margin: float) -> Fields | None:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from polarctl import console
 from polarctl.errors import PolarctlError, RecordError
 from polarctl.model.template import PIECES
-from polarctl.records import Record, outputs_of, references_of
+from polarctl.records import Record, kind_of_scorable, outputs_of, references_of
 from polarctl.scoring.answers import AS_THEY_ARE, FAULTS, Answers
 
 
@@ -343,7 +343,7 @@ def score_records(
         mine = [_pooled(column, pooling) for column in zip(*rows, strict=True)]
         result: dict[str, Any] = {k: v for k, v in record.items() if k != "floored"}
         values = [s.reward for s in mine]
-        if "candidates" in record or "chosen" in record:
+        if "candidates" in record or kind_of_scorable(record) == "triple":
             result["rewards"] = values
         else:
             result["reward"] = values[0]
@@ -357,7 +357,7 @@ def _cut_off(record: dict[str, Any]) -> list[bool]:
     """Of each candidate of a record, whether a limit of tokens ended it."""
     if "candidates" in record:
         return [each.get("finish_reason") == "length" for each in record["candidates"]]
-    single = "chosen" not in record  # the finish of a triple's texts is not known
+    single = kind_of_scorable(record) != "triple"  # the finish of a triple's texts is not known
     return [single and record.get("finish_reason") == "length"] * len(outputs_of(record))
 
 

@@ -109,8 +109,14 @@ class Track:
         return good
 
     def truncate(self, size: int) -> None:
-        """Forget everything past `size` bytes."""
+        """Forget everything past `size` bytes, for good; what begins again does so out of sight."""
+        if not size and not self.hidden:
+            self.stream.close()
+            os.unlink(self.final)
+            self.path = str(next_to(self.final))
+            self.stream = open_append(self.path)
         self.stream.truncate(size)
+        os.fsync(self.stream.fileno())
         if size != self.size:
             self.hash, self.size = hashlib.sha256(), 0
             with open(self.path, "rb") as stream:

@@ -91,7 +91,6 @@ class Run:
         An old folder that this one replaces is removed only then.
         """
         part = self.checkpoints / _PART
-        atomic.sync_files(part)
         named = [str(file.relative_to(part)) for file in part.rglob("*") if file.is_file()]
         # Whose files these are, should this be killed before there is a manifest.
         atomic.write(self.checkpoints / _NAMES, orjson.dumps(named))
@@ -100,6 +99,8 @@ class Run:
             if place.is_dir():
                 shutil.rmtree(place)
             os.replace(entry, place)
+        # The manifest vouches for the lines of the last steps and for `best`, too.
+        atomic.sync_files(self.folder)
         whole = manifest.folder_files(self.folder)
         made = {*named, METRICS, ROLLOUTS}
         outputs = {

@@ -194,6 +194,10 @@ class Output:
         last = units[good - 1] if good and units[good - 1]["done"] else None
         if not self._replacing:
             self._mark.unlink(missing_ok=True)  # the output is not complete any more
+        # The files first: one that is longer than its journal knows could be somebody else's.
+        self._file.truncate(last["file"][0] if last else 0)
+        if self._rejects is not None:
+            self._rejects.truncate(last["rejects"][0] if last and last["rejects"] else 0)
         if last is None:
             self._journal.truncate(0)
             journals.add(self._journal, self._header)
@@ -201,9 +205,6 @@ class Output:
             self._journal.seek(0)
             lines = self._journal.read().splitlines(keepends=True)[: good + 1]
             self._journal.truncate(sum(map(len, lines)))
-        self._file.truncate(last["file"][0] if last else 0)
-        if self._rejects is not None:
-            self._rejects.truncate(last["rejects"][0] if last and last["rejects"] else 0)
         if last is None:
             return
         self.done = self.units = last["done"]
@@ -306,12 +307,13 @@ class Output:
                 if forget:
                     track.discard()
                 track.stream.close()
+        # The journal goes last: as long as there is one, the same command clears up after a kill.
+        if self._claim is not None:
+            self._claim.release(forget=forget)
         if self._journal is not None:
             if forget:
                 self._journal_path.unlink(missing_ok=True)
             self._journal.close()
-        if self._claim is not None:
-            self._claim.release(forget=forget)
 
     def _finish(self) -> None:
         outputs: dict[str, Any] = {}

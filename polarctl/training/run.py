@@ -22,7 +22,7 @@ from polarctl.config import resolved
 from polarctl.errors import RecordError, UsageError
 from polarctl.parallel import launcher, rank, stopping
 from polarctl.records import Record, Triple, check
-from polarctl.storage import checkpoint, run_folder, windows
+from polarctl.storage import atomic, checkpoint, run_folder, windows
 from polarctl.storage import rejects as reject_file
 from polarctl.training import data
 from polarctl.training.options import TrainConfig
@@ -425,6 +425,7 @@ def _keep_best(known: Known, folder: run_folder.Run, model: Trained) -> None:
     accelerator.wait_for_everyone()
     setup.write(known.job.config, known.place, model, half_written, known.job.response_length)
     if accelerator.is_main_process:
+        atomic.sync_files(half_written)  # the next checkpoint says that it is there
         target = folder.folder / run_folder.BEST
         shutil.rmtree(target, ignore_errors=True)
         os.replace(half_written, target)

@@ -103,7 +103,7 @@ BAD_REPLIES = {
     "index as a boolean": lambda r: indexed(r, lambda i: i if i > 1 else bool(i)),
     "index as a fraction": lambda r: indexed(r, float),
     "index from one": lambda r: indexed(r, lambda i: i + 1),
-    "negative index": lambda r: indexed(r, lambda i: -i),
+    "negative index": lambda r: indexed(r, lambda i: -1 - i),
     "error beside zeros": lambda r: indexed([0.0] * len(r), int, error={"message": "no memory"}),
     "detail beside zeros": lambda r: indexed([0.0] * len(r), int, detail="not ready"),
     "an error object": lambda r: indexed(r, int, object="error"),

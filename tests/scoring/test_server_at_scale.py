@@ -1,4 +1,7 @@
-"""A long run through a server with faults: nothing is lost, doubled or moved."""
+"""A long run through a server with faults: nothing is lost, doubled or moved.
+
+`make test-faults` sends five thousand requests to a bad server.
+"""
 
 import json
 import os
@@ -8,8 +11,11 @@ import sys
 import time
 
 import pytest
+from faults import count, draws, report
 from scoring.faulty_server import FAULTS, reward_of, serving
+from scoring.test_hostile_server import BAD_REPLIES, BAD_REWARDS, rows
 
+from polarctl.cli import run
 from polarctl.model import reward_model
 
 pytestmark = pytest.mark.slow
@@ -88,3 +94,37 @@ def test_a_killed_run_through_a_faulty_server_goes_on_to_the_same_bytes(tiny_rm,
         child.communicate()
     assert child.returncode == 0
     assert out.read_bytes() == whole
+
+
+def test_a_bad_server_gives_the_rewards_of_a_good_one_or_none(tiny_rm, tmp_path):
+    """A third of the replies fail as servers do, a third are made to be taken for rewards."""
+    least, data = count(200, 5000), write(tmp_path / "in.jsonl", count(200, 1500))
+    draw = draws("a bad server")
+    seen = wrong = runs = 0
+
+    def answer(handler, rewards):
+        if draw.random() < 0.5:
+            name = draw.choice([*BAD_REWARDS])
+            handler.reply(200, rows("vllm", rewards, BAD_REWARDS[name]).encode())
+        else:
+            name = draw.choice([*BAD_REPLIES])
+            handler.reply(200, BAD_REPLIES[name]([r + 1 for r in rewards]))
+
+    options = ["-m", str(tiny_rm), "-q", "--server-batch", "4", "--server-deadline", "60"]
+    with serving() as server:
+        whole = tmp_path / "whole.jsonl"
+        command = ["score", str(data), *options, "--server", server.url]
+        assert run([*command, "-o", str(whole)]) == 0
+        wanted = whole.read_bytes().splitlines()
+    while seen < least:
+        out = tmp_path / f"{runs}.jsonl"
+        with serving(share=0.3, hostile=answer) as server:
+            server.draw = draw
+            command = ["score", str(data), *options, "--server", server.url]
+            assert run([*command, "-o", str(out)]) == 0
+            seen += server.seen["requests"]
+        found = out.read_bytes().splitlines()
+        wrong += sum(one != other for one, other in zip(found, wanted, strict=True))
+        runs += 1
+    report("a bad server", requests=seen, runs=runs, **{"wrong rewards": wrong})
+    assert not wrong

@@ -375,6 +375,16 @@ def test_pairs_that_do_not_differ_enough_are_counted(capfd):
 # -- neighbouring rows -----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("value", ["", "1.5", True, [1.0], {}])
+def test_a_reward_that_is_no_number_is_a_bad_record(value, tmp_path, capfd):
+    path = tmp_path / "in.jsonl"
+    group = {"prompt": "q", "candidates": [{"output": "a"}, {"output": "b"}], "rewards": [value, 1]}
+    path.write_text(json.dumps(group))
+    for more in (["--to", "trl"], ["--best-of-n"]):
+        assert cli.run(["convert", str(path), "--by", "reward", *more]) == 3
+        assert f"{path}:1: field `rewards" in capfd.readouterr().err
+
+
 def test_neighbouring_rows_of_one_prompt_become_a_group(capfd):
     rating = {"prompt": "Q", "response": "a", "helpfulness": 3, "verbosity": 1}
     put(

@@ -1,4 +1,7 @@
-"""Training runs killed with SIGKILL, in a save too, end in the bytes of an undisturbed run."""
+"""Training runs killed with SIGKILL, in a save too, end in the bytes of an undisturbed run.
+
+`make test-faults` kills each way to train twenty times.
+"""
 
 import contextlib
 import hashlib
@@ -15,6 +18,8 @@ import orjson
 import psutil
 import pytest
 import torch
+from faults import count, draws, is_gone, report, sha256
+from forks import Forks
 from tiny import with_options
 
 from polarctl.cli import run
@@ -22,12 +27,14 @@ from polarctl.cli import run
 # Options of each way to train, and its number of processes. A batch of 12 groups of about 20 tokens
 # in rows of 90: three forward passes a step and more.
 WAYS = {
+    "plain": ([], 1),
     "accumulation": (["--batch-tokens", "90"], 1),
     "lora": (["--lora-rank", "4", "--lr", "1e-2"], 1),
     "zero2": (["--deepspeed", "zero2", "--batch-tokens", "50"], 2),
     "zero3": (["--deepspeed", "zero3"], 2),
 }
 ALONE = {f"{name}-alone": (["--deepspeed", name], 1) for name in ("zero1", "zero2", "zero3")}
+KILLS = count(2, 20)
 STEPS = 24  # of 12, over 60 triples: nearly five epochs, whose ends are in the middle of a step
 
 
@@ -78,44 +85,97 @@ def finish(arguments, processes):
 
 def kill_all(child):
     """SIGKILL for a process and all below it; a launcher puts them into groups of their own."""
-    family = [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]
-    for process in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    child.communicate()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+    return child.communicate()[1]
 
 
 def lines(path):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def sha256(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+@pytest.fixture(scope="module")
+def forks():
+    with Forks("trainers") as made:
+        yield made
+
+
+def until(reached, metrics, gone):
+    """Wait for a number of steps or the end of the run."""
+    while not gone() and lines(metrics) < reached:
+        time.sleep(0.001)
+
+
+def kill_one(forks, arguments, said, metrics, draw, operations):
+    """Kill a run of one process between two steps or at one of its file operations.
+
+    Returns:
+        Whether it was killed, and not over before.
+    """
+    said.write_text("")
+    if draw.random() < 0.5:
+        first = f"import faults; faults.die_at({draw.randrange(operations)}, after=True)"
+        forks.start(arguments, said, first=first)
+    else:
+        reached = lines(metrics) + draw.randint(0, 1)
+        child = forks.start(arguments, said)
+        until(reached, metrics, lambda: is_gone(child))
+        # Saving takes most of a step here: a kill some milliseconds later is mostly in a save.
+        time.sleep(draw.uniform(0, 0.05))
+        os.kill(child, signal.SIGKILL)
+    status = forks.finish()
+    assert status in (0, -signal.SIGKILL), said.read_text()
+    assert "Traceback" not in said.read_text()
+    return status != 0
+
+
+def kill_several(arguments, processes, metrics, draw):
+    """Kill a run of several processes, all at once, between two steps or in a save."""
+    child = start(arguments, processes)
+    until(lines(metrics) + draw.randint(0, 1), metrics, lambda: child.poll() is not None)
+    time.sleep(draw.uniform(0, 0.05))
+    said = kill_all(child)
+    assert child.returncode in (0, -signal.SIGKILL) and "Traceback" not in said, said
+    return child.returncode != 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-def test_a_killed_run_ends_in_the_same_bytes(way, triples, tiny_lm, tmp_path):
+def test_a_killed_run_ends_in_the_same_bytes(way, forks, triples, tiny_lm, tmp_path):
     processes = WAYS[way][1]
-    whole, out = tmp_path / "whole", tmp_path / "killed"
+    whole, out, said = tmp_path / "whole", tmp_path / "killed", tmp_path / "said"
     finish(command(triples, tiny_lm, whole, way), processes)
-    assert lines(whole / "metrics.jsonl") == STEPS
-    draw = random.Random(way)
-    arguments = command(triples, tiny_lm, out, way)
-    reached = []
-    for kill in range(2):
-        # Saving takes most of a step here: a kill some milliseconds later is mostly in a save.
-        until = draw.randint(2, STEPS // 2) + kill * STEPS // 3
-        child = start(arguments, processes)
-        while child.poll() is None and lines(out / "metrics.jsonl") < until:
-            time.sleep(0.001)
-        time.sleep(draw.uniform(0, 0.03))
-        kill_all(child)
-        reached.append(lines(out / "metrics.jsonl"))
-    assert reached[0] < STEPS and reached[0] <= reached[1]  # the second went on from the first
+    wanted = (whole / "metrics.jsonl").read_bytes()
+    assert wanted.count(b"\n") == STEPS
+    draw, arguments = draws(f"kills of training, {way}"), command(triples, tiny_lm, out, way)
+    kills = runs = furthest = 0
+    while kills < KILLS:
+        if processes > 1:
+            killed = kill_several(arguments, processes, out / "metrics.jsonl", draw)
+        else:
+            # A save is about ten operations: mostly this dies in the second save or before.
+            killed = kill_one(forks, arguments, said, out / "metrics.jsonl", draw, 25)
+        kills += killed
+        left = (out / "metrics.jsonl").read_bytes() if lines(out / "metrics.jsonl") else b""
+        assert wanted.startswith(left), f"metrics.jsonl is no prefix after kill {kills}"
+        furthest = max(furthest, lines(out / "metrics.jsonl"))
+        if not killed:
+            same(out, whole)
+            shutil.rmtree(out)
+            runs += 1
+    assert furthest > KILLS // 4  # later runs went on from earlier ones
     finish(arguments, processes)
-    assert sha256(out / "model.safetensors") == sha256(whole / "model.safetensors")
-    assert sha256(out / "metrics.jsonl") == sha256(whole / "metrics.jsonl")
+    same(out, whole)
+    report(f"training, {way}", kills=kills, **{"whole runs": runs + 1, "bytes lost": 0})
+
+
+def same(out, whole):
+    assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
+    for name in ("model.safetensors", "metrics.jsonl"):
+        assert sha256(out / name) == sha256(whole / name), name
 
 
 @pytest.mark.slow
@@ -197,9 +257,19 @@ def test_with_every_checkpoint_damaged_the_run_begins_again(
     assert sha256(out / "model.safetensors") == wanted
 
 
-def test_other_data_or_another_number_of_processes_is_another_run(
-    stopped, triples, tiny_lm, tmp_path, capfd, monkeypatch
-):
+@pytest.mark.slow
+def test_another_number_of_processes_is_another_run(stopped, triples, tiny_lm, tmp_path, capfd):
+    out = tmp_path / "part"
+    shutil.copytree(stopped[0], out)
+    assert run([*command(triples, tiny_lm, out, "accumulation"), "--gpus", "2"]) == 2
+    said = capfd.readouterr().err
+    assert "`processes` was 1 and is now 2" in said and "Traceback" not in said
+    assert not (out / "model.safetensors").exists()
+    assert run(command(triples, tiny_lm, out, "accumulation")) == 0
+    assert sha256(out / "model.safetensors") == stopped[1]
+
+
+def test_other_data_is_another_run(stopped, triples, tiny_lm, tmp_path, capfd):
     part, _ = stopped
     out = tmp_path / "part"
     shutil.copytree(part, out)

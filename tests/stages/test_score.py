@@ -145,6 +145,23 @@ def test_bad_rows_stop_or_are_set_aside(tiny_rm, tmp_path, capfd):
     assert places == [f"{rows}:{line}" for line in (2, 3, 4)]
 
 
+def test_a_group_on_a_triple_is_checked_and_a_lone_chosen_is_a_field_of_the_user(
+    tiny_rm, tmp_path, capfd
+):
+    data, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    row = {"prompt": "q", "reference": "a", "output": "b"}
+    rows = [row, {**row, "chosen": True}]
+    data.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    assert run(["score", str(data), "-m", str(tiny_rm), "-o", str(out), "-q"]) == 0
+    first, second = map(json.loads, out.read_text().splitlines())
+    assert first["reward"] == pytest.approx(second["reward"], abs=1e-4)
+    pair = {"prompt": "q", "reference": "a", "chosen": "a", "rejected": "b"}
+    for group in (1, "a", [1], [], [{"output": 3}], {}):
+        data.write_text(json.dumps({**pair, "candidates": group}) + "\n")
+        assert run(["score", str(data), "-m", str(tiny_rm)]) == 3
+        assert f"{data}:1: " in capfd.readouterr().err
+
+
 def test_a_model_that_cannot_score_is_said_in_one_line(candidates, tiny_lm, tmp_path, capfd):
     assert run(["score", str(candidates), "-m", str(tiny_lm), "-o", str(tmp_path / "o")]) == 4
     assert "has no reward head" in capfd.readouterr().err

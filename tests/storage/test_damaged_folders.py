@@ -44,6 +44,21 @@ def test_a_flipped_bit_of_the_newest_mark_takes_the_checkpoint_before(tmp_path):
     assert (content["step"], content["identity"], content["best"]) == (2, {"seed": 10}, 0.5)
 
 
+@pytest.mark.parametrize("harm", ["cut", "flip", "delete", "add", "another file"])
+def test_a_checkpoint_with_any_file_damaged_is_none(tmp_path, harm):
+    saved(tmp_path, 1)
+    file = saved(tmp_path, 2) / "model.safetensors"
+    data = file.read_bytes()
+    if harm == "delete":
+        file.unlink()
+    elif harm == "another file":
+        (file.parent / "optimizer.safetensors").write_bytes(b"")
+    else:
+        flipped = data[:50] + bytes([data[50] ^ 1]) + data[51:]
+        file.write_bytes({"cut": data[:-1], "flip": flipped, "add": data + b"\0"}[harm])
+    assert newest_step(tmp_path) == 1
+
+
 @pytest.mark.parametrize("content", [b"", b"[]", b"3", b"[" * 900, b'{"sha256": 1}', b"\xff"])
 def test_a_mark_that_is_none_takes_the_checkpoint_before(tmp_path, content):
     saved(tmp_path, 1)

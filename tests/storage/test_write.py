@@ -317,6 +317,16 @@ def test_a_resume_with_other_options_is_refused_and_touches_nothing(
     assert not (tmp_path / "other.jsonl").exists()
 
 
+def test_a_resume_with_another_version_of_the_records_is_refused(whole, tmp_path, monkeypatch):
+    source, *_ = whole
+    folder = tmp_path / "cut"
+    files = interrupted(folder, source)
+    monkeypatch.setattr("polarctl.storage.fingerprint.SCHEMA_VERSION", 2)
+    with pytest.raises(UsageError, match="`schema_version` was 1 and is now 2"):
+        run(source, folder / "out.jsonl")
+    assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == files
+
+
 def test_a_resume_with_another_input_is_refused(whole, tmp_path):
     source, *_ = whole
     folder = tmp_path / "cut"
