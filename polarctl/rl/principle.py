@@ -53,9 +53,7 @@ class Judge:
                 raw[i] = score
         return Values(raw, raw, floored)
 
-    def _scores(
-        self, batch: Batch, groups: list[list[int]]
-    ) -> list[tuple[list[int], list[float]]]:
+    def _scores(self, batch: Batch, groups: list[list[int]]) -> list[tuple[list[int], list[float]]]:
         """Places of a group and their scores, for each group."""
         found = []
         reason = ""
