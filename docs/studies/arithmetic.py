@@ -90,6 +90,7 @@ SMALLEST = Sizes(
     sft="--lr 5e-3 --batch-size 64 --epochs 1",
 )
 CHECKS = 200  # prompts of the held-out check of a run
+PATIENCE = ("--patience", "6")  # where the check has only fallen for long, the rest is not run
 # What the policy to improve has learned from: it is unsure between these.
 UNSURE = (Author(), Author(0.4, "carry", seed=100))
 
@@ -309,9 +310,9 @@ class Study:
         )
         self.improve("oracle", self.mix, "", steps)
         self.improve("polar", self.mix, "rm-polar", steps)
-        self.improve("scratch", self.mix, "rm-scratch", steps)
-        self.improve("bare", self.mix, "rm-bare", steps, part="bare")
-        self.improve("polar-long", self.mix, "rm-polar", 3 * steps)
+        self.improve("scratch", self.mix, "rm-scratch", steps, *PATIENCE)
+        self.improve("bare", self.mix, "rm-bare", steps, *PATIENCE, part="bare")
+        self.improve("polar-long", self.mix, "rm-polar", 3 * steps, *PATIENCE)
 
     def check_policies(self) -> None:
         """One answer of every policy to every unseen prompt."""
