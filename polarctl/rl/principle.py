@@ -9,13 +9,13 @@ from polarctl.errors import PolarctlError
 from polarctl.judging.judge import LocalJudge, PrincipleScorer
 from polarctl.judging.parsing import Failure
 from polarctl.records import Record, prompt_id
-from polarctl.rl.registry import Batch, Values, groups_of
+from polarctl.rl.reward_batch import Batch, Values, groups_of
 from polarctl.scoring.answers import Answers
 
 TRIES = 3  # of a question whose reply cannot be read, each in another order of the rollouts
 
 
-class Judge:
+class PrincipleReward:
     """The judge's scores, from 1 to 5, by the records' `principle`.
 
     Args:

@@ -8,8 +8,7 @@ anything else    a verifier (`polarctl.verifiers.named`)
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +19,7 @@ from polarctl.model.template import content_text
 from polarctl.parallel import rank
 from polarctl.records import Record
 from polarctl.rl.combine import combined, overlong_penalty
+from polarctl.rl.reward_batch import Batch, Values, groups_of
 from polarctl.scoring import engines
 from polarctl.scoring.answers import REWARD_FLOOR, Answers, floor_of
 from polarctl.scoring.reward_function import PolarReward
@@ -29,44 +29,6 @@ from polarctl.verifiers.bounds import Bounds
 from polarctl.verifiers.named import Verifier, open_verifier
 
 OVERLONG = "overlong"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Rollouts to be rewarded; those of one prompt stand together.
-
-    Attributes:
-        records: The record of each one's prompt.
-        rows: The same as the trainer has it: `reference`, `wrapper`.
-        prompts: Texts or messages.
-        completions: Texts or messages.
-        tokens: Tokens of each completion.
-        ended: Whether the policy ended it itself.
-        numbers: A number for each prompt.
-    """
-
-    records: Sequence[Record]
-    rows: Sequence[dict[str, Any]]
-    prompts: Sequence[Any]
-    completions: Sequence[Any]
-    tokens: Sequence[int]
-    ended: Sequence[bool]
-    numbers: Sequence[int]
-
-
-@dataclass(frozen=True)
-class Values:
-    """What one reward gives to a batch.
-
-    Attributes:
-        raw: Its value for each rollout; None: not applicable.
-        used: The same on the scale that is trained on.
-        floored: Why a value is the floor; empty where it is not.
-    """
-
-    raw: Sequence[float | None]
-    used: Sequence[float | None]
-    floored: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -179,21 +141,6 @@ class _Verified:
 def texts_for(verifier: Verifier, answers: Answers, completions: Sequence[Any]) -> list[str]:
     """What a verifier looks at of each completion: the whole, or the answer alone."""
     return [content_text(one if verifier.whole else answers.text(one)) for one in completions]
-
-
-def groups_of(numbers: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Places of the rollouts that are compared with each other.
-
-    Args:
-        numbers: A number for the prompt of each rollout.
-        size: Rollouts of a prompt.
-    """
-    if len(numbers) % size == 0:  # also where a prompt is followed by itself
-        yield from (list(range(i, i + size)) for i in range(0, len(numbers), size))
-        return
-    # A group is dealt to several processes.
-    for _, group in itertools.groupby(range(len(numbers)), numbers.__getitem__):
-        yield list(group)
 
 
 def judges_of(names: Sequence[str]) -> list[str]:
@@ -402,7 +349,7 @@ def _polar_scorer(config: Any, place: dict[str, Any]) -> Scorer:
 
 
 def _judge(model: str, config: Any, device: str, dtype: Any, opened: bool) -> _Part:
-    from polarctl.rl.principle import Judge
+    from polarctl.rl.principle import PrincipleReward
     from polarctl.scoring.options import EngineConfig
 
     scorer = engines.open_judge(
@@ -418,7 +365,7 @@ def _judge(model: str, config: Any, device: str, dtype: Any, opened: bool) -> _P
         )
     )
     floor = floor_of(config.reward_floor, None)
-    return Judge(scorer, answers_of(config, opened, floor), config.num_generations)
+    return PrincipleReward(scorer, answers_of(config, opened, floor), config.num_generations)
 
 
 def needs_reference(record: Record, why: str) -> None:
