@@ -52,22 +52,16 @@ def test_the_verifier_reads_the_whole_answer(text):
     assert found == {"form": form, "correct": form and not mistake, "mistake": mistake}
 
 
-def test_rollouts_become_triples_by_the_verifier():
-    prompt = {"id": "p", "prompt": "37+48", "truth": [15, 8, 85]}
-    reference = "Ones 15, tens 8, so 85."
-    wrote = [reference, "First 15 and then 8: 85!", "Ones 15, tens 8, so 58.", reference]
-    only_right = [{**prompt, "id": "q", "output": text} for text in wrote[:2]]
-    rollouts = [{**prompt, "reference": reference, "output": text} for text in wrote] + only_right
-    assert arithmetic.ranked(rollouts, 10, seed=0) == [
-        {
-            "id": "p",
-            "prompt": "37+48",
-            "reference": reference,
-            "chosen": "First 15 and then 8: 85!",
-            "rejected": "Ones 15, tens 8, so 58.",
-            "category": "total",
-        }
-    ]
+def test_labels_of_rollouts_have_every_mistake_as_often_as_they_can():
+    prompts = [{"prompt": "37+48", "truth": [15, 8, 85]}]
+    wrong = ["Ones 15, tens 8, so 58.", "Ones 15, tens 8, so 95.", "Ones 15, so 85.", "Ones 1 2"]
+    triples = [{"prompt": "37+48", "rejected": text} for text in wrong * 5]
+    found = arithmetic.balanced(triples, prompts, 9, seed=0)
+    kinds = [additions.checked({"truth": [15, 8, 85], "output": t["rejected"]}) for t in found]
+    # 10 of each kind: two texts have a wrong total, two are too short.
+    assert sorted(kind["mistake"] for kind in kinds) == ["short"] * 5 + ["total"] * 4
+    assert arithmetic.balanced(triples, prompts, 99, seed=0) != triples
+    assert len(arithmetic.balanced(triples, prompts, 99, seed=0)) == 20
 
 
 @pytest.mark.slow
@@ -79,7 +73,7 @@ def test_the_study_of_additions_runs_from_policies_to_tables(tmp_path):
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     assert result.returncode == 0, result.stderr
-    for row in ("untouched", "SFT on the references", "RFT with POLAR, 3 rounds"):
+    for row in ("untouched", "SFT on the references", "RFT with POLAR, in rounds"):
         assert f"| {row}" in result.stdout
     assert result.stdout.endswith((tmp_path / "tables.md").read_text())
     folder = tmp_path / "seed-0"

@@ -1,8 +1,10 @@
-"""The task of the study: adding two numbers in small steps, who does it wrong, and the verifier."""
+"""The task of the study: adding two numbers in small steps, who does it wrong, the verifier."""
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -147,3 +149,70 @@ def corpus(authors: Sequence[Author], seed: int, name: str) -> Iterator[tuple[st
         question = (draw.choice(NUMBERS), draw.choice(NUMBERS))
         if part_of(question) != "test":
             yield prompt_text(question), answer(question, *draw.choice(tables), draw)
+
+
+# -- labels ---------------------------------------------------------------------------------------
+
+
+def ranked(rows: Sequence[Mapping[str, Any]], count: int, seed: int) -> list[dict[str, Any]]:
+    """Triples as the verifier ranks them: reference and chosen are correct, rejected is not.
+
+    The mistakes of the rejected come in equal shares as far as they go. At most one triple a
+    prompt.
+    """
+    by_prompt: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        by_prompt.setdefault(row["id"], []).append({**row, **checked(row)})
+    ids = sorted(by_prompt)
+    seeding.rng(seed, "ranked").shuffle(ids)
+    used: Counter[str] = Counter()
+    triples: list[dict[str, Any]] = []
+    for name in ids:
+        draw = seeding.rng(seed, "ranked", name)
+        right = [row for row in by_prompt[name] if row["correct"]]
+        wrong = [row for row in by_prompt[name] if not row["correct"]]
+        if not wrong or len({row["output"] for row in right}) < 2:
+            continue
+        rarest = min({row["mistake"] for row in wrong}, key=lambda kind: (used[kind], kind))
+        rejected = draw.choice([row for row in wrong if row["mistake"] == rarest])
+        used[rarest] += 1
+        reference = draw.choice(right)["output"]
+        chosen = draw.choice([row for row in right if row["output"] != reference])
+        triples.append(
+            {
+                "id": name,
+                "prompt": rejected["prompt"],
+                "reference": reference,
+                "chosen": chosen["output"],
+                "rejected": rejected["output"],
+                "category": rarest,
+            }
+        )
+        if len(triples) == count:
+            break
+    return triples
+
+
+def balanced(
+    triples: Sequence[Mapping[str, Any]],
+    prompts: Sequence[Mapping[str, Any]],
+    count: int,
+    seed: int,
+) -> list[Mapping[str, Any]]:
+    """Triples in which each mistake of the rejected is as frequent as can be.
+
+    Args:
+        triples: Of a policy's rollouts.
+        prompts: With the `truth`.
+        count: How many at most.
+        seed: Which ones.
+    """
+    truths = {row["prompt"]: row["truth"] for row in prompts}
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for row in triples:
+        found = checked({"truth": truths[row["prompt"]], "output": row["rejected"]})
+        kinds.setdefault(found["mistake"], []).append(row)
+    for kind in sorted(kinds):
+        seeding.rng(seed, "balanced", kind).shuffle(kinds[kind])
+    turns = itertools.zip_longest(*(kinds[kind] for kind in sorted(kinds)))
+    return [row for turn in turns for row in turn if row is not None][:count]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import resource
 import shlex
 import sys
@@ -22,12 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from additions import Author, checked, corpus, questions
+from additions import Author, balanced, checked, corpus, questions, ranked
 
-from polarctl import cli, seeding
+from polarctl import cli
 from polarctl.evaluation.cases import estimate
 from polarctl.quickstart.policies import bpe_tokenizer, lm_config, rm_config, train_lm
-from polarctl.quickstart.steps import read, write
+from polarctl.quickstart.steps import TRUTH, read, write
 
 # -- the policies ---------------------------------------------------------------------------------
 
@@ -58,11 +59,14 @@ class Sizes:
     triples: int = 20
     labels: int = 200
     rft_prompts: int = 320
-    pretrain: str = "--lr 1.5e-3 --batch-size 64 --max-steps 320"
+    pretrain: str = "--lr 2e-3 --batch-size 64 --max-steps 500"
     tune: str = "--lr 5e-4 --batch-size 32 --max-steps 100"
     scratch: str = "--lr 2e-3 --batch-size 32 --max-steps 100"
     rft: str = "--lr 1e-3 --batch-size 128 --num-generations 8"
-    rft_steps: int = 60
+    rft_steps: int = 20
+    rounds: int = 4
+    round_labels: int = 320
+    check: str = "--check-steps 5"
     sft: str = "--lr 5e-3 --batch-size 256 --epochs 6"
 
 
@@ -80,8 +84,13 @@ SMALLEST = Sizes(
     scratch="--lr 2e-3 --batch-size 8 --max-steps 2",
     rft="--lr 1e-3 --batch-size 64 --num-generations 8",
     rft_steps=1,
+    rounds=2,
+    round_labels=16,
+    check="--check-steps 1",
     sft="--lr 5e-3 --batch-size 64 --epochs 1",
 )
+CHECKS = 200  # prompts of the held-out check of a run
+PATIENCE = ("--patience", "6")  # where the check has only fallen for long, the rest is not run
 # What the policy to improve has learned from: it is unsure between these.
 UNSURE = (Author(), Author(0.4, "carry", seed=100))
 
@@ -167,9 +176,7 @@ class Study:
         names = train_policies(self.folder / "zoo", self.sizes, self.seed)
         made = tokenizer()
         made.save_pretrained(self.folder / "rm-config")
-        config = rm_config(made)
-        config.num_hidden_layers, config.layer_types = 2, config.layer_types[:2]
-        config.save_pretrained(self.folder / "rm-config")
+        rm_config(made).save_pretrained(self.folder / "rm-config")
         for part, count in (
             ("train", self.sizes.train),
             ("test", self.sizes.test),
@@ -179,6 +186,9 @@ class Study:
             write(self.folder / f"prompts-{part}.jsonl", rows)
             bare = [{**row, "reference": ""} for row in rows]
             write(self.folder / f"bare-{part}.jsonl", bare)
+        # No test prompts, and none that RFT trains on.
+        checks = read(self.folder / "prompts-train.jsonl")[:CHECKS]
+        write(self.folder / "prompts-check.jsonl", checks)
         names = [name for name in names if not name.startswith("mix-")]
         pool = [{"policy": name, "model": self.path(f"zoo/{name}")} for name in names]
         write(self.folder / "pool.jsonl", pool)
@@ -227,52 +237,87 @@ class Study:
         )
         self.polarctl("eval", scores, "-o", self.path(f"{name}.verdicts.jsonl"))
 
-    def improve(self, name: str, start: str, model: str, steps: int, part: str = "prompts") -> None:
-        """RFT of a policy with a reward model, or with the verifier (an empty `model`)."""
-        reward = ("--reward-model", self.path(model)) if model else ("--reward", "exact:accept")
+    def improve(
+        self,
+        name: str,
+        start: str,
+        model: str,
+        steps: int,
+        *more: str,
+        part: str = "prompts",
+        seed: int | None = None,
+    ) -> None:
+        """RFT of a policy with a reward model, or with the verifier (an empty `model`).
+
+        The verifier looks at held-out prompts, and the best policy by it is the one that is kept.
+        """
+        watched = ("--check", TRUTH, "--check-prompts", self.path("prompts-check.jsonl"))
+        reward = ("--reward-model", self.path(model), *watched, *self.sizes.check.split(), *more)
         self.polarctl(
             *("rft", self.path(f"{part}-rft.jsonl"), "-m", start, "-o", self.path(name)),
-            *(*reward, *self.sizes.rft.split()),
-            *("--max-steps", str(steps), "--max-new-tokens", "24"),
+            *(reward if model else ("--reward", TRUTH)),
+            *(*self.sizes.rft.split(), "--max-steps", str(steps), "--max-new-tokens", "24"),
+            seed=seed,
         )
 
-    def mend(self, name: str, rollouts: Sequence[str]) -> None:
-        """Fine-tune the pre-trained model on the labels and on what the policy itself wrote."""
-        own = [
-            triple
-            for run in rollouts
-            for triple in ranked(
-                read(self.folder / run / "rollouts.jsonl"), self.sizes.rft_prompts, self.seed
-            )
-        ]
-        labels = read(self.folder / "ranked-train.jsonl") + own
-        write(self.folder / f"ranked-{name}.jsonl", labels)
+    def mend(self, number: int) -> str:
+        """Fine-tune the pre-trained model on the labels and on what the policy itself wrote.
+
+        Args:
+            number: The round that comes.
+
+        Returns:
+            Name of the reward model.
+        """
+        name, seed = f"rm-round{number}", self.seed + number
+        found = self.path(f"failures-{number - 1}.jsonl")
         self.polarctl(
-            *("finetune", self.path(f"ranked-{name}.jsonl"), "-m", self.path("rm")),
+            *("pair", self.path(f"round{number - 1}/rollouts.jsonl"), "--from-rollouts"),
+            *("--label-by", TRUTH, "--triples-per-prompt", "8", "-o", found),
+            seed=seed,
+        )
+        own = balanced(
+            read(Path(found)),
+            read(self.folder / "prompts-rft.jsonl"),
+            self.sizes.round_labels,
+            seed,
+        )
+        write(self.folder / f"labels-{number - 1}.jsonl", own)
+        labels = [self.path(f"labels-{before}.jsonl") for before in range(1, number)]
+        self.polarctl(
+            *("finetune", self.path("ranked-train.jsonl"), *labels, "-m", self.path("rm")),
             *(*self.sizes.tune.split(), "-o", self.path(name)),
+            seed=seed,
         )
         self.judge(name)
+        return name
 
-    def make_better_policies(self) -> None:
-        """SFT, and RFT in every way."""
-        steps = self.sizes.rft_steps
+    def make_rounds(self) -> None:
+        """RFT in rounds: after each the reward model learns the policy's own failures."""
+        start, model = self.mix, "rm-polar"
+        for number in range(1, self.sizes.rounds + 1):
+            model = self.mend(number) if number > 1 else model
+            name = f"round{number}"
+            self.improve(name, start, model, self.sizes.rft_steps, seed=self.seed + number)
+            start = self.path(name)
+
+    def make_other_policies(self) -> None:
+        """SFT, and RFT without rounds."""
+        steps = self.sizes.rounds * self.sizes.rft_steps
         self.polarctl(
             *("rft", self.path("prompts-rft.jsonl"), "-m", self.mix, "-o", self.path("sft")),
             *("--method", "sft", *self.sizes.sft.split()),
         )
-        self.improve("polar", self.mix, "rm-polar", steps)
-        self.improve("scratch", self.mix, "rm-scratch", steps)
-        self.improve("bare", self.mix, "rm-bare", steps, "bare")
         self.improve("oracle", self.mix, "", steps)
-        self.improve("polar-long", self.path("polar"), "rm-polar", 2 * steps)
-        self.mend("rm-round1", ["polar"])
-        self.improve("round1", self.path("polar"), "rm-round1", steps)
-        self.mend("rm-round2", ["polar", "round1"])
-        self.improve("round2", self.path("round1"), "rm-round2", steps)
+        self.improve("polar", self.mix, "rm-polar", steps)
+        self.improve("scratch", self.mix, "rm-scratch", steps, *PATIENCE)
+        self.improve("bare", self.mix, "rm-bare", steps, *PATIENCE, part="bare")
+        self.improve("polar-long", self.mix, "rm-polar", 3 * steps, *PATIENCE)
 
     def check_policies(self) -> None:
         """One answer of every policy to every unseen prompt."""
-        models = {"base": self.mix, **{name: self.path(name) for name in list(POLICIES)[1:]}}
+        models = {name: self.path(name) for name in POLICIES}
+        models |= {"base": self.mix, "rounds": self.path(f"round{self.sizes.rounds}")}
         pool = [{"policy": name, "model": model} for name, model in models.items()]
         write(self.folder / "pool-final.jsonl", pool)
         self.polarctl(
@@ -287,47 +332,9 @@ class Study:
         self.make_policies()
         self.make_triples()
         self.make_reward_models()
-        self.make_better_policies()
+        self.make_rounds()
+        self.make_other_policies()
         self.check_policies()
-
-
-def ranked(rows: Sequence[Mapping[str, Any]], count: int, seed: int) -> list[dict[str, Any]]:
-    """Triples as the verifier ranks them: reference and chosen are correct, rejected is not.
-
-    The mistakes of the rejected come in equal shares as far as they go. At most one triple a
-    prompt. Where the prompts have a reference, it is the triple's.
-    """
-    by_prompt: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        by_prompt.setdefault(row["id"], []).append({**row, **checked(row)})
-    ids = sorted(by_prompt)
-    seeding.rng(seed, "ranked").shuffle(ids)
-    used: Counter[str] = Counter()
-    triples: list[dict[str, Any]] = []
-    for name in ids:
-        draw = seeding.rng(seed, "ranked", name)
-        right = [row for row in by_prompt[name] if row["correct"]]
-        wrong = [row for row in by_prompt[name] if not row["correct"]]
-        if not wrong or len({row["output"] for row in right}) < 2:
-            continue
-        rarest = min({row["mistake"] for row in wrong}, key=lambda kind: (used[kind], kind))
-        rejected = draw.choice([row for row in wrong if row["mistake"] == rarest])
-        used[rarest] += 1
-        reference = rejected.get("reference") or draw.choice(right)["output"]
-        chosen = draw.choice([row for row in right if row["output"] != reference])
-        triples.append(
-            {
-                "id": name,
-                "prompt": rejected["prompt"],
-                "reference": reference,
-                "chosen": chosen["output"],
-                "rejected": rejected["output"],
-                "category": rarest,
-            }
-        )
-        if len(triples) == count:
-            break
-    return triples
 
 
 # -- the results ----------------------------------------------------------------------------------
@@ -335,25 +342,20 @@ def ranked(rows: Sequence[Mapping[str, Any]], count: int, seed: int) -> list[dic
 JUDGES = {
     "rm": "pre-trained, no label",
     "rm-polar": "pre-trained + fine-tuned",
-    "rm-round1": "the same after round 1",
-    "rm-round2": "the same after round 2",
     "rm-scratch": "fine-tuned only",
     "rm-bare": "fine-tuned only, without reference",
 }
 POLICIES = {
     "base": "untouched",
     "sft": "SFT on the references",
-    "polar": "RFT with POLAR",
+    "rounds": "RFT with POLAR, in rounds",
+    "polar": "RFT with POLAR, no rounds",
+    "polar-long": "the same, 3 times as long",
     "scratch": "RFT, RM without pre-training",
     "bare": "RFT, RM without pre-training and reference",
     "oracle": "RFT with the verifier as reward",
-    "polar-long": "RFT with POLAR, 3 times as long",
-    "round1": "RFT with POLAR, 2 rounds",
-    "round2": "RFT with POLAR, 3 rounds, 3 times as long",
 }
-
-
-RUNS = ("polar", "polar-long", "round1", "round2", "scratch", "bare", "oracle")
+RUNS = ("polar", "polar-long", "scratch", "bare", "oracle")
 
 
 def row_of(label: str, seeds: Sequence[Mapping[str, float]]) -> str:
@@ -398,6 +400,28 @@ def verified(folder: Path, name: str) -> dict[str, dict[str, Any]]:
     return {prompt: checked(row) for prompt, row in prompts.items()}
 
 
+def runs_of(folder: Path) -> list[str]:
+    """The runs of reinforcement, rounds first."""
+    return sorted(path.parent.name for path in folder.glob("round*/rollouts.jsonl")) + list(RUNS)
+
+
+def checks(folders: Sequence[Path]) -> list[str]:
+    """What the held-out check saw in each run: at its start, at best, in the end."""
+    lines = ["", "| run, seed | check at the start, % | best, % (step) | at the end, % (step) |"]
+    lines += ["|---|---|---|---|"]
+    for folder, run in itertools.product(folders, runs_of(folders[0])):
+        found = json.loads((folder / run / "manifest.json").read_bytes())["counts"]
+        if "check_start" in found:
+            start, best, last = (
+                f"{100 * found[name]:.1f}" for name in ("check_start", "best_check", "last_check")
+            )
+            lines.append(
+                f"| {run}, {folder.name.removeprefix('seed-')} | {start} | "
+                f"{best} ({found['best_step']}) | {last} ({found['steps']}) |"
+            )
+    return lines
+
+
 def tables(folders: Sequence[Path]) -> str:
     """What was found, as Markdown."""
     lines = ["| judge | prefers the correct answer, % | each seed | by mistake, % |"]
@@ -418,7 +442,7 @@ def tables(folders: Sequence[Path]) -> str:
         lines.append(f"{correct}{form} |")
     lines += ["", "| run, seed | rollouts | reward | correct, % | well-formed, % | mistakes |"]
     lines += ["|---|---|---|---|---|---|"]
-    for folder, run in itertools.product(folders, RUNS):
+    for folder, run in itertools.product(folders, runs_of(folders[0])):
         rows = [row | checked(row) for row in read(folder / run / "rollouts.jsonl")]
         part = max(1, len(rows) // 5)
         for when, some in (("first fifth", rows[:part]), ("last fifth", rows[-part:])):
@@ -431,7 +455,7 @@ def tables(folders: Sequence[Path]) -> str:
                 f"| {run}, {folder.name.removeprefix('seed-')} | {when} | {reward:.2f} | "
                 f"{100 * correct:.1f} | {100 * form:.1f} | {told} |"
             )
-    return "\n".join(lines)
+    return "\n".join(lines + checks(folders))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

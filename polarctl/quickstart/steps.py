@@ -51,12 +51,12 @@ class Sizes:
     seeds: int = 3
     pretrain: tuple[str, ...] = ("--lr", "2e-3", "--batch-size", "64", "--max-steps", "600")
     tune: tuple[str, ...] = ("--lr", "5e-4", "--batch-size", "32", "--epochs", "6")
-    scratch: tuple[str, ...] = ("--lr", "2e-3", "--batch-size", "32", "--max-steps", "120")
+    scratch: tuple[str, ...] = ("--lr", "2e-3", "--batch-size", "32", "--epochs", "6")
     rft: tuple[str, ...] = ("--lr", "2e-3", "--batch-size", "256", "--max-new-tokens", "12")
     rft_prompts: int = 2560
     rft_steps: int = 25
-    rounds: int = 5
-    mend: tuple[str, ...] = ("--lr", "5e-4", "--batch-size", "32", "--max-steps", "120")
+    rounds: int = 4
+    mend: tuple[str, ...] = ("--lr", "5e-4", "--batch-size", "32", "--max-steps", "90")
     sft: tuple[str, ...] = ("--lr", "5e-3", "--batch-size", "256")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import typer
 
@@ -21,6 +21,10 @@ def _has_model(config: Any) -> bool:
     return has_polar(config) or any(name.startswith("rm:") for name in config.reward)
 
 
+def _has_judge(config: Any) -> bool:
+    return any(name.startswith("principle:") for name in config.reward)
+
+
 def _runs_programs(config: Any) -> bool:
     names = (*config.reward, config.check or "")
     return any(name.partition(":")[0] in ("math", "command") for name in names)
@@ -30,13 +34,22 @@ def _runs_programs(config: Any) -> bool:
 class RewardConfig(ServedConfig):
     """Options about rewards."""
 
+    NEUTRAL: ClassVar[frozenset[str]] = ServedConfig.NEUTRAL | {"judge_server"}
+
     NEEDS = [
         Needs("reward_model server normalize", has_polar, "`--reward polar`"),
-        Needs("reward_floor batch_tokens", _has_model, "rewards by a model: `polar` or `rm:PATH`"),
+        Needs("batch_tokens", _has_model, "rewards by a model: `polar` or `rm:PATH`"),
         Needs(
-            "server_type server_model server_batch concurrency server_deadline",
-            lambda c: c.server is not None,
-            "--server",
+            "reward_floor",
+            lambda c: _has_model(c) or _has_judge(c),
+            "rewards by a model: `polar`, `rm:PATH` or `principle:MODEL`",
+        ),
+        Needs("judge_server", _has_judge, "`--reward principle:MODEL`"),
+        Needs("server_type server_model server_batch", lambda c: c.server is not None, "--server"),
+        Needs(
+            "concurrency server_deadline",
+            lambda c: c.server is not None or c.judge_server is not None,
+            "--server or --judge-server",
         ),
         Needs("combine reward_weights", lambda c: len(c.reward) > 1, "several rewards"),
         Needs(
@@ -50,13 +63,21 @@ class RewardConfig(ServedConfig):
         typer.Option(
             metavar="NAME",
             help="What is rewarded; may be repeated. polar, rm:PATH (a reward model that reads a "
-            "chat), or a verifier: exact[:FIELD], regex:PATTERN, regex:@FIELD, gsm8k[:FIELD], "
+            "chat), principle:MODEL (a chat model that judges by the records' `principle`), or a "
+            "verifier: exact[:FIELD], regex:PATTERN, regex:@FIELD, gsm8k[:FIELD], "
             "math[:FIELD], think-format, length:CHARACTERS, json-schema:FILE, json-schema:@FIELD, "
             "command:PROGRAM.",
         ),
     ] = ("polar",)
     reward_model: Annotated[
         str | None, typer.Option(help="POLAR reward model: a folder or a Hub id.")
+    ] = None
+    judge_server: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Ask the MODEL of `--reward principle:MODEL` on an OpenAI-compatible server.",
+        ),
     ] = None
     combine: Annotated[
         Literal["sum", "gate", "zsum"],

@@ -1,23 +1,25 @@
 """The rewards of `rft` by name, and what they give to a step's rollouts.
 
-polar          the POLAR model of `--reward-model`, here or on a server
-rm:PATH        a reward model that reads a conversation, without the reference
-anything else  a verifier (`polarctl.verifiers.named`)
+polar            the POLAR model of `--reward-model`, here or on a server
+rm:PATH          a reward model that reads a conversation, without the reference
+principle:MODEL  a chat model that judges by the records' `principle`, here or on a server
+anything else    a verifier (`polarctl.verifiers.named`)
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from polarctl import console
 from polarctl.errors import PolarctlError, RecordError, UsageError
+from polarctl.judging.judge import require_principle
 from polarctl.model.template import content_text
 from polarctl.parallel import rank
 from polarctl.records import Record
 from polarctl.rl.combine import combined, overlong_penalty
+from polarctl.rl.reward_batch import Batch, Values, groups_of
 from polarctl.scoring import engines
 from polarctl.scoring.answers import REWARD_FLOOR, Answers, floor_of
 from polarctl.scoring.reward_function import PolarReward
@@ -27,44 +29,6 @@ from polarctl.verifiers.bounds import Bounds
 from polarctl.verifiers.named import Verifier, open_verifier
 
 OVERLONG = "overlong"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Rollouts to be rewarded; those of one prompt stand together.
-
-    Attributes:
-        records: The record of each one's prompt.
-        rows: The same as the trainer has it: `reference`, `wrapper`.
-        prompts: Texts or messages.
-        completions: Texts or messages.
-        tokens: Tokens of each completion.
-        ended: Whether the policy ended it itself.
-        numbers: A number for each prompt.
-    """
-
-    records: Sequence[Record]
-    rows: Sequence[dict[str, Any]]
-    prompts: Sequence[Any]
-    completions: Sequence[Any]
-    tokens: Sequence[int]
-    ended: Sequence[bool]
-    numbers: Sequence[int]
-
-
-@dataclass(frozen=True)
-class Values:
-    """What one reward gives to a batch.
-
-    Attributes:
-        raw: Its value for each rollout; None: not applicable.
-        used: The same on the scale that is trained on.
-        floored: Why a value is the floor; empty where it is not.
-    """
-
-    raw: Sequence[float | None]
-    used: Sequence[float | None]
-    floored: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -123,6 +87,10 @@ class _Polar:
             [next(floored) if yes else "" for yes in wanted],
         )
 
+    def served(self) -> dict[str, Any]:
+        served = getattr(self.reward.scorer, "served", None)
+        return served() if served is not None else {}
+
     def close(self) -> None:
         if self.reward.truncated:
             console.warn(
@@ -175,6 +143,11 @@ def texts_for(verifier: Verifier, answers: Answers, completions: Sequence[Any]) 
     return [content_text(one if verifier.whole else answers.text(one)) for one in completions]
 
 
+def judges_of(names: Sequence[str]) -> list[str]:
+    """Those of several rewards that are judges."""
+    return [name for name in names if name.startswith("principle:")]
+
+
 def check_names(config: Any) -> None:
     """Raise UsageError for rewards that cannot be used together; nothing is loaded."""
     if config.check is not None and not named.is_verifier(config.check):
@@ -187,10 +160,11 @@ def check_names(config: Any) -> None:
         raise UsageError(f"`--reward {twice[0]}` is given twice")
     for name in names:
         kind, _, rest = name.partition(":")
-        known = name == "polar" or (kind == "rm" and rest) or named.is_verifier(name)
+        known = name == "polar" or (kind in ("rm", "principle") and rest) or named.is_verifier(name)
         if not known:
             raise UsageError(
-                f"no reward `{name}`", hint=f"polar, rm:PATH, or one of: {', '.join(named.NAMES)}"
+                f"no reward `{name}`",
+                hint=f"polar, rm:PATH, principle:MODEL, or one of: {', '.join(named.NAMES)}",
             )
     if config.method == "sft":
         return
@@ -211,10 +185,14 @@ def check_names(config: Any) -> None:
             f"`--combine gate` is between verifiers and models, and here is no {missing}",
             hint="for example --reward exact --reward polar",
         )
+    if config.judge_server is not None and len(judges_of(names)) > 1:
+        raise UsageError("`--judge-server` is for one `--reward principle:MODEL`")
     here = config.batch_size // rank.count()
-    if config.combine == "zsum" and len(names) > 1 and here % config.num_generations:
+    whole = ["--combine zsum"] if config.combine == "zsum" and len(names) > 1 else []
+    whole += [f"--reward {name}" for name in judges_of(names)]
+    if whole and here % config.num_generations:
         raise UsageError(
-            f"`--combine zsum` looks at all {config.num_generations} rollouts of a prompt, and a "
+            f"`{whole[0]}` looks at all {config.num_generations} rollouts of a prompt, and a "
             f"process has {here} rollouts of a step",
             hint="a larger --batch-size",
         )
@@ -223,7 +201,8 @@ def check_names(config: Any) -> None:
 def sources_of(config: Any) -> dict[str, str]:
     """Models and files that the rewards are made from, by a name for each."""
     names = (*config.reward, *((config.check,) if config.check else ()))
-    models = {name: name.partition(":")[2] for name in names if name.startswith("rm:")}
+    here = ("rm:",) if config.judge_server is not None else ("rm:", "principle:")
+    models = {name: name.partition(":")[2] for name in names if name.startswith(here)}
     files = {name: path for name in names for path in named.files_of(name)}
     held = {"check_prompts": config.check_prompts} if config.check_prompts else {}
     return models | files | held
@@ -279,7 +258,7 @@ class Rewards:
 
     def _combined(self, batch: Batch, values: dict[str, Values], scale: str) -> list[float]:
         result: list[float] = []
-        for places in self._groups(batch.numbers):
+        for places in groups_of(batch.numbers, self.config.num_generations):
             columns = {
                 name: [getattr(values[name], scale)[i] for i in places] for name in self.parts
             }
@@ -296,21 +275,10 @@ class Rewards:
                 raise PolarctlError(f"{where}: {error}", hint=error.hint) from None
         return result
 
-    def _groups(self, numbers: Sequence[int]) -> Iterator[list[int]]:
-        """Places of the rollouts that are compared with each other."""
-        size = self.config.num_generations
-        if len(numbers) % size == 0:  # also where a prompt is followed by itself
-            yield from (list(range(i, i + size)) for i in range(0, len(numbers), size))
-            return
-        # A group is dealt to several processes.
-        for _, group in itertools.groupby(range(len(numbers)), numbers.__getitem__):
-            yield list(group)
-
     def served(self) -> dict[str, Any]:
-        """What tells the model of a server from another, for a run's identity."""
-        polar = self.parts.get("polar")
-        served = getattr(polar.reward.scorer, "served", None) if isinstance(polar, _Polar) else None
-        return served() if served is not None else {}
+        """What tells the models of servers from others, for a run's identity."""
+        asked = (getattr(part, "served", dict) for part in self.parts.values())
+        return {name: value for served in asked for name, value in served().items()}
 
     def close(self) -> None:
         """Give back what the rewards hold, and say what there is to say of them."""
@@ -361,6 +329,8 @@ def open_rewards(config: Any, *, device: str, dtype: str, thinking_opened: bool 
                     reward_floor=floor_of(config.reward_floor, REWARD_FLOOR),
                 )
             )
+        elif name in judges_of(config.reward):
+            parts[name] = _judge(name.partition(":")[2], config, device, dtype, thinking_opened)
         else:
             from polarctl.scoring.chat_classifier import ClassifierScorer
 
@@ -376,6 +346,26 @@ def _polar_scorer(config: Any, place: dict[str, Any]) -> Scorer:
     if config.server is None:
         return load_scorer(config.reward_model, **place)
     return engines.open_served(config, config.reward_model)
+
+
+def _judge(model: str, config: Any, device: str, dtype: Any, opened: bool) -> _Part:
+    from polarctl.rl.principle import PrincipleReward
+    from polarctl.scoring.options import EngineConfig
+
+    scorer = engines.open_judge(
+        EngineConfig(
+            model=model,
+            backend="principle",
+            server=config.judge_server,
+            concurrency=config.concurrency,
+            server_deadline=config.server_deadline,
+            device=device,
+            dtype=dtype,
+            seed=config.seed,
+        )
+    )
+    floor = floor_of(config.reward_floor, None)
+    return PrincipleReward(scorer, answers_of(config, opened, floor), config.num_generations)
 
 
 def needs_reference(record: Record, why: str) -> None:
@@ -414,11 +404,11 @@ class Checker:
             return
         applying = {name for name, v in self.verifiers.items() if v.applies(record)}
         self.used |= applying
-        polar = "polar" in self.config.reward
         gated = self.config.combine == "gate" and any(map(named.has_truth, applying))
-        needed = polar and not gated
-        if needed:
+        if "polar" in self.config.reward and not gated:
             needs_reference(record, "the POLAR reward compares with a reference")
+        if judges_of(self.config.reward) and not gated:
+            require_principle(record)
         if not applying and len(self.verifiers) == len(self.config.reward):  # no model either
             raise RecordError(
                 f"none of the rewards applies ({', '.join(self.verifiers)})",

@@ -24,6 +24,7 @@ from polarctl.parallel import rank, stopping
 from polarctl.policies.writer import load_causal_lm
 from polarctl.rl import references, registry, rollouts
 from polarctl.rl.callback import PolicyRun, Recorder
+from polarctl.rl.reward_batch import Batch
 from polarctl.scoring.answers import REWARD_FLOOR, floor_of
 from polarctl.scoring.scorer import Floored
 from polarctl.storage import atomic, checkpoint, run_folder
@@ -157,7 +158,7 @@ def _trainer(
         return methods.supervised(made, rows)
 
     def polar(*, prompts: Any, completions: Any, completion_ids: Any, row: Any, **more: Any) -> Any:
-        batch = registry.Batch(
+        batch = Batch(
             records=[job.run.records[number] for number in row],
             rows=[job.rows[number] for number in row],
             prompts=prompts,

@@ -185,6 +185,7 @@ RFT_REWARDS: dict[str, Case | Seen] = {
     "check_prompts": Seen("rl/test_rft_check.py", '"--check-prompts", str(held)'),
     "check_steps": Seen("rl/test_rft_check.py", '"--check-steps", "3"'),
     "patience": Seen("rl/test_rft_check.py", '"--patience", "3"'),
+    "judge_server": Seen("rl/test_rft_principle.py", "--judge-server {server}"),
     "server": Seen("rl/test_rft_rewards.py", '"--server", server.url'),
     "server_type": Seen("rl/test_rft_rewards.py", '"--server-type", "vllm"'),
     "server_model": Seen("rl/test_rft_rewards.py", '"--server-model", "rm"'),
@@ -534,6 +535,7 @@ REFUSED = {
     "compare": {"force": "compare scored.jsonl rescored.jsonl --force"},
     "rft": {
         "reward_model": RFT_VERIFIED + " --reward-model rm",
+        "judge_server": RFT_BASE + " --judge-server http://127.0.0.1:9",
         "server": RFT_VERIFIED + " --server http://127.0.0.1:9",
         "server_type": RFT_BASE + " --server-type vllm",
         "server_model": RFT_BASE + " --server-model rm",

@@ -121,7 +121,8 @@ def test_z_scores_are_taken_within_a_prompts_rollouts(tiny_lm, tiny_rm, prompts,
 def test_a_prompt_that_follows_itself_is_two_groups():
     """As at the border of two epochs."""
     from polarctl.records import Record
-    from polarctl.rl.registry import Batch, open_rewards
+    from polarctl.rl.registry import open_rewards
+    from polarctl.rl.reward_batch import Batch
     from polarctl.stages.rft import Config
 
     names = ("length:1", "regex:a")
