@@ -68,6 +68,8 @@ def type_name(schema: dict[str, Any]) -> str:
     if "allOf" in schema:
         return " and ".join(type_name(part) for part in schema["allOf"])
     kind = schema.get("type", "anything")
+    if kind == "array" and "prefixItems" in schema:
+        return f"list of {', '.join(map(type_name, schema['prefixItems']))}"
     if kind == "array":
         return f"list of {type_name(schema['items'])}" if "items" in schema else "list"
     if kind == "object" and isinstance(schema.get("additionalProperties"), dict):
