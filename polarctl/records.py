@@ -289,8 +289,8 @@ class BenchmarkResult(Struct):
     counts: Annotated[dict[str, int], Meta(description="Items behind each section.")]
     rows: Annotated[int, Meta(description="Rows that count.")]
     intervals: Annotated[
-        dict[str, tuple[float, float]],
-        Meta(description="95 % interval of `overall` and of each section, over items."),
+        dict[str, list[float]],
+        Meta(description="95 % interval, its two ends, of `overall` and each section."),
     ]
     details: Annotated[
         dict[str, dict[str, float]],

@@ -278,8 +278,8 @@ def _run_benchmark(config: Config) -> None:
     ):
         if value is not None and value is not False:
             command += [flag] if value is True else [flag, str(value)]
-    common = ["--quiet"] if config.quiet else []
-    common += ["--force"] if config.force else []
+    voices = ("quiet", "verbose", "no_color", "json", "force")
+    common = [f"--{name.replace('_', '-')}" for name in voices if getattr(config, name)]
     steps = ((convert, "groups.jsonl"), (score, "scores.jsonl"), (judge, "verdicts.jsonl"))
     if not config.dry_run:
         folder.mkdir(parents=True, exist_ok=True)
