@@ -289,19 +289,15 @@ class BenchmarkResult(Struct):
     counts: Annotated[dict[str, int], Meta(description="Items behind each section.")]
     rows: Annotated[int, Meta(description="Rows that count.")]
     intervals: Annotated[
-        dict[str, tuple[float, float]],
-        Meta(description="95 % interval of `overall` and of each section, over items."),
+        dict[str, list[float]],
+        Meta(description="95 % interval, its two ends, of `overall` and each section."),
     ]
     details: Annotated[
         dict[str, dict[str, float]],
         Meta(description="Finer figures by kind: subsets, languages, levels of a domain."),
     ] = {}
-    missing: Annotated[
-        list[str], Meta(description="Sections without a row; not in `overall`.")
-    ] = []
-    left_out: Annotated[
-        dict[str, int], Meta(description="Why rows do not count: their number.")
-    ] = {}
+    missing: Annotated[list[str], Meta(description="Sections without rows, not in `overall`.")] = []
+    left_out: Annotated[dict[str, int], Meta(description="Why rows do not count: how many.")] = {}
 
 
 class Report(Struct):
@@ -502,26 +498,3 @@ def outputs_of(record: dict[str, Any]) -> list[Any]:
     if "chosen" in record and "rejected" in record:
         return [record["chosen"], record["rejected"]]
     return [record["output"]]
-
-
-def references_of(record: dict[str, Any]) -> list[Any]:
-    """What the candidates of a record are compared with: its `references`, or its one."""
-    return record["references"] if "references" in record else [record["reference"]]
-
-
-def check_scorable(record: Record, *, reference: bool) -> None:
-    """Raise RecordError for a record that cannot be scored.
-
-    Args:
-        record: A candidate, a group or a triple.
-        reference: The model compares with one, so there must be one.
-    """
-    given = record if reference else {"reference": "", **record}
-    check(given, KINDS[kind_of_scorable(record)])
-    if reference and "reference" in record and "references" in record:
-        raise RecordError("has both `reference` and `references`", hint="drop one of them")
-    if reference and not record.get("references", "reference" in record):
-        raise RecordError(
-            "missing field `reference`",
-            hint="POLAR compares with a reference; --no-reference scores without",
-        )

@@ -137,9 +137,9 @@ def run(config: Config) -> None:
     from polarctl.evaluation.figures import summarise
     from polarctl.evaluation.page import terminal_table
     from polarctl.evaluation.suites import SUITES
-    from polarctl.records import Record, check_scorable
+    from polarctl.records import Record
     from polarctl.scoring import engines
-    from polarctl.scoring.scorer import Cuts, score_records
+    from polarctl.scoring.scorer import Cuts, check_scorable, score_records
     from polarctl.storage import manifest, read, windows
     from polarctl.storage import replace as replacing
     from polarctl.storage.write import Output
@@ -281,8 +281,8 @@ def _run_benchmark(config: Config) -> None:
     ):
         if value is not None and value is not False:
             command += [flag] if value is True else [flag, str(value)]
-    common = ["--quiet"] if config.quiet else []
-    common += ["--force"] if config.force else []
+    voices = ("quiet", "verbose", "no_color", "json", "force")
+    common = [f"--{name.replace('_', '-')}" for name in voices if getattr(config, name)]
     steps = ((convert, "groups.jsonl"), (score, "scores.jsonl"), (judge, "verdicts.jsonl"))
     if not config.dry_run:
         folder.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from polarctl import console
 from polarctl.errors import PolarctlError, RecordError
 from polarctl.model.template import PIECES
-from polarctl.records import Record, kind_of_scorable, outputs_of, references_of
+from polarctl.records import KINDS, Record, check, kind_of_scorable, outputs_of
 from polarctl.scoring.answers import AS_THEY_ARE, FAULTS, Answers
 
 
@@ -404,3 +404,26 @@ def _pooled(scored: Sequence[Scored], pooling: str) -> Scored:
         sum(one.tokens for one in scored),
         tuple(name for name in PIECES if any(name in one.truncated for one in scored)),
     )
+
+
+def references_of(record: dict[str, Any]) -> list[Any]:
+    """What the candidates of a record are compared with: its `references`, or its one."""
+    return record["references"] if "references" in record else [record["reference"]]
+
+
+def check_scorable(record: Record, *, reference: bool) -> None:
+    """Raise RecordError for a record that cannot be scored.
+
+    Args:
+        record: A candidate, a group or a triple.
+        reference: The model compares with one, so there must be one.
+    """
+    given = record if reference else {"reference": "", **record}
+    check(given, KINDS[kind_of_scorable(record)])
+    if reference and "reference" in record and "references" in record:
+        raise RecordError("has both `reference` and `references`", hint="drop one of them")
+    if reference and not record.get("references", "reference" in record):
+        raise RecordError(
+            "missing field `reference`",
+            hint="POLAR compares with a reference; --no-reference scores without",
+        )

@@ -13,7 +13,7 @@ from typing import Any
 
 from polarctl import console
 from polarctl.errors import RecordError, UsageError
-from polarctl.records import Record, check_scorable, outputs_of, prompt_id
+from polarctl.records import Record, outputs_of, prompt_id
 from polarctl.scoring import conditions, engines
 from polarctl.scoring.answers import AS_THEY_ARE, REWARD_FLOOR, Answers, floor_of
 from polarctl.scoring.options import ScoreOptions
@@ -22,6 +22,7 @@ from polarctl.scoring.scorer import (
     Cuts,
     Floored,
     Scored,
+    check_scorable,
     score_records,
 )
 

@@ -21,18 +21,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from polarctl import __version__, console
 from polarctl.errors import PolarctlError, RecordError
-from polarctl.records import (
-    Record,
-    check_scorable,
-    outputs_of,
-    references_of,
-)
+from polarctl.records import Record, outputs_of
 from polarctl.scoring.answers import AS_THEY_ARE, Answers
 from polarctl.scoring.chat_classifier import ClassifierScorer
 from polarctl.scoring.scorer import (
     Item,
     ModelScorer,
     Scored,
+    check_scorable,
+    references_of,
     score_answers,
     score_ids,
     score_records,

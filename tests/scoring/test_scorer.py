@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polarctl.errors import PolarctlError, RecordError
-from polarctl.records import Record, kind_of_scorable, require_reference
-from polarctl.scoring.scorer import Item, Scored, score_records, token_batches
+from polarctl.records import Record, kind_of_scorable
+from polarctl.scoring.scorer import Item, Scored, check_scorable, score_records, token_batches
 
 
 class LengthScorer:
@@ -45,7 +45,7 @@ def test_without_reference_every_reference_is_empty():
     ((fields, _),) = score_records([record], LengthScorer(), no_reference=True)
     assert fields["reward"] == 3.0
     with pytest.raises(RecordError, match="missing field `reference`"):
-        require_reference(Record({"prompt": "p", "output": "o"}))
+        check_scorable(Record({"prompt": "p", "output": "o"}), reference=True)
 
 
 def test_the_kind_follows_the_fields():
