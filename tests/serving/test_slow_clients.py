@@ -193,6 +193,7 @@ def test_what_does_not_arrive_is_ended(server):
         time.sleep(0.5)
         slow.sendall(post(SMALL)[50:])
         assert reply_of(slow)[0] == 200
+        slow.close()
         for name, made in late.items():
             said = everything(made)
             assert said.startswith(b"HTTP/1.1 408 "), (name, said)
