@@ -192,6 +192,7 @@ def test_its_card_shows_code_that_gives_its_rewards(trained):
     assert "reference" not in card.split("## Use")[0].replace("reads no reference", "")
 
 
+@pytest.mark.slow
 def test_adapters_are_merged_into_a_plain_model(chat_lm, tmp_path):
     rows = put(tmp_path / "pairs.jsonl", ROWS)
     base = ["finetune", rows, "-m", str(chat_lm), "--max-steps", "2", "--batch-size", "4", *TRAIN]
