@@ -235,13 +235,13 @@ def write(
     ):
         if part is not None:
             sections.insert(-1, Section(title, table=part))
-    curve = plots.reliability(
-        report["calibration"]["bins"], title="Is the model right as often as it is sure?"
-    )
-    alt = "Accuracy against confidence"
-    sections.append(
-        Section("Length and calibration", table=bias_table(report), images=[Image(curve, alt)])
-    )
+    if (part := bias_table(report)) is not None:
+        curve = plots.reliability(
+            report["calibration"]["bins"], title="Is the model right as often as it is sure?"
+        )
+        atomic.write(target / "calibration.png", curve)
+        image = Image(curve, "Accuracy against confidence")
+        sections.append(Section("Length and calibration", table=part, images=[image]))
     if worst:
         told = f"The {len(worst)} cases with the lowest margins, of all that the model has wrong."
         sections.append(Section("Worst cases", [told]))
@@ -251,7 +251,6 @@ def write(
         sections.append(Section("Left out", table=Table(("reason", "records"), skipped)))
     document = Document(report["metric"].capitalize(), source, sections)
     atomic.write(target / "margins.png", histogram)
-    atomic.write(target / "calibration.png", curve)
     atomic.write(target / "accuracy.png", bars)
     atomic.write(target / "report.html", render_html(document).encode())
     atomic.write(target / "report.md", render_markdown(document).encode())

@@ -282,13 +282,15 @@ def test_a_server_started_anew_with_other_weights_ends_the_run(
     def gone(handler, rewards):
         """The first of a window's requests finds nobody; who comes back is another."""
         if len(rewards) == 8:  # the probe
+            probes.append(rewards)
             handler.reply(200, indexed(rewards, int))
             return
-        server.hostile, server.shift = None, 3.0
+        if probes:  # else a request that the killed run had sent
+            server.hostile, server.shift = None, 3.0
         handler.close_connection = True
         handler.connection.shutdown(2)
 
-    out = tmp_path / "scores.jsonl"
+    out, probes = tmp_path / "scores.jsonl", []
     with serving() as server:
         killed(server, many, tiny_rm, out)
         done = out.read_bytes()
