@@ -193,8 +193,8 @@ def hub(folder: Path) -> Iterator[dict[str, str]]:
 # test below: `evaluate`; all of a page in one folder: tests/test_your_data.py.
 ELSEWHERE = ("vllm-serve", "vllm-client", "vllm-offline", "rounds", "evaluate", "your-data")
 
-# What these show, a quicker test shows too.
-SLOW = ("guide",)
+# What these show, quicker tests show too.
+SLOW = ("guide", "pipeline")
 
 # Name in `<!-- test: NAME -->` to a function that prepares the folder; one that is a context holds
 # something open meanwhile and gives environment variables.

@@ -54,6 +54,7 @@ def test_rewards_are_those_of_the_inputs_that_every_engine_gets(data, tiny_rm, h
             assert reward == pytest.approx(reward_of(ids))
 
 
+@pytest.mark.slow
 def test_a_faulty_server_gives_the_same_bytes_as_a_healthy_one(
     data, tiny_rm, healthy, tmp_path, capfd
 ):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,9 @@ def bash(script: str, folder: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    # A verdict names the file of its record.
+    data = re.sub(rb'"where":"(?:scores.jsonl|-|stdin|<stdin>):', b'"where":"', path.read_bytes())
+    return hashlib.sha256(data).hexdigest()
 
 
 def test_pipes_and_files_give_the_same_bytes(place):
