@@ -146,16 +146,28 @@ MODES = {
 
 @contextlib.contextmanager
 def within(folder, **options):
-    """The routes in this process, over a real scorer."""
-    from starlette.testclient import TestClient
+    """The routes in a thread of this process, over a real scorer."""
+    import uvicorn
 
     from polarctl.scoring.scorer import load_scorer
     from polarctl.serving.app import Service, create
     from polarctl.serving.limits import Limits
 
     scorer = load_scorer(str(folder), device="cpu", dtype="float32", batch_tokens=8192)
-    with TestClient(create(Service(scorer, "rm", Limits(), **options))) as client:
-        yield client
+    app = create(Service(scorer, "rm", Limits(), **options))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join(60)
 
 
 @pytest.mark.parametrize("data", ["list", "nested", "number"])
