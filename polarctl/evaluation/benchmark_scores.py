@@ -12,6 +12,7 @@ strata, their sizes are fixed by the benchmark), and the percentiles of the resu
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class BenchmarkRow:
     key: str | None = None
 
 
-class Suite:
+class Suite(ABC):
     """A benchmark. Subclasses say how a row is read and how means become sections.
 
     Attributes:
@@ -68,6 +69,7 @@ class Suite:
 
     # -- a benchmark's own part ------------------------------------------------------------------
 
+    @abstractmethod
     def row(self, record: Record, good: list[float], bad: list[float]) -> BenchmarkRow | str:
         """Read a row; a text says why it counts for nothing.
 
@@ -76,15 +78,14 @@ class Suite:
             good: Rewards of the candidates with the highest label, in their order.
             bad: Rewards of the others.
         """
-        raise NotImplementedError
 
     def item(self, parts: list[Any]) -> Figures:
-        """The figures of an item whose rows share a key."""
-        raise NotImplementedError
+        """The figures of an item whose rows share a key; for benchmarks whose rows do."""
+        raise TypeError(f"rows of {self.name} share no key")
 
+    @abstractmethod
     def total(self, means: Means) -> tuple[Any, dict[str, Any]]:
         """The overall figure, and that of every section that has rows."""
-        raise NotImplementedError
 
     def leaves(self, section: str) -> list[Leaf]:
         """The leaves whose items a section counts."""

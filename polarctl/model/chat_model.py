@@ -72,18 +72,9 @@ def create(
         raise UsageError(f"{base}: a classifier of {config.num_labels} labels, a reward has one")
     config.num_labels, config.problem_type = 1, "regression"
     config.pad_token_id = None  # a new one has no place in the embeddings before they have grown
-    torch.manual_seed(seed)
-    if base is None:
-        config.vocab_size = max(config.vocab_size, len(tokenizer))
-        model = models.from_config(config, dtype, device)
-    elif device == "meta":
-        model = models.from_config(config, dtype, device)
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    else:
-        model = models.classifier_of(base, config, dtype, head=goes_on)
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(tokenizer))
+    model = models.with_all_tokens(
+        base, config, tokenizer, head=goes_on, device=device, dtype=dtype, seed=seed
+    )
     if not goes_on:
         torch.nn.init.zeros_(model.score.weight)  # the first loss is ln 2
     model.config.pad_token_id = tokenizer.pad_token_id

@@ -304,19 +304,9 @@ def create(
     added = _add_tokens(tokenizer)
     config.num_labels, config.problem_type = 1, "regression"
     config.pad_token_id = tokenizer.pad_token_id
-    torch.manual_seed(seed)
-    if base is None:
-        config.vocab_size = max(config.vocab_size, len(tokenizer))
-        model = from_config(config, dtype, device)
-    elif device == "meta":
-        model = from_config(config, dtype, device)
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            # New rows drawn around the mean of the old ones need the old ones.
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    else:
-        model = classifier_of(base, config, dtype, head=False)
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(tokenizer))
+    model = with_all_tokens(
+        base, config, tokenizer, head=False, device=device, dtype=dtype, seed=seed
+    )
     torch.nn.init.zeros_(model.score.weight)  # the first loss is ln 2
     total = int(given.get("max_length", min(MAX_LENGTH, longest)))
     template = {
@@ -351,6 +341,43 @@ def _retold(made: PolarModel, path: str, given: dict[str, Any]) -> PolarModel:
     made.model.config.polar = {**before, **changed}
     made.encoder = _encoder(path, made.model.config, made.tokenizer)
     return made
+
+
+def with_all_tokens(
+    base: str | None,
+    config: Any,
+    tokenizer: Any,
+    *,
+    head: bool,
+    device: str,
+    dtype: Any,
+    seed: int,
+) -> Any:
+    """A classifier to be trained, with an embedding for every token of its tokenizer.
+
+    Args:
+        base: Folder or Hub id of its weights, or None: random ones.
+        config: Its config; without `base` its vocabulary may grow.
+        tokenizer: Its tokenizer.
+        head: The reward head has to be among the weights.
+        device: `meta`: the shapes alone, and no weights are read.
+        dtype: Precision of the weights.
+        seed: Seed of what is random.
+
+    Raises:
+        MissingError: It cannot be loaded, or weights are missing.
+    """
+    torch.manual_seed(seed)
+    if base is None:
+        config.vocab_size = max(config.vocab_size, len(tokenizer))
+    if base is None or device == "meta":
+        model = from_config(config, dtype, device)
+    else:
+        model = classifier_of(base, config, dtype, head=head)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        # New rows drawn around the mean of the old ones need the old ones.
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=device != "meta")
+    return model
 
 
 def is_classifier(config: Any) -> bool:
