@@ -106,6 +106,11 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200, data[: len(data) // 2] if fault == "torn" else data)
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # five would refuse some of sixteen that come at once
+
+
 @contextlib.contextmanager
 def serving(
     kind="vllm",
@@ -128,8 +133,7 @@ def serving(
     `hostile(handler, rewards)` answers each request once, or `always`, in place of a good reply.
     `model`, `root`, `said` (the name in replies) and `shift` (another model's rewards) may change.
     """
-    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    server.daemon_threads = True
+    server = Server(("127.0.0.1", port), Handler)
     server.kind, server.share, server.sigmoid, server.refuse = kind, share, sigmoid, refuse
     server.seconds, server.hangs, server.hang_s = seconds, frozenset(hangs), hang_s
     server.model, server.root, server.said, server.shift = model, root, None, shift

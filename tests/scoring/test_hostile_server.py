@@ -266,12 +266,14 @@ def test_a_reply_by_another_model_ends_the_run(many, tiny_rm, whole, tmp_path, c
     def renamed(handler, rewards):
         """The last of four windows is answered by another."""
         name = "rm" if server.seen["hostile"] < 56 else "rm-2"
+        if name == "rm-2":
+            refused.append(tuple(rewards))
         handler.reply(200, indexed(rewards, int, model=name))
 
-    out = tmp_path / "scores.jsonl"
+    out, refused = tmp_path / "scores.jsonl", []
     with serving(hostile=renamed, always=True) as server:
         assert run(arguments(many, tiny_rm, out, server.url)) == 1
-        assert server.seen["hostile"] <= 65  # no second try
+    assert 0 < len(set(refused)) == len(refused) <= 16  # no second try, no other window
     assert "a reply is by the model `rm-2`, and `rm` was asked" in capfd.readouterr().err
     assert whole.startswith(out.read_bytes())
 
@@ -294,6 +296,7 @@ def test_a_server_started_anew_with_other_weights_ends_the_run(
     with serving() as server:
         killed(server, many, tiny_rm, out)
         done = out.read_bytes()
+        server.seen["hostile"] = 1  # `gone` is to see the probe too
         server.hostile, server.always, server.seconds = gone, True, 0.0
         assert run(arguments(many, tiny_rm, out, server.url)) == 1
     said = capfd.readouterr().err

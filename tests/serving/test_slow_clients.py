@@ -290,7 +290,7 @@ def test_sigterm_ends_it_whatever_clients_hold(tiny_rm, tmp_path):
         for _ in range(3):  # what was sent before has been read by then
             assert served.ask(get("/health"))[0] == 200
         took = served.stop()
-        assert took < 8  # 5 s; others may have the processor at its end
+        assert took < 5
         said = [[everything(made) for made in group] for group in opened]
         assert {*said[0], *said[1]} == {b""}
         for reply in said[2]:
@@ -437,5 +437,5 @@ def test_500_clients_each_get_their_own_rewards(tiny_rm, tmp_path):
         )
         assert len(waits) > 500 and crowd.left > 10
         assert sizes[-1] - sizes[len(sizes) // 4] < 64
-        assert took < 8  # 5 s; others may have the processor at its end
+        assert took < 5
         assert served.said.count("\n") <= 4, served.said
