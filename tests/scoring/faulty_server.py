@@ -109,6 +109,16 @@ class Handler(BaseHTTPRequestHandler):
 class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128  # five would refuse some of sixteen that come at once
+    open = 0  # connections
+
+    def process_request_thread(self, *connection):
+        with self.lock:
+            self.open += 1
+        try:
+            super().process_request_thread(*connection)
+        finally:
+            with self.lock:
+                self.open -= 1
 
 
 @contextlib.contextmanager
