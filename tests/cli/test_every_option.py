@@ -439,6 +439,14 @@ VALIDATE: dict[str, Case | Seen] = {
     "kind": add("validate triples.jsonl", "--kind trajectory", "status"),
 }
 
+SHOW: dict[str, Case | Seen] = {
+    **{name: case for name, case in voice("show scored.jsonl").items() if name != "quiet"},
+    "input": Case("show scored.jsonl", "show more-scored.jsonl"),
+    "limit": add("show scored.jsonl", "--limit 1"),
+    "id": add("show trajectories.jsonl", "--id nobody", "status"),
+    "worst": add("show scored.jsonl", "--worst 3"),
+}
+
 TABLE: dict[str, dict[str, Case | Seen]] = {
     "sample": SAMPLE,
     "pair": PAIR,
@@ -455,6 +463,7 @@ TABLE: dict[str, dict[str, Case | Seen]] = {
     "schema": SCHEMA,
     "doctor": {k: v for k, v in voice("doctor").items() if k != "quiet"},
     "validate": VALIDATE,
+    "show": SHOW,
 }
 
 RFT_VERIFIED = "rft prompts.jsonl -m lm -o made --reward exact"
