@@ -52,7 +52,7 @@ class Config(ScoreConfig):
     NEEDS = [
         Needs("data reference_field", _is_run, "`eval run NAME`"),
         Needs(
-            "benchmark shard manifest rejects",
+            "benchmark shard manifest rejects trained_on",
             lambda c: not _is_run(c),
             "scored files, not for `eval run NAME`",
         ),
@@ -92,6 +92,14 @@ class Config(ScoreConfig):
             "the rows.",
         ),
     ] = None
+    trained_on: Annotated[
+        tuple[str, ...],
+        typer.Option(
+            metavar="FILE",
+            help="Triples of pre-training (repeatable): cases between policies are told by what "
+            "is new in them, prompts or policies.",
+        ),
+    ] = ()
     no_text: Annotated[
         bool,
         typer.Option("--no-text", help="In verdicts, a hash and the length of each text alone."),
@@ -124,6 +132,7 @@ def run(config: Config) -> None:
         _run_benchmark(config)
         return
     from polarctl import console
+    from polarctl.errors import UsageError
     from polarctl.evaluation import report as eval_report
     from polarctl.evaluation.cases import (
         Cases,
@@ -134,6 +143,7 @@ def run(config: Config) -> None:
         rewards_of,
         verdicts,
     )
+    from polarctl.evaluation.discrimination import TrainedOn
     from polarctl.evaluation.figures import summarise
     from polarctl.evaluation.page import terminal_table
     from polarctl.evaluation.suites import SUITES
@@ -160,6 +170,7 @@ def run(config: Config) -> None:
             suite.check(record, labels_of(record))
 
     baseline = _baseline(config)
+    known = read.expand(config.trained_on)
     if config.dry_run:
         windows.dry_run(
             "eval", config, paths, None, verify=look, check=lambda: check_by(config.by, fields)
@@ -169,6 +180,9 @@ def run(config: Config) -> None:
         replacing.check_report(config.report, eval_report.FILES)
     identity = {"model_identity": manifest.folder_identity(config.model)} if config.model else {}
     cases, by = Cases(), "subset" if suite else "category"
+    if known:
+        identity["trained_on"] = str(read.sizes(known))
+        cases.duels.trained_on = TrainedOn.read(read.Reader(known, "triple"))
     # An interrupted evaluation begins again: its units of work are only what leaves the memory.
     anew = replace(config, resume=False)
     with Output("eval", anew, read.sizes(paths), identity) as out:
@@ -205,11 +219,17 @@ def run(config: Config) -> None:
             for verdict in work(window.records):
                 out.write(verdict)
             # What may yet be refused as a whole leaves no file.
-            if cases.margins and (config.by is None or config.by in fields):
+            good = bool(cases.duels.margins if known else cases.margins)
+            if good and (config.by is None or config.by in fields):
                 out.commit(out.units + 1, window.digest)
         cuts.say(config.model)
         check_by(config.by, fields)
         require_cases(cases, reader.rows)
+        if known and not cases.duels.margins:
+            raise UsageError(
+                "`--trained-on`: no case is between two policies",
+                hint="triples of `polarctl pair` have `policy` and `rejected_policy`",
+            )
         report = summarise(cases, config.seed)
         if suite is not None:
             report["benchmark"] = suite.result(config.seed)
