@@ -294,6 +294,7 @@ class BenchmarkResult(Struct):
     ] = {}
     missing: Annotated[list[str], Meta(description="Sections without rows, not in `overall`.")] = []
     left_out: Annotated[dict[str, int], Meta(description="Why rows do not count: how many.")] = {}
+    references: Annotated[dict[str, int], Meta(description="Where they are from: rows.")] = {}
 
 
 class Report(Struct):
@@ -333,9 +334,7 @@ class Report(Struct):
         dict[str, Any] | UnsetType,
         Meta(description="Of triples between policies: `parts`, `matrix`, `distance`."),
     ] = UNSET
-    skipped: Annotated[
-        dict[str, int], Meta(description="Reason to number of records without a comparison.")
-    ] = {}
+    skipped: Annotated[dict[str, int], Meta(description="Why records hold none: how many.")] = {}
 
 
 class OutputFile(Struct):

@@ -50,7 +50,12 @@ class Config(ScoreConfig):
 
     ABSENT = frozenset({"resume"})  # figures need every case: an interrupted one begins again
     NEEDS = [
-        Needs("data reference_field", _is_run, "`eval run NAME`"),
+        Needs("data reference_field reference_from", _is_run, "`eval run NAME`"),
+        Needs(
+            "reference_policy",
+            lambda c: c.reference_from == "generate",
+            "`--reference-from generate`",
+        ),
         Needs(
             "benchmark shard manifest rejects trained_on",
             lambda c: not _is_run(c),
@@ -68,6 +73,17 @@ class Config(ScoreConfig):
     reference_field: Annotated[
         str | None,
         typer.Option(metavar="FIELD", help="run: field of those rows that is the reference."),
+    ] = None
+    reference_from: Annotated[
+        Literal["field", "other-correct", "generate", "none"] | None,
+        typer.Option(
+            help="run: where references are from: a field of the rows, other correct answers of "
+            "the row, a policy, nowhere. Default: the rows' own."
+        ),
+    ] = None
+    reference_policy: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="run: the policy that writes them: a folder, a Hub id."),
     ] = None
     report: Annotated[
         str | None, typer.Option(metavar="DIR", help="Write report.html, .json and plots here.")
@@ -232,7 +248,8 @@ def run(config: Config) -> None:
             )
         report = summarise(cases, config.seed)
         if suite is not None:
-            report["benchmark"] = suite.result(config.seed)
+            used = dict(cases.references)
+            report["benchmark"] = suite.result(config.seed) | {"references": used}
         keep = ("skipped", "overall", "benchmark")
         out.counts.update({name: report[name] for name in keep if name in report})
         out.counts["leaks"] = cases.leaks
@@ -276,13 +293,23 @@ def _run_benchmark(config: Config) -> None:
             f"`eval run {name}`: its rows are not one data set of the Hub",
             hint="--data with its files",
         )
+    source = config.reference_from
+    if source == "generate" and config.reference_policy is None:
+        raise UsageError("`--reference-from generate` needs a policy", hint="--reference-policy")
+    if config.reference_field is not None and source not in (None, "field"):
+        raise UsageError(f"`--reference-field` is not for `--reference-from {source}`")
+    if config.no_reference and source not in (None, "none"):
+        raise UsageError(f"`--no-reference` is not for `--reference-from {source}`")
     folder = Path(config.output)
     if config.output == "-":
         folder = Path(f"{name}-{Path(config.model).name}")
         console.choice("folder", str(folder), "-o names another")
     data, subset, split = (config.data, None, None) if config.data else _ON_HUB[name]
     convert = ["convert", str(data), "--from", name]
-    score = ["score", str(folder / "groups.jsonl"), "--model", config.model]
+    made = "groups.jsonl" if source in (None, "field", "none") else "referenced.jsonl"
+    write = ["sample", str(folder / "groups.jsonl"), "--model", str(config.reference_policy)]
+    write += ["--samples", "1", "--seed", str(config.seed)]
+    score = ["score", str(folder / made), "--model", config.model]
     judge = ["eval", str(folder / "scores.jsonl"), "--benchmark", name]
     judge += ["--report", config.report or str(folder / "report"), "--seed", str(config.seed)]
     for command, flag, value in (
@@ -290,7 +317,9 @@ def _run_benchmark(config: Config) -> None:
         (convert, "--source-split", split),
         (convert, "--limit", config.limit),
         (convert, "--map", config.reference_field and f"reference={config.reference_field}"),
-        (score, "--no-reference", config.no_reference),
+        (write, "--device", config.device),
+        (write, "--dtype", config.dtype),
+        (score, "--no-reference", config.no_reference or source == "none"),
         (score, "--batch-tokens", config.batch_tokens),
         (score, "--device", config.device),
         (score, "--dtype", config.dtype),
@@ -303,10 +332,14 @@ def _run_benchmark(config: Config) -> None:
             command += [flag] if value is True else [flag, str(value)]
     voices = ("quiet", "verbose", "no_color", "json", "force")
     common = [f"--{name.replace('_', '-')}" for name in voices if getattr(config, name)]
-    steps = ((convert, "groups.jsonl"), (score, "scores.jsonl"), (judge, "verdicts.jsonl"))
+    steps = [(convert, "groups.jsonl"), (score, "scores.jsonl"), (judge, "verdicts.jsonl")]
+    if source == "generate":
+        steps.insert(1, (write, "references.jsonl"))
     if not config.dry_run:
         folder.mkdir(parents=True, exist_ok=True)
     for command, made in steps:
+        if command is score and not config.dry_run:
+            _add_references(folder, source)
         command += ["-o", str(folder / made), *common]
         console.note(f"polarctl {shlex.join(command)}")
         if config.dry_run:
@@ -321,6 +354,26 @@ def _run_benchmark(config: Config) -> None:
             )
             error.exit_status = status
             raise error
+
+
+def _add_references(folder: Path, source: str | None) -> None:
+    """Write `referenced.jsonl`, where references are not those of the rows."""
+    from polarctl import console
+    from polarctl.evaluation import references
+    from polarctl.storage.read import Reader
+
+    groups = Reader([str(folder / "groups.jsonl")], "candidate")
+    if source == "other-correct":
+        found, why = references.other_correct(groups), "none has two correct answers"
+    elif source == "generate":
+        written = Reader([str(folder / "references.jsonl")], "trajectory")
+        found, why = references.generated(groups, written), "the policy has written none"
+    else:
+        return
+    number, without = references.write(str(folder / "referenced.jsonl"), found, why)
+    console.note(f"{references.WORDS[source]}: {number:,} rows")
+    if without:
+        console.warn(f"{without:,} rows are left out: they have no such reference")
 
 
 def _baseline(config: Config) -> dict[str, Any] | None:

@@ -33,6 +33,7 @@ from polarctl.evaluation.metrics import (
     text_length,
     unigram_f1,
 )
+from polarctl.evaluation.references import origin
 from polarctl.model.template import content_text
 from polarctl.records import (
     Record,
@@ -73,6 +74,7 @@ class Cases:
         skipped: Reason to number of records that hold no comparison.
         between_policies: Cases whose reference and better candidate are by one policy.
         with_numbers: Cases whose reference holds a number.
+        references: Where the references are from (`references.WORDS`) to number of records.
         leaks: Records with a candidate that is the reference, whatever the white space.
         duels: The cases between two policies.
         worst: The verdicts of the `WORST` lowest margins, none above 0, as a heap.
@@ -92,6 +94,7 @@ class Cases:
     skipped: Counter[str] = field(default_factory=Counter)
     between_policies: int = 0
     with_numbers: int = 0
+    references: Counter[str] = field(default_factory=Counter)
     leaks: int = 0
     duels: Duels = field(default_factory=Duels)
     worst: list[tuple[float, int, dict[str, Any]]] = field(default_factory=list)
@@ -201,6 +204,7 @@ def verdicts(
     scores = _baselines(record, outputs)
     cluster, category = prompt_id(record), record.get(by)
     reference = content_text(record.get("reference", "")).split()
+    cases.references[origin(record)] += 1
     cases.leaks += bool(reference) and any(text.split() == reference for text in outputs)
     key = prompt_key(record)
     if group:

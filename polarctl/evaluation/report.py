@@ -21,6 +21,7 @@ from polarctl.evaluation.page import (
     render_html,
     render_markdown,
 )
+from polarctl.evaluation.references import WORDS
 from polarctl.model.template import content_text
 from polarctl.storage import atomic
 
@@ -138,10 +139,14 @@ def benchmark_table(report: Mapping[str, Any]) -> Table | None:
     rows = [row("overall", found["overall"], found["rows"], ends["overall"])]
     rows += [row(name, v, counts[name], ends[name]) for name, v in found["sections"].items()]
     rows += [[name, "0", "n/a"] for name in found["missing"]]
+    used = found.get("references") or {"none": 0}
+    told = ", ".join(
+        WORDS[name] + (f" ({number:,})" if len(used) > 1 else "") for name, number in used.items()
+    )
     return Table(
         ("section", "items", "score, %"),
         rows,
-        f"{found['name']}: its own score, 95 % intervals over items",
+        f"{found['name']}: its own score, 95 % intervals over items; {told}",
     )
 
 
