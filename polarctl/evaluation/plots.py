@@ -247,8 +247,55 @@ def reliability(bins: Sequence[Mapping[str, float]], *, title: str = "") -> byte
         return _png(figure)
 
 
+def share_curves(
+    series: Mapping[str, Sequence[tuple[int, Interval]]], *, xlabel: str, title: str = ""
+) -> bytes:
+    """Shares in percent over 1, 2, 4, ... on a logarithmic axis, with their intervals.
+
+    Args:
+        series: Name to points (x, figure), x at least 1.
+        xlabel: What x is.
+        title: Title of the plot.
+
+    Raises:
+        ValueError: no points.
+    """
+    places = sorted({x for points in series.values() for x, _ in points})
+    if not places:
+        raise ValueError("no points to plot")
+    with _styled():
+        figure, axes = _figure(3.4 + 0.19 * math.ceil(len(series) / _columns(list(series))))
+        lines = []
+        for i, points in enumerate(series.values()):
+            colour, xs = PALETTE[i % len(PALETTE)], [x for x, _ in points]
+            dashes = DASHES[i % len(DASHES)]
+            values = [100 * found.value for _, found in points]
+            lines += axes.plot(
+                xs, values, color=colour, linestyle=dashes, linewidth=1.8, marker="o", markersize=4
+            )
+            low = [100 * found.low for _, found in points]
+            high = [100 * found.high for _, found in points]
+            axes.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(places, [str(x) for x in places])
+        axes.minorticks_off()
+        axes.set_xlabel(_wrapped(xlabel, 75))
+        axes.set_ylabel("share (%), 95 % interval")
+        axes.grid()
+        _head(figure, title, lines, list(series))
+        return _png(figure)
+
+
 def heat_map(
-    names: Sequence[str], cells: Mapping[tuple[str, str], float], *, title: str = ""
+    names: Sequence[str],
+    cells: Mapping[tuple[str, str], float],
+    *,
+    title: str = "",
+    labels: tuple[str, str, str] = (
+        "policy of reference and chosen",
+        "policy of rejected",
+        "accuracy (%)",
+    ),
 ) -> bytes:
     """Shares as colours, a row and a column per name: white is one half, grey is no value.
 
@@ -256,6 +303,7 @@ def heat_map(
         names: Of the rows, and of the columns.
         cells: (row, column) to a share from 0 to 1.
         title: Title of the plot.
+        labels: What rows, columns and colours are.
 
     Raises:
         ValueError: no names.
@@ -276,13 +324,13 @@ def heat_map(
         drawn = axes.imshow(100 * values, cmap=colours, vmin=0, vmax=100)
         step = max(1, math.ceil(len(names) / 40))
         ticks = range(0, len(names), step)
-        labels = [_wrapped(names[i], 22, lines=1) for i in ticks]
+        shown = [_wrapped(names[i], 22, lines=1) for i in ticks]
         small = 8.5 if len(names) <= 20 else 6
-        axes.set_xticks(ticks, labels, rotation=90, fontsize=small)
-        axes.set_yticks(ticks, labels, fontsize=small)
+        axes.set_xticks(ticks, shown, rotation=90, fontsize=small)
+        axes.set_yticks(ticks, shown, fontsize=small)
         axes.tick_params(length=0)
-        axes.set_ylabel("policy of reference and chosen")
-        axes.set_xlabel("policy of rejected")
+        axes.set_ylabel(labels[0])
+        axes.set_xlabel(labels[1])
         if len(names) <= 12:
             for (row, column), value in np.ndenumerate(values):
                 if math.isfinite(value):
@@ -291,7 +339,7 @@ def heat_map(
                         column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=8,
                         color="white" if far else INK,
                     )  # fmt: skip
-        figure.colorbar(drawn, ax=axes, label="accuracy (%)", shrink=0.8)
+        figure.colorbar(drawn, ax=axes, label=labels[2], shrink=0.8)
         if title:
             axes.set_title(_wrapped(title, 60))
         return _png(figure)

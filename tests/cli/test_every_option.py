@@ -442,6 +442,17 @@ VALIDATE: dict[str, Case | Seen] = {
     "kind": add("validate triples.jsonl", "--kind trajectory", "status"),
 }
 
+RATE_BASE = "rate trajectories.jsonl -o out.jsonl --report report -q"
+RATE: dict[str, Case | Seen] = {
+    **records(
+        RATE_BASE, RATE_BASE.replace(" -q", ""), RATE_BASE.replace("traj", "bad-traj"), "--seed 1"
+    ),
+    "seed": Seen("stages/test_rate.py", '"--seed", "1"'),
+    "verifier": add(RATE_BASE, "--verifier length:5"),
+    "report": swap(RATE_BASE, "--report report", ""),
+}
+del RATE["resume"]
+
 SHOW: dict[str, Case | Seen] = {
     **{name: case for name, case in voice("show scored.jsonl").items() if name != "quiet"},
     "input": Case("show scored.jsonl", "show more-scored.jsonl"),
@@ -467,6 +478,7 @@ TABLE: dict[str, dict[str, Case | Seen]] = {
     "doctor": {k: v for k, v in voice("doctor").items() if k != "quiet"},
     "validate": VALIDATE,
     "show": SHOW,
+    "rate": RATE,
 }
 
 RFT_VERIFIED = "rft prompts.jsonl -m lm -o made --reward exact"
@@ -547,6 +559,7 @@ REFUSED = {
         "device": "eval scored.jsonl --device cpu",
         "dtype": "eval scored.jsonl --dtype float32",
     },
+    "rate": {"force": "rate trajectories.jsonl --force"},
     "compare": {"force": "compare scored.jsonl rescored.jsonl --force"},
     "rft": {
         "reward_model": RFT_VERIFIED + " --reward-model rm",
