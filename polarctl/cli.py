@@ -31,8 +31,8 @@ from polarctl.errors import Interrupted, PolarctlError, UsageError
 from polarctl.parallel import launcher, rank
 
 STAGES = (
-    "sample pair pretrain finetune score serve eval compare rft push convert quickstart schema "
-    "validate doctor".split()
+    "sample pair pretrain finetune score serve eval compare rate rft push convert show "
+    "quickstart schema validate doctor".split()
 )
 
 _RESUME = "the same command goes on from here"

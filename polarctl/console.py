@@ -64,8 +64,12 @@ def _clean(value: Any, shortest: int = _SHORTEST_HIDDEN) -> Any:
     for secret in sorted(_hidden, key=len, reverse=True):
         if len(secret) >= shortest:
             value = value.replace(secret, "***")
-    value = _PASSWORD.sub("***", value)
-    return value if value.isprintable() else "".join(map(_seen, value))
+    return visible(_PASSWORD.sub("***", value))
+
+
+def visible(text: str) -> str:
+    """A text that a terminal shows and does not obey: what cannot be seen is written out."""
+    return text if text.isprintable() else "".join(map(_seen, text))
 
 
 def _seen(character: str) -> str:

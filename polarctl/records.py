@@ -191,9 +191,7 @@ class Score(Candidate):
             "`unclosed` (in an unfinished thought), `cut_off`; null where the model gave it."
         ),
     ] = UNSET
-    best: Annotated[
-        int | UnsetType, Meta(description="With `--best-of-n`: index of the highest reward.")
-    ] = UNSET
+    best: Annotated[int | UnsetType, Meta(description="Index of the highest reward.")] = UNSET
     ranking: Annotated[list[str] | UnsetType, Meta(description="A judge's, best first.")] = UNSET
     reasoning: Annotated[str | UnsetType, Meta(description="A judge's, before it scored.")] = UNSET
     parse_status: Annotated[
@@ -272,9 +270,7 @@ class Estimate(Struct):
     low: Annotated[float, Meta(description="Lower end of the interval.")]
     high: Annotated[float, Meta(description="Upper end of the interval.")]
     n: Annotated[int, Meta(description="Cases behind the figure.")]
-    clusters: Annotated[
-        int | UnsetType, Meta(description="Distinct prompts: what the bootstrap resamples.")
-    ] = UNSET
+    clusters: Annotated[int | UnsetType, Meta(description="Prompts: what is drawn.")] = UNSET
 
 
 Figures = dict[str, Estimate]  # scorer (the model or a baseline) to figure
@@ -298,6 +294,7 @@ class BenchmarkResult(Struct):
     ] = {}
     missing: Annotated[list[str], Meta(description="Sections without rows, not in `overall`.")] = []
     left_out: Annotated[dict[str, int], Meta(description="Why rows do not count: how many.")] = {}
+    references: Annotated[dict[str, int], Meta(description="Where they are from: rows.")] = {}
 
 
 class Report(Struct):
@@ -333,9 +330,11 @@ class Report(Struct):
     benchmark: Annotated[
         BenchmarkResult | UnsetType, Meta(description="With `--benchmark`: its own score.")
     ] = UNSET
-    skipped: Annotated[
-        dict[str, int], Meta(description="Reason to number of records without a comparison.")
-    ] = {}
+    discrimination: Annotated[
+        dict[str, Any] | UnsetType,
+        Meta(description="Of triples between policies: `parts`, `matrix`, `distance`."),
+    ] = UNSET
+    skipped: Annotated[dict[str, int], Meta(description="Why records hold none: how many.")] = {}
 
 
 class OutputFile(Struct):

@@ -50,9 +50,14 @@ class Config(ScoreConfig):
 
     ABSENT = frozenset({"resume"})  # figures need every case: an interrupted one begins again
     NEEDS = [
-        Needs("data reference_field", _is_run, "`eval run NAME`"),
+        Needs("data reference_field reference_from", _is_run, "`eval run NAME`"),
         Needs(
-            "benchmark shard manifest rejects",
+            "reference_policy",
+            lambda c: c.reference_from == "generate",
+            "`--reference-from generate`",
+        ),
+        Needs(
+            "benchmark shard manifest rejects trained_on",
             lambda c: not _is_run(c),
             "scored files, not for `eval run NAME`",
         ),
@@ -68,6 +73,17 @@ class Config(ScoreConfig):
     reference_field: Annotated[
         str | None,
         typer.Option(metavar="FIELD", help="run: field of those rows that is the reference."),
+    ] = None
+    reference_from: Annotated[
+        Literal["field", "other-correct", "generate", "none"] | None,
+        typer.Option(
+            help="run: where references are from: a field of the rows, other correct answers of "
+            "the row, a policy, nowhere. Default: the rows' own."
+        ),
+    ] = None
+    reference_policy: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="run: the policy that writes them: a folder, a Hub id."),
     ] = None
     report: Annotated[
         str | None, typer.Option(metavar="DIR", help="Write report.html, .json and plots here.")
@@ -92,6 +108,14 @@ class Config(ScoreConfig):
             "the rows.",
         ),
     ] = None
+    trained_on: Annotated[
+        tuple[str, ...],
+        typer.Option(
+            metavar="FILE",
+            help="Triples of pre-training (repeatable): cases between policies are told by what "
+            "is new in them, prompts or policies.",
+        ),
+    ] = ()
     no_text: Annotated[
         bool,
         typer.Option("--no-text", help="In verdicts, a hash and the length of each text alone."),
@@ -124,6 +148,7 @@ def run(config: Config) -> None:
         _run_benchmark(config)
         return
     from polarctl import console
+    from polarctl.errors import UsageError
     from polarctl.evaluation import report as eval_report
     from polarctl.evaluation.cases import (
         Cases,
@@ -134,6 +159,7 @@ def run(config: Config) -> None:
         rewards_of,
         verdicts,
     )
+    from polarctl.evaluation.discrimination import TrainedOn
     from polarctl.evaluation.figures import summarise
     from polarctl.evaluation.page import terminal_table
     from polarctl.evaluation.suites import SUITES
@@ -160,6 +186,7 @@ def run(config: Config) -> None:
             suite.check(record, labels_of(record))
 
     baseline = _baseline(config)
+    known = read.expand(config.trained_on)
     if config.dry_run:
         windows.dry_run(
             "eval", config, paths, None, verify=look, check=lambda: check_by(config.by, fields)
@@ -169,6 +196,9 @@ def run(config: Config) -> None:
         replacing.check_report(config.report, eval_report.FILES)
     identity = {"model_identity": manifest.folder_identity(config.model)} if config.model else {}
     cases, by = Cases(), "subset" if suite else "category"
+    if known:
+        identity["trained_on"] = str(read.sizes(known))
+        cases.duels.trained_on = TrainedOn.read(read.Reader(known, "triple"))
     # An interrupted evaluation begins again: its units of work are only what leaves the memory.
     anew = replace(config, resume=False)
     with Output("eval", anew, read.sizes(paths), identity) as out:
@@ -205,14 +235,21 @@ def run(config: Config) -> None:
             for verdict in work(window.records):
                 out.write(verdict)
             # What may yet be refused as a whole leaves no file.
-            if cases.margins and (config.by is None or config.by in fields):
+            good = bool(cases.duels.margins if known else cases.margins)
+            if good and (config.by is None or config.by in fields):
                 out.commit(out.units + 1, window.digest)
         cuts.say(config.model)
         check_by(config.by, fields)
         require_cases(cases, reader.rows)
+        if known and not cases.duels.margins:
+            raise UsageError(
+                "`--trained-on`: no case is between two policies",
+                hint="triples of `polarctl pair` have `policy` and `rejected_policy`",
+            )
         report = summarise(cases, config.seed)
         if suite is not None:
-            report["benchmark"] = suite.result(config.seed)
+            used = dict(cases.references)
+            report["benchmark"] = suite.result(config.seed) | {"references": used}
         keep = ("skipped", "overall", "benchmark")
         out.counts.update({name: report[name] for name in keep if name in report})
         out.counts["leaks"] = cases.leaks
@@ -256,13 +293,23 @@ def _run_benchmark(config: Config) -> None:
             f"`eval run {name}`: its rows are not one data set of the Hub",
             hint="--data with its files",
         )
+    source = config.reference_from
+    if source == "generate" and config.reference_policy is None:
+        raise UsageError("`--reference-from generate` needs a policy", hint="--reference-policy")
+    if config.reference_field is not None and source not in (None, "field"):
+        raise UsageError(f"`--reference-field` is not for `--reference-from {source}`")
+    if config.no_reference and source not in (None, "none"):
+        raise UsageError(f"`--no-reference` is not for `--reference-from {source}`")
     folder = Path(config.output)
     if config.output == "-":
         folder = Path(f"{name}-{Path(config.model).name}")
         console.choice("folder", str(folder), "-o names another")
     data, subset, split = (config.data, None, None) if config.data else _ON_HUB[name]
     convert = ["convert", str(data), "--from", name]
-    score = ["score", str(folder / "groups.jsonl"), "--model", config.model]
+    made = "groups.jsonl" if source in (None, "field", "none") else "referenced.jsonl"
+    write = ["sample", str(folder / "groups.jsonl"), "--model", str(config.reference_policy)]
+    write += ["--samples", "1", "--seed", str(config.seed)]
+    score = ["score", str(folder / made), "--model", config.model]
     judge = ["eval", str(folder / "scores.jsonl"), "--benchmark", name]
     judge += ["--report", config.report or str(folder / "report"), "--seed", str(config.seed)]
     for command, flag, value in (
@@ -270,7 +317,9 @@ def _run_benchmark(config: Config) -> None:
         (convert, "--source-split", split),
         (convert, "--limit", config.limit),
         (convert, "--map", config.reference_field and f"reference={config.reference_field}"),
-        (score, "--no-reference", config.no_reference),
+        (write, "--device", config.device),
+        (write, "--dtype", config.dtype),
+        (score, "--no-reference", config.no_reference or source == "none"),
         (score, "--batch-tokens", config.batch_tokens),
         (score, "--device", config.device),
         (score, "--dtype", config.dtype),
@@ -283,10 +332,14 @@ def _run_benchmark(config: Config) -> None:
             command += [flag] if value is True else [flag, str(value)]
     voices = ("quiet", "verbose", "no_color", "json", "force")
     common = [f"--{name.replace('_', '-')}" for name in voices if getattr(config, name)]
-    steps = ((convert, "groups.jsonl"), (score, "scores.jsonl"), (judge, "verdicts.jsonl"))
+    steps = [(convert, "groups.jsonl"), (score, "scores.jsonl"), (judge, "verdicts.jsonl")]
+    if source == "generate":
+        steps.insert(1, (write, "references.jsonl"))
     if not config.dry_run:
         folder.mkdir(parents=True, exist_ok=True)
     for command, made in steps:
+        if command is score and not config.dry_run:
+            _add_references(folder, source)
         command += ["-o", str(folder / made), *common]
         console.note(f"polarctl {shlex.join(command)}")
         if config.dry_run:
@@ -301,6 +354,26 @@ def _run_benchmark(config: Config) -> None:
             )
             error.exit_status = status
             raise error
+
+
+def _add_references(folder: Path, source: str | None) -> None:
+    """Write `referenced.jsonl`, where references are not those of the rows."""
+    from polarctl import console
+    from polarctl.evaluation import references
+    from polarctl.storage.read import Reader
+
+    groups = Reader([str(folder / "groups.jsonl")], "candidate")
+    if source == "other-correct":
+        found, why = references.other_correct(groups), "none has two correct answers"
+    elif source == "generate":
+        written = Reader([str(folder / "references.jsonl")], "trajectory")
+        found, why = references.generated(groups, written), "the policy has written none"
+    else:
+        return
+    number, without = references.write(str(folder / "referenced.jsonl"), found, why)
+    console.note(f"{references.WORDS[source]}: {number:,} rows")
+    if without:
+        console.warn(f"{without:,} rows are left out: they have no such reference")
 
 
 def _baseline(config: Config) -> dict[str, Any] | None:

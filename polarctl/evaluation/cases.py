@@ -19,6 +19,7 @@ from heapq import heappush, heapreplace
 from typing import TYPE_CHECKING, Any
 
 from polarctl.errors import RecordError, UsageError
+from polarctl.evaluation.discrimination import Duels, prompt_key
 from polarctl.evaluation.metrics import (
     Interval,
     baseline_verdict,
@@ -32,6 +33,7 @@ from polarctl.evaluation.metrics import (
     text_length,
     unigram_f1,
 )
+from polarctl.evaluation.references import origin
 from polarctl.model.template import content_text
 from polarctl.records import (
     Record,
@@ -72,7 +74,9 @@ class Cases:
         skipped: Reason to number of records that hold no comparison.
         between_policies: Cases whose reference and better candidate are by one policy.
         with_numbers: Cases whose reference holds a number.
+        references: Where the references are from (`references.WORDS`) to number of records.
         leaks: Records with a candidate that is the reference, whatever the white space.
+        duels: The cases between two policies.
         worst: The verdicts of the `WORST` lowest margins, none above 0, as a heap.
     """
 
@@ -90,7 +94,9 @@ class Cases:
     skipped: Counter[str] = field(default_factory=Counter)
     between_policies: int = 0
     with_numbers: int = 0
+    references: Counter[str] = field(default_factory=Counter)
     leaks: int = 0
+    duels: Duels = field(default_factory=Duels)
     worst: list[tuple[float, int, dict[str, Any]]] = field(default_factory=list)
 
     def category(self, name: str | None) -> int:
@@ -198,14 +204,18 @@ def verdicts(
     scores = _baselines(record, outputs)
     cluster, category = prompt_id(record), record.get(by)
     reference = content_text(record.get("reference", "")).split()
+    cases.references[origin(record)] += 1
     cases.leaks += bool(reference) and any(text.split() == reference for text in outputs)
-    key = int.from_bytes(hashlib.blake2b(cluster.encode(*_ANY), digest_size=8).digest(), "big")
+    key = prompt_key(record)
     if group:
         _best(cases, key, labels, {MODEL: rewards, **scores}, decided=bool(pairs))
         if pairs and len(labels) > 2:
             _ranks(cases, key, labels, {MODEL: rewards, **scores})
     author = record.get("reference_policy")
     cases.between_policies += len(pairs) * (author is not None and author == record.get("policy"))
+    if pairs and not group and "overlap" in scores:
+        gap = scores["overlap"][0] - scores["overlap"][1]
+        cases.duels.add(record, key, rewards[0] - rewards[1], gap)
     if NUMBERS in scores:
         cases.with_numbers += len(pairs)
     names = [c.get("name") for c in record.get("candidates", [])] or [

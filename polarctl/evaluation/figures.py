@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from polarctl.evaluation import discrimination
 from polarctl.evaluation.cases import MODEL, NUMBERS, Cases, estimate
 from polarctl.evaluation.metrics import quantiles
 
@@ -49,6 +50,8 @@ def summarise(cases: Cases, seed: int) -> dict[str, Any]:
         "length_bias": _length_bias(cases, marks[MODEL], clusters, seed),
         "skipped": dict(cases.skipped),
     }
+    if cases.duels.margins:
+        report["discrimination"] = discrimination.summary(cases.duels, seed)
     groups = len(cases.best_clusters)
     if groups and all(0 <= label <= 1 for label in cases.best["oracle"]):
         decided = np.asarray(cases.decided, dtype=bool)

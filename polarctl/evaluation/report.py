@@ -21,6 +21,7 @@ from polarctl.evaluation.page import (
     render_html,
     render_markdown,
 )
+from polarctl.evaluation.references import WORDS
 from polarctl.model.template import content_text
 from polarctl.storage import atomic
 
@@ -28,10 +29,13 @@ FILES = (
     "margins.png",
     "accuracy.png",
     "calibration.png",
+    "policies.png",
+    "distance.png",
     "report.html",
     "report.json",
     "report.md",
 )
+_PAIRS = 10  # of policies, in the table of those that are told apart worst
 SCORERS = {
     "model": "model",
     "length": "longer wins",
@@ -135,11 +139,67 @@ def benchmark_table(report: Mapping[str, Any]) -> Table | None:
     rows = [row("overall", found["overall"], found["rows"], ends["overall"])]
     rows += [row(name, v, counts[name], ends[name]) for name, v in found["sections"].items()]
     rows += [[name, "0", "n/a"] for name in found["missing"]]
+    used = found.get("references") or {"none": 0}
+    told = ", ".join(
+        WORDS[name] + (f" ({number:,})" if len(used) > 1 else "") for name, number in used.items()
+    )
     return Table(
         ("section", "items", "score, %"),
         rows,
-        f"{found['name']}: its own score, 95 % intervals over items",
+        f"{found['name']}: its own score, 95 % intervals over items; {told}",
     )
+
+
+def discrimination_table(report: Mapping[str, Any]) -> Table | None:
+    """Accuracy and loss of telling policies apart, or None without triples between policies."""
+    found = report.get("discrimination")
+    if not found:
+        return None
+    rows = [
+        [name, f"{part['loss']['n']:,}", _share(part["accuracy"]), _number(part["loss"])]
+        for name, part in found["parts"].items()
+    ]
+    told = f"telling {len(found['policies']):,} policies apart; loss: -log sigmoid(margin), 0.693 "
+    return Table(("cases with", "cases", "accuracy", "loss"), rows, told + "knows nothing")
+
+
+def _discrimination(found: Mapping[str, Any]) -> tuple[list[Section], dict[str, bytes]]:
+    """What the page says of pairs of policies, and its plots by file name."""
+    from polarctl.evaluation import plots
+
+    cells = {(c["policy"], c["rejected_policy"]): c["accuracy"] for c in found["matrix"]}
+    names = found["policies"]
+    pictures = {"policies.png": plots.heat_map(names, cells, title="Accuracy by pair of policies")}
+    worst = sorted(found["matrix"], key=lambda cell: (cell["accuracy"], -cell["n"]))[:_PAIRS]
+    rows = [
+        [
+            c["policy"],
+            c["rejected_policy"],
+            f"{c['n']:,}",
+            _share({**c, "value": c["accuracy"]}),
+            f"{c['loss']:.3f}",
+        ]
+        for c in worst
+    ]
+    heads = ("policy", "rejected policy", "cases", "accuracy", "loss")
+    told = f"the {len(rows)} lowest of {len(found['matrix']):,} pairs; Wilson intervals"
+    heat = [Image(pictures["policies.png"], "Heat map of accuracy, policy by rejected policy")]
+    sections = [Section("Pairs of policies", table=Table(heads, rows, told), images=heat)]
+    distance = found.get("distance")
+    if distance is not None:
+        picture = plots.accuracy_by_distance(
+            distance["pairs"], distance["bins"], title="Are distant policies told apart better?"
+        )
+        pictures["distance.png"] = picture
+        said = []
+        if "correlation" in distance:
+            said.append(
+                f"Spearman's rank correlation of distance and accuracy over "
+                f"{len(distance['pairs']):,} pairs of policies: {distance['correlation']:+.3f}."
+            )
+        image = Image(picture, "Accuracy against the distance of two policies")
+        sections.append(Section("Distance of policies", said, images=[image]))
+    return sections, pictures
 
 
 def _number(figure: Mapping[str, Any] | None) -> str:
@@ -164,6 +224,7 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
     made = [
         benchmark_table(report),
         table(report),
+        discrimination_table(report),
         best_of_n_table(report),
         ranking_table(report),
         bias_table(report),
@@ -242,6 +303,11 @@ def write(
         atomic.write(target / "calibration.png", curve)
         image = Image(curve, "Accuracy against confidence")
         sections.append(Section("Length and calibration", table=part, images=[image]))
+    if (part := discrimination_table(report)) is not None:
+        more, pictures = _discrimination(report["discrimination"])
+        sections[1:1] = [Section("Policy discrimination", table=part), *more]
+        for name, picture in pictures.items():
+            atomic.write(target / name, picture)
     if worst:
         told = f"The {len(worst)} cases with the lowest margins, of all that the model has wrong."
         sections.append(Section("Worst cases", [told]))

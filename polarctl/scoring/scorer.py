@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from polarctl import console
 from polarctl.errors import PolarctlError, RecordError
+from polarctl.evaluation.references import FROM, OTHER_CORRECT, folded
 from polarctl.model.template import PIECES
 from polarctl.records import KINDS, Record, check, kind_of_scorable, outputs_of
 from polarctl.scoring.answers import AS_THEY_ARE, FAULTS, Answers
@@ -325,22 +326,20 @@ def score_records(
         Pairs of the new record and what is known of each of its rewards.
     """
     asked = [([""] if no_reference else references_of(r), outputs_of(r)) for r in records]
-    items = [
-        Item(record["prompt"], reference, output, record.get("wrapper", "sft"))
-        for record, (references, outputs) in zip(records, asked, strict=True)
-        for reference in references
-        for output in outputs
-    ]
-    cut_off = [
-        cut
-        for record, (references, _) in zip(records, asked, strict=True)
-        for _ in references
-        for cut in _cut_off(record)
-    ]
+    used = [_comparisons(r, *parts) for r, parts in zip(records, asked, strict=True)]
+    items, cut_off = [], []
+    for record, (references, outputs), pairs in zip(records, asked, used, strict=True):
+        cuts = _cut_off(record)
+        for i, k in pairs:
+            wrapper = record.get("wrapper", "sft")
+            items.append(Item(record["prompt"], references[i], outputs[k], wrapper))
+            cut_off.append(cuts[k])
     scored = iter(score_answers(items, scorer, answers, cut_off))
-    for record, (references, outputs) in zip(records, asked, strict=True):
-        rows = [[next(scored) for _ in outputs] for _ in references]
-        mine = [_pooled(column, pooling) for column in zip(*rows, strict=True)]
+    for record, (_, outputs), pairs in zip(records, asked, used, strict=True):
+        found: list[list[Scored]] = [[] for _ in outputs]
+        for _, k in pairs:
+            found[k].append(next(scored))
+        mine = [_pooled(column, pooling) for column in found]
         result: dict[str, Any] = {k: v for k, v in record.items() if k != "floored"}
         values = [s.reward for s in mine]
         if "candidates" in record or kind_of_scorable(record) == "triple":
@@ -351,6 +350,23 @@ def score_records(
         if any(faults):
             result["floored"] = faults if "rewards" in result else faults[0]
         yield result, mine
+
+
+def _comparisons(
+    record: Record, references: Sequence[Any], outputs: Sequence[Any]
+) -> list[tuple[int, int]]:
+    """(place of the reference, place of the candidate) of everything that is to be scored.
+
+    Where the references are candidates themselves, none is compared with its own text.
+    """
+    pairs = [(i, k) for i in range(len(references)) for k in range(len(outputs))]
+    if record.get(FROM) != OTHER_CORRECT or references == [""]:
+        return pairs
+    known, texts = [folded(text) for text in references], [folded(text) for text in outputs]
+    pairs = [(i, k) for i, k in pairs if known[i] != texts[k]]
+    if len({k for _, k in pairs}) < len(outputs):
+        raise RecordError("a candidate has no reference but itself", where=record.where)
+    return pairs
 
 
 def _cut_off(record: dict[str, Any]) -> list[bool]:

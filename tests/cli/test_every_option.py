@@ -333,6 +333,9 @@ EVAL: dict[str, Case | Seen] = {
     "report": swap(EVAL_BASE, "--report report", ""),
     "data": Seen("stages/test_eval_run.py", '"--data", data'),
     "reference_field": Seen("stages/test_eval_run.py", '"--reference-field", "answer"'),
+    "reference_from": Seen("stages/test_eval_run.py", '"--reference-from", "other-correct"'),
+    "reference_policy": Seen("stages/test_eval_run.py", '"--reference-policy", str(policy)'),
+    "trained_on": Seen("evaluation/test_discrimination.py", '"--trained-on", trained'),
     "no_text": add(EVAL_BASE, "--no-text"),
     "benchmark": Seen("evaluation/test_suites.py", '"--benchmark", "rm-bench"'),
     "by": add(EVAL_BASE, "--by kind"),
@@ -439,6 +442,25 @@ VALIDATE: dict[str, Case | Seen] = {
     "kind": add("validate triples.jsonl", "--kind trajectory", "status"),
 }
 
+RATE_BASE = "rate trajectories.jsonl -o out.jsonl --report report -q"
+RATE: dict[str, Case | Seen] = {
+    **records(
+        RATE_BASE, RATE_BASE.replace(" -q", ""), RATE_BASE.replace("traj", "bad-traj"), "--seed 1"
+    ),
+    "seed": Seen("stages/test_rate.py", '"--seed", "1"'),
+    "verifier": add(RATE_BASE, "--verifier length:5"),
+    "report": swap(RATE_BASE, "--report report", ""),
+}
+del RATE["resume"]
+
+SHOW: dict[str, Case | Seen] = {
+    **{name: case for name, case in voice("show scored.jsonl").items() if name != "quiet"},
+    "input": Case("show scored.jsonl", "show more-scored.jsonl"),
+    "limit": add("show scored.jsonl", "--limit 1"),
+    "id": add("show trajectories.jsonl", "--id nobody", "status"),
+    "worst": add("show scored.jsonl", "--worst 3"),
+}
+
 TABLE: dict[str, dict[str, Case | Seen]] = {
     "sample": SAMPLE,
     "pair": PAIR,
@@ -455,6 +477,8 @@ TABLE: dict[str, dict[str, Case | Seen]] = {
     "schema": SCHEMA,
     "doctor": {k: v for k, v in voice("doctor").items() if k != "quiet"},
     "validate": VALIDATE,
+    "show": SHOW,
+    "rate": RATE,
 }
 
 RFT_VERIFIED = "rft prompts.jsonl -m lm -o made --reward exact"
@@ -523,7 +547,10 @@ REFUSED = {
         "force": "eval scored.jsonl --force",
         "data": "eval scored.jsonl --data x.jsonl",
         "reference_field": "eval scored.jsonl --reference-field x",
+        "reference_from": "eval scored.jsonl --reference-from none",
+        "reference_policy": "eval run rm-bench -m rm --reference-policy lm",
         "benchmark": "eval run rm-bench -m rm --benchmark rmb",
+        "trained_on": "eval run rm-bench -m rm --trained-on triples.jsonl",
         "shard": "eval run rm-bench -m rm --shard 0/2",
         "manifest": "eval run rm-bench -m rm --manifest m.json",
         "rejects": "eval run rm-bench -m rm --rejects r.jsonl",
@@ -532,6 +559,7 @@ REFUSED = {
         "device": "eval scored.jsonl --device cpu",
         "dtype": "eval scored.jsonl --dtype float32",
     },
+    "rate": {"force": "rate trajectories.jsonl --force"},
     "compare": {"force": "compare scored.jsonl rescored.jsonl --force"},
     "rft": {
         "reward_model": RFT_VERIFIED + " --reward-model rm",

@@ -1,9 +1,12 @@
 """`polarctl eval run NAME`: a whole benchmark in one command, with a model of random weights."""
 
 import json
+from statistics import fmean
 
 import pytest
+from tiny import build_lm
 
+from polarctl import RewardModel
 from polarctl.cli import run
 from polarctl.evaluation.suites import SUITES
 from polarctl.records import Record, Report, check
@@ -46,7 +49,8 @@ def test_a_benchmark_in_one_command_goes_on_and_is_checked_each_time(
     suite = SUITES["rm-bench"]()
     for row in scores:
         suite.add(Record(row), row["rewards"], [c["label"] for c in row["candidates"]])
-    assert report["benchmark"] == json.loads(json.dumps(suite.result(0)))
+    expected = {**suite.result(0), "references": {"field": 8}}
+    assert report["benchmark"] == json.loads(json.dumps(expected))
     assert report["benchmark"]["rows"] == 8 and report["benchmark"]["missing"] == []
     times = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.jsonl")}
     (folder / "verdicts.jsonl").unlink()
@@ -85,3 +89,66 @@ def test_rows_without_a_reference_end_the_run_with_the_stages_own_status(
     assert "`polarctl score` has ended with exit status 3" in said
     assert run([*command, "--no-reference", "-q"]) == 0
     assert (tmp_path / f"rm-bench-{tiny_rm.name}" / "report" / "report.html").exists()
+
+
+def test_a_correct_answer_is_compared_with_the_other_correct_ones(tiny_rm, data, tmp_path, capfd):
+    """Reward of a correct answer: the mean over the two others; of a wrong one, over all three."""
+    folder = tmp_path / "made"
+    command = ["eval", "run", "rm-bench", "-m", str(tiny_rm), "--data", data, "-o", str(folder)]
+    command += ["--device", "cpu", "--reference-from", "other-correct"]
+    assert run(command) == 0
+    assert "references: other correct answers" in " ".join(capfd.readouterr().err.split())
+    rows = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
+    judge = RewardModel.from_pretrained(str(tiny_rm), device="cpu")
+    for row in rows[:2]:
+        right = [c["output"] for c in row["candidates"] if c["label"] == 1]
+        assert row["references"] == right and len(right) == 3
+        expected = [
+            fmean(
+                judge.score(row["prompt"], reference, c["output"])
+                for reference in right
+                if reference != c["output"]
+            )
+            for c in row["candidates"]
+        ]
+        assert row["rewards"] == pytest.approx(expected, abs=1e-4)
+    report = json.loads((folder / "report" / "report.json").read_text())
+    assert report["benchmark"]["references"] == {"other-correct": 8}
+    assert "references: other correct answers" in (folder / "report" / "report.md").read_text()
+
+
+def test_a_row_with_one_correct_answer_has_no_other(tiny_rm, tmp_path, capfd):
+    rows = [
+        {"id": str(i), "prompt": f"q{i}", "chosen": [f"yes {i}", f"right {i}"][: i + 1]}
+        | {"rejected": [f"no {i}"], "subset": "Math"}
+        for i in range(2)
+    ]
+    path = tmp_path / "rb2.json"
+    path.write_text(json.dumps(rows))
+    command = ["eval", "run", "rewardbench2", "-m", str(tiny_rm), "--data", str(path)]
+    command += ["--device", "cpu", "--reference-from", "other-correct", "-o"]
+    assert run([*command, str(tmp_path / "a")]) == 0
+    assert "1 rows are left out" in capfd.readouterr().err
+    path.write_text(json.dumps(rows[:1]))
+    assert run([*command, str(tmp_path / "b"), "-q"]) == 3
+    assert "no row has a reference: none has two correct answers" in capfd.readouterr().err
+
+
+def test_a_policy_writes_the_references(tiny_rm, data, tmp_path, capfd):
+    policy = tmp_path / "writer"
+    build_lm(policy, seed=4)
+    folder = tmp_path / "made"
+    command = ["eval", "run", "rm-bench", "-m", str(tiny_rm), "--data", data, "-o", str(folder)]
+    command += ["--device", "cpu", "--reference-from", "generate"]
+    assert run(command) == 2
+    assert "needs a policy" in capfd.readouterr().err
+    assert run([*command, "--reference-policy", str(policy)]) == 0
+    said = capfd.readouterr().err
+    assert f"polarctl sample {folder}/groups.jsonl" in said
+    wrote = [json.loads(line) for line in (folder / "references.jsonl").read_text().splitlines()]
+    texts = {row["id"]: row["output"] for row in wrote}
+    rows = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
+    assert rows and all(row["reference"] == texts[row["id"]] for row in rows)
+    assert {row["reference_policy"] for row in rows} == {"writer"}
+    report = json.loads((folder / "report" / "report.json").read_text())
+    assert report["benchmark"]["references"] == {"generate": len(rows)}
