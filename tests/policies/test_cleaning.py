@@ -10,6 +10,9 @@ from polarctl.policies.cleaning import clean, cut_incomplete, cut_loop, report
 
 # Written by hand before the rules: text, what ended it, what is to be left and to be said.
 CASES = [json.loads(line) for line in Path(__file__).with_name("cleaning.jsonl").open("rb")]
+# What a language model of two layers wrote greedily after 60 and 200 steps of training on maths
+# problems: loops, and lines that come again and are none.
+REAL = [json.loads(line) for line in Path(__file__).with_name("loops.jsonl").open("rb")]
 SENTENCE = "The dog barks at the moon. "  # 27 characters
 
 
@@ -91,10 +94,10 @@ def test_a_looping_text_is_cut_at_the_loop_alone():
     assert clean("It rains " + "and rains " * 30, "length") == ("It rains and", ["loop"])
 
 
-def test_every_case_written_by_hand():
-    assert len(CASES) >= 200
+def test_every_case_written_by_hand_and_every_loop_of_a_small_model():
+    assert len(CASES) >= 200 and len(REAL) >= 10
     wrong = {}
-    for case in CASES:
+    for case in CASES + REAL:
         got = clean(case["input"], case["finish_reason"])
         if got != (case["expected"], case["marks"]):
             wrong[case["about"]] = got
