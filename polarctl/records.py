@@ -97,10 +97,10 @@ class Trajectory(Struct):
         Meta(description="`stop`: the policy ended its text; `length`: it was cut by the limit."),
     ] = UNSET
     cleaned: Annotated[
-        list[Literal["loop", "incomplete"]] | UnsetType,
+        list[Literal["loop", "incomplete", "refusal"]] | UnsetType,
         Meta(
             description="What cleaning did: `loop` cut at a repetition, `incomplete` cut back to "
-            "the last whole sentence."
+            "the last whole sentence. `refusal`: the text is nothing but one, and was kept."
         ),
     ] = UNSET
     num_tokens: Annotated[

@@ -15,6 +15,7 @@ the highest rollout of a prompt and step over the lowest.
 \b
 polarctl pair trajectories.jsonl -o train.jsonl --exclude-policies 'held-*'
 polarctl pair trajectories.jsonl -o unseen.jsonl --require 'held-*'
+polarctl pair trajectories.jsonl -o val.jsonl --prompts 0.98:1
 polarctl pair runs/better/rollouts.jsonl --from-rollouts --label-by check -o labels.jsonl
 """
 
@@ -34,6 +35,7 @@ from polarctl.config import Common, Needs
 if TYPE_CHECKING:
     from polarctl.policies.by_prompt import Groups
     from polarctl.policies.labelling import Labelling, Rollouts
+    from polarctl.policies.nearness import Distance
     from polarctl.policies.pairing import Pairing
     from polarctl.records import Record
     from polarctl.storage.write import Output
@@ -51,6 +53,11 @@ class Config(Common):
     NEEDS = [
         Needs(
             "policies exclude_policies require",
+            lambda c: not c.from_rollouts,
+            "samples of several policies, not for --from-rollouts",
+        ),
+        Needs(
+            "max_similarity hard_by",
             lambda c: not c.from_rollouts,
             "samples of several policies, not for --from-rollouts",
         ),
@@ -99,6 +106,31 @@ class Config(Common):
         tuple[str, ...],
         typer.Option(metavar="GLOB", help="One of the two policies is such a one (repeatable)."),
     ] = ()
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FROM:TO",
+            help="Only prompts whose hash, a number from 0 to 1, lies there: 0:0.98 to train, "
+            "0.98:1 to validate.",
+        ),
+    ] = None
+    max_similarity: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Pass over a rejected text that shares more of its pairs of words with the "
+            "reference or the chosen text; 1: only an equal one.",
+        ),
+    ] = 1.0
+    hard_by: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Prefer rejected policies near the reference's: by the rewards of these scored "
+            "triples, or by `names` that begin alike.",
+        ),
+    ] = None
     from_rollouts: Annotated[
         bool, typer.Option("--from-rollouts", help="Read rollouts of `rft`, and label them.")
     ] = False
@@ -139,6 +171,8 @@ def run(config: Config) -> None:
     from polarctl.config import shard_of
     from polarctl.policies.by_prompt import Groups
     from polarctl.policies.labelling import Rollouts
+    from polarctl.policies.nearness import Margins, distance_of
+    from polarctl.policies.pairing import prompts_between
     from polarctl.storage import read, windows
     from polarctl.storage.paths import check_paths
     from polarctl.storage.read import Reader
@@ -161,10 +195,12 @@ def run(config: Config) -> None:
                 paths,
                 "trajectory",
                 verify=groups.add,
-                check=lambda: _check(config, groups),
+                check=lambda: _check(config, groups, distance_of(config.hard_by)[0]),
             )
             return
-        check_paths(config, paths)
+        distance, scores = distance_of(config.hard_by)
+        taken = prompts_between(config.prompts)
+        check_paths(config, [*paths, *scores])
         bad: list[tuple[str, str, Any]] = []
         # Not by shards: a prompt's trajectories lie apart, so prompts are dealt out, not rows.
         reader = Reader(
@@ -177,52 +213,73 @@ def run(config: Config) -> None:
         (digest,) = deque((window.digest for window in reader.windows(READ_ROWS)), maxlen=1)
         if isinstance(groups, Groups):
             groups.finish(reader.on_bad)
-        pairing = _drawer(config, groups)
+        pairing = _drawer(config, groups, distance)
         index, count = shard_of(config.shard) if config.shard else (0, 1)
-        mine = (g for g in groups if seeding.derive(0, "shard", g.id) % count == index)
-        with Output("pair", config, read.sizes(paths), {"trajectories": digest}) as out:
+        mine = (
+            g for g in groups if taken(g.id) and seeding.derive(0, "shard", g.id) % count == index
+        )
+        identity: dict[str, Any] = {"trajectories": digest}
+        if distance is not None:
+            identity |= {"hard_by": distance.table() if isinstance(distance, Margins) else "names"}
+        with Output("pair", config, read.sizes([*paths, *scores]), identity) as out:
             if not out.complete:
                 windows.set_aside(out, bad)
-                _pair(mine, None if config.shard else len(groups), pairing, out)
+                part = config.shard or config.prompts
+                _pair(mine, None if part else len(groups), pairing, out)
                 if config.from_rollouts:
                     _report_labels(pairing, groups, out, config)
                 else:
                     _report(pairing, out, config)
 
 
-def _check(config: Config, groups: Any) -> None:
+def _check(config: Config, groups: Any, distance: Distance | None) -> None:
     """Whether there would be a triple; says what `--rejects` would take beside bad rows."""
     from polarctl import console
     from polarctl.policies.by_prompt import Groups
+    from polarctl.policies.pairing import prompts_between
     from polarctl.storage.windows import BadRows
 
     if isinstance(groups, Groups):
         bad = BadRows(console.warn)
         groups.finish(bad if config.rejects else None)
         bad.finish()
+    prompts_between(config.prompts)
     if not config.shard:
-        _drawer(config, groups)
+        _drawer(config, groups, distance)
 
 
-def _drawer(config: Config, groups: Any) -> Any:
+def _drawer(config: Config, groups: Any, distance: Distance | None) -> Any:
     """What draws triples.
 
     Raises:
         UsageError: The input has no triple for these options.
     """
-    return (_labelling if config.from_rollouts else _pairing)(config, groups)
+    return (
+        _labelling(config, groups) if config.from_rollouts else _pairing(config, groups, distance)
+    )
 
 
-def _pairing(config: Config, groups: Groups) -> Pairing:
+def _pairing(config: Config, groups: Groups, distance: Distance | None) -> Pairing:
+    from polarctl.errors import UsageError
+    from polarctl.policies.nearness import Margins
     from polarctl.policies.pairing import Pairing
 
     _check_policies(config, groups.policies)
+    if isinstance(distance, Margins):
+        known = {name for pair, _ in distance.table() for name in pair}
+        if not known & groups.policies:
+            raise UsageError(
+                f"`--hard-by {config.hard_by}` knows none of the policies of the trajectories",
+                hint="score triples of the same policies, or pass `--hard-by names`",
+            )
     return Pairing(
         groups,
         per_prompt=config.triples_per_prompt,
         negatives=config.negatives,
         require=lambda name: _matches(name, config.require or ("*",)),
         equal_chosen=config.equal_chosen,
+        max_similarity=config.max_similarity,
+        distance=distance,
         seed=config.seed,
     )
 
@@ -339,6 +396,10 @@ def _no_triple(config: Config, counts: Mapping[str, int], hint: str) -> str:
     from polarctl.errors import PolarctlError
 
     without = [f"{n:,} {what}" for what, n in counts.items() if what.startswith("prompts ")]
+    if config.prompts and not counts.get("prompts") and not config.shard:
+        raise PolarctlError(
+            f"no prompt has its hash in {config.prompts} (--prompts)", hint="widen the range"
+        )
     if not counts.get("triples") and not config.shard:
         raise PolarctlError(
             f"no triple could be made from {counts.get('prompts', 0):,} prompts: "
@@ -393,9 +454,10 @@ def _report(pairing: Pairing, out: Output, config: Config) -> None:
             f"pair: in {equal:,} of {draws:,} draws ({equal / draws:.0%}) the chosen text is the "
             f"reference: {done} (--equal-chosen {config.equal_chosen})"
         )
-    passed = pairing.counts["identical texts passed over"]
-    if passed:
-        console.note(f"pair: {passed:,} combinations passed over for identical texts")
+    for why in ("identical", "similar"):
+        passed = pairing.counts[f"{why} texts passed over"]
+        if passed:
+            console.note(f"pair: {passed:,} combinations passed over for {why} texts")
     say = console.note if len(pairing.roles) <= SHOWN_POLICIES else console.detail
     for name, roles in sorted(pairing.roles.items()):
         say(f"  {name}: {roles['reference']:,} as reference, {roles['rejected']:,} as rejected")

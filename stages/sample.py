@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 # Prompts of a unit of work: what a crash can cost, and the most that one batch is made from.
 WINDOW_ROWS = 256
+SHOWN_POLICIES = 24
 # What becomes of a sample; counted for every policy. `unfit` and `other wrapper` count prompts.
 OUTCOMES = ("records", "empty", "unfit", "other wrapper")
 
@@ -265,13 +266,16 @@ def _sample(config: Config, policies: list[Policy], prompts: Prompts, out: Outpu
                 ):
                     out.write(record)
                     tally["records"] += 1
+                    for mark in record["cleaned"]:
+                        tally[mark] = tally.get(mark, 0) + 1
                 out.commit(unit)
                 bar.update(done, policy.name)
 
 
 def _report(counts: dict[str, Any]) -> None:
-    """Say what was left out."""
+    """Say what was left out and what was cleaned."""
     from polarctl import console
+    from polarctl.policies import cleaning
 
     if counts["repeated"]:
         console.warn(f"{counts['repeated']:,} repeated prompts were sampled once")
@@ -283,3 +287,6 @@ def _report(counts: dict[str, Any]) -> None:
         if not tally["records"]:
             why = ", ".join(f"{what}: {count:,}" for what, count in tally.items() if count)
             console.warn(f"policy `{name}` wrote no text at all ({why or 'no prompts'})")
+    say = console.note if len(tallies) <= SHOWN_POLICIES else console.detail
+    for line in cleaning.report(tallies):
+        say(f"  {line}")

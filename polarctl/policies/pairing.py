@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from polarctl import seeding
+from polarctl.errors import UsageError
+from polarctl.policies import nearness
 from polarctl.policies.by_prompt import Groups, PromptGroup
 
 # Samples of one policy and prompt that are combined; of more, a random part is taken.
@@ -42,6 +44,10 @@ class Pairing:
         equal_chosen: What becomes of a triple whose chosen text is its reference: `keep`; `drop`
             leaves it out; `resample` takes other samples, of the same two policies first. White
             space does not make texts differ.
+        max_similarity: A rejected text that is nearer than this to the reference or to the chosen
+            text is passed over; 1: only an equal one (`nearness.similarity`).
+        distance: Draws rejected policies near the reference's with preference
+            (`nearness.weights`).
         seed: The run's seed.
 
     Attributes:
@@ -58,12 +64,16 @@ class Pairing:
         negatives: int = 1,
         require: Callable[[str], bool] = lambda name: True,
         equal_chosen: str = "keep",
+        max_similarity: float = 1.0,
+        distance: nearness.Distance | None = None,
         seed: int = 0,
     ):
         self.negatives, self.equal_chosen = negatives, equal_chosen
         self.per_prompt, self.require, self.seed = per_prompt, require, seed
+        self.max_similarity, self.distance = max_similarity, distance
         self.counts: Counter[str] = Counter()
         self.roles: dict[str, dict[str, int]] = {}
+        self._words: dict[tuple[str, int], Counter[tuple[str, str]]] = {}  # of a group's texts
         self._first, self._second = groups.firsts, groups.seconds
 
     def triples(self, group: PromptGroup) -> Iterator[dict[str, Any]]:
@@ -72,6 +82,7 @@ class Pairing:
         No pair of policies comes twice before all have come; no triple comes twice.
         """
         self.counts["prompts"] += 1
+        self._words.clear()
         samples: dict[tuple[str, str], Iterator[Samples]] = {}
         spent: set[tuple[str, str]] = set()  # pairs of policies without a further triple
         closed: set[tuple[str, str]] = set()  # those, and the pairs of the round in hand
@@ -101,7 +112,8 @@ class Pairing:
             made += 1
         self.counts["triples"] += made
         if not made:
-            self.counts[_why_none(group, bool(spent) or bool(drawn))] += 1
+            alike = bool(spent) or bool(drawn)
+            self.counts[_why_none(group, alike, self.max_similarity < 1)] += 1
 
     def _next(self, texts: dict[int, Any], samples: Iterator[Samples]) -> Samples | None:
         """The next samples of two policies; of `resample`, the next that are not copies."""
@@ -133,7 +145,9 @@ class Pairing:
                 and (first, b) not in closed
             ]
             if seconds:
-                return first, rng.choices(seconds, [1 / self._second[b] for b in seconds])[0]
+                even = {b: 1 / self._second[b] for b in seconds}
+                weights = nearness.weights(first, seconds, even, self.distance)
+                return first, rng.choices(seconds, weights)[0]
             firsts.remove(first)
         return None
 
@@ -149,7 +163,23 @@ class Pairing:
             if rejected in (_plain(group.outputs[a][i]), _plain(group.outputs[a][j])):
                 self.counts["identical texts passed over"] += 1
                 continue
+            if self._are_near(group, (b, k), (a, i), (a, j)):
+                self.counts["similar texts passed over"] += 1
+                continue
             yield i, j, k
+
+    def _are_near(
+        self, group: PromptGroup, rejected: tuple[str, int], *others: tuple[str, int]
+    ) -> bool:
+        """Whether a rejected text is nearer than allowed to one of the others."""
+        if self.max_similarity >= 1:
+            return False
+        for key in (rejected, *others):
+            if key not in self._words:
+                self._words[key] = nearness.pairs_of_words(group.outputs[key[0]][key[1]])
+        words = self._words
+        near = (nearness.similarity(words[rejected], words[other]) for other in others)
+        return any(share > self.max_similarity for share in near)
 
     def _triple(self, group: PromptGroup, a: str, b: str, samples: Samples) -> dict[str, Any]:
         self._role(a)["reference"] += 1
@@ -177,7 +207,15 @@ class Pairing:
         others = sorted(
             (name, k) for name in group.outputs if name != a for k in group.outputs[name]
         )
-        rng.shuffle(others)
+        if self.distance is None:
+            rng.shuffle(others)
+        else:
+            names = sorted({name for name, _ in others})
+            even = dict.fromkeys(names, 1.0)
+            found_weights = nearness.weights(a, names, even, self.distance)
+            weight = dict(zip(names, found_weights, strict=True))
+            others = nearness.shuffled([(weight[x[0]], x) for x in others], rng.random)
+        ours = [(a, k) for k in samples[:2]]
         seen = [_plain(group.outputs[a][k]) for k in samples[:2]]
         seen.append(_plain(group.outputs[b][samples[2]]))
         found: list[Any] = []
@@ -185,7 +223,7 @@ class Pairing:
             if len(found) == self.negatives - 1:
                 break
             text = group.outputs[name][k]
-            if _plain(text) not in seen:
+            if _plain(text) not in seen and not self._are_near(group, (name, k), *ours):
                 seen.append(_plain(text))
                 found.append(text)
         return found
@@ -194,9 +232,9 @@ class Pairing:
         return self.roles.setdefault(policy, {"reference": 0, "rejected": 0})
 
 
-def _why_none(group: PromptGroup, identical: bool) -> str:
+def _why_none(group: PromptGroup, identical: bool, similar: bool) -> str:
     if identical:
-        return "prompts with identical texts"
+        return f"prompts with {'too similar' if similar else 'identical'} texts"
     if len(group.outputs) == 1:
         return "prompts with one policy"
     if not group.firsts():
@@ -207,3 +245,30 @@ def _why_none(group: PromptGroup, identical: bool) -> str:
 def _plain(text: Any) -> Any:
     """What is compared: the words of a text, whatever the space between them."""
     return " ".join(text.split()) if isinstance(text, str) else text
+
+
+def prompts_between(option: str | None) -> Callable[[str], bool]:
+    """Says of a prompt's id whether it belongs to a part of all prompts; None: to all.
+
+    The number of an id is uniform in [0, 1) and depends on nothing else, so a prompt that is held
+    out is so in every run and with every seed.
+
+    Args:
+        option: `FROM:TO`, from FROM on and below TO.
+
+    Raises:
+        UsageError: Not of this form with 0 <= FROM < TO <= 1.
+    """
+    if option is None:
+        return lambda name: True
+    low, _, high = option.partition(":")
+    try:
+        start, end = float(low), float(high)
+    except ValueError:
+        start, end = 1.0, 0.0
+    if not 0 <= start < end <= 1:
+        raise UsageError(
+            f"`--prompts {option}`: not of the form FROM:TO with 0 <= FROM < TO <= 1",
+            hint="`--prompts 0:0.98` to train, `--prompts 0.98:1` to validate",
+        )
+    return lambda name: start <= seeding.derive(0, "prompts", name) / 2**63 < end

@@ -1,11 +1,18 @@
+import json
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polarctl.policies.cleaning import clean, cut_incomplete, cut_loop
+from polarctl.policies.cleaning import clean, cut_incomplete, cut_loop, report
 
+# Written by hand before the rules: text, what ended it, what is to be left and to be said.
+CASES = [json.loads(line) for line in Path(__file__).with_name("cleaning.jsonl").open("rb")]
+# What a language model of two layers wrote greedily after 60 and 200 steps of training on maths
+# problems: loops, and lines that come again and are none.
+REAL = [json.loads(line) for line in Path(__file__).with_name("loops.jsonl").open("rb")]
 SENTENCE = "The dog barks at the moon. "  # 27 characters
 
 
@@ -87,6 +94,33 @@ def test_a_looping_text_is_cut_at_the_loop_alone():
     assert clean("It rains " + "and rains " * 30, "length") == ("It rains and", ["loop"])
 
 
+def test_every_case_written_by_hand_and_every_loop_of_a_small_model():
+    assert len(CASES) >= 200 and len(REAL) >= 10
+    wrong = {}
+    for case in CASES + REAL:
+        got = clean(case["input"], case["finish_reason"])
+        if got != (case["expected"], case["marks"]):
+            wrong[case["about"]] = got
+    assert wrong == {}
+
+
+def test_cleaning_again_changes_nothing():
+    for case in CASES:
+        marks = [mark for mark in case["marks"] if mark == "refusal"]
+        assert clean(case["expected"], "stop") == (case["expected"], marks)
+
+
+def test_the_report_names_policies_with_something_to_say():
+    tallies = {
+        "a": {"records": 90, "empty": 10, "unfit": 0, "loop": 25, "refusal": 1},
+        "b": {"records": 50, "empty": 0, "unfit": 3},
+        "c": {"records": 0, "empty": 0},
+    }
+    assert list(report(tallies)) == [
+        "a: 100 samples, 25 loops cut (25.0%), 1 refusals (1.0%), 10 without text (10.0%)"
+    ]
+
+
 @settings(deadline=None, max_examples=80)
 @given(st.text("ab. \n。`1", max_size=300), st.sampled_from(["stop", "length"]))
 def test_cleaning_only_ever_cuts_the_end(text, finish_reason):
@@ -105,7 +139,17 @@ def test_every_loop_of_a_hundred_characters_is_found(unit, extra):
 
 
 @pytest.mark.parametrize(
-    "text", ["ab" * 20_000 + "x", "a" * 40_000, "ab " * 13_000, "x. " * 13_000]
+    "text",
+    [
+        "ab" * 20_000 + "x",
+        "a" * 40_000,
+        "ab " * 13_000,
+        "x. " * 13_000,
+        *(unit * (40_000 // len(unit)) + "y" for unit in ("Dr. ", "`a", "$$a", "Dr. `a` ", "A:\n")),
+        "".join(f"{n}. A: {n}\n" for n in range(4_000)),
+        "".join(f"```\n{n}. X\n" for n in range(3_001)),
+        "".join(f"a{n}. b\n" for n in range(6_000)),
+    ],
 )
 def test_time_is_linear(text):
     start = time.process_time()

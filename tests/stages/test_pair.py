@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polarctl import cli
+from polarctl.policies import nearness
 from polarctl.policies.by_prompt import Groups
 from polarctl.policies.pairing import Pairing
 from polarctl.records import Record, Triple, check
@@ -233,7 +234,115 @@ def test_a_single_sample_can_only_be_rejected():
     assert {(t["policy"], t["rejected_policy"]) for t in made} == {("a", "b")}
 
 
+def test_similarity_is_the_share_of_common_pairs_of_words():
+    def share(a, b):
+        return nearness.similarity(nearness.pairs_of_words(a), nearness.pairs_of_words(b))
+
+    # (start, It) and (It, is) of the 4 pairs `start It is 7 .`: 2 x 2 / 8.
+    assert share("It is 7.", "It  is 8.") == 0.5
+    hundred = [f"w{n}" for n in range(100)]
+    other = [*hundred[:50], "x", *hundred[51:]]
+    assert share(" ".join(hundred), " ".join(other)) == 0.98  # two of 100 pairs are others
+    assert share("a b c", "a b c") == 1 and share("", "") == 1 and share("a", "b") == 0
+    assert share("我喜欢猫。", "我喜欢狗。") == 0.6  # a sign is a word: 3 of 5
+    assert share("a a a a", "a a") == pytest.approx(2 * 2 / 6)  # counted, not only there
+    assert share([{"role": "user", "content": "a b"}], "a b") == 1
+
+
+def near_texts():
+    """`a` and `b` differ in one of 21 words for each prompt; `c` says something else."""
+    said = {"a": "so", "b": "thus"}
+    for r in (records := trajectories(60, "abc")):
+        line = f"it is {r['sample']} of {r['id']} " + "and on " * 8
+        if r["policy"] in said:
+            r["output"] = line + said[r["policy"]]
+    return records
+
+
+def test_a_nearly_equal_text_of_another_policy_is_no_negative():
+    made, _ = triples_of(near_texts())
+    pairs = {frozenset((t["policy"], t["rejected_policy"])) for t in made}
+    assert frozenset("ab") in pairs and len(pairs) == 3
+    made, pairing = triples_of(near_texts(), max_similarity=0.8)
+    assert len(made) == 60
+    assert {"c"} == {n for t in made for n in (t["policy"], t["rejected_policy"])} - {"a", "b"}
+    assert all("c" in (t["policy"], t["rejected_policy"]) for t in made)
+    assert pairing.counts["similar texts passed over"] > 0
+    # Nor a further negative: for `a` only the two of `c` are left.
+    made, _ = triples_of(near_texts(), max_similarity=0.8, negatives=9)
+    assert all(len(t["negatives"]) == 1 for t in made if t["policy"] in "ab")
+    only, pairing = triples_of([r for r in near_texts() if r["policy"] != "c"], max_similarity=0.8)
+    assert only == [] and pairing.counts["prompts with too similar texts"] == 60
+
+
 # -- the command ----------------------------------------------------------------------------------
+
+
+NAMED = ["qwen-7b-base", "qwen-7b-chat", "qwen-72b", "yi-34b", "glm-9b"]
+
+
+def scored(first, second, margin):
+    triple = {"prompt": "p", "reference": "r", "chosen": "c", "rejected": "x"}
+    return {**triple, "policy": first, "rejected_policy": second, "rewards": [1.0, 1.0 - margin]}
+
+
+@pytest.mark.parametrize("by", ["names", "scores"])
+def test_hard_negatives_come_from_near_policies(by, tmp_path):
+    source = write_jsonl(tmp_path / "t.jsonl", trajectories(300, NAMED))
+    # By rewards 7b-chat is nearest to 7b-base (mean of 1 and 3), then 72b, yi; glm is unknown.
+    rows = [scored(NAMED[0], NAMED[1], 1), scored(NAMED[1], NAMED[0], 3)]
+    rows += [scored(NAMED[0], NAMED[2], 4), scored(NAMED[3], NAMED[0], 9)]
+    hard_by = "names" if by == "names" else write_jsonl(tmp_path / "scores.jsonl", rows)
+    hard = tmp_path / "hard.jsonl"
+    assert cli.run(["pair", source, "-o", str(hard), "-q", "--hard-by", hard_by]) == 0
+    near = Counter(t["rejected_policy"] for t in read_jsonl(hard) if t["policy"] == NAMED[0])
+    # Some 60 triples with this reference. Even would be 1/4 each. Half goes by nearness: by names
+    # 1, 1/2, 1/4, 1/4 parts (two at one distance have one rank), by rewards 1, 1/2, 1/4 and none.
+    parts = [1 / 2, 1 / 4, 1 / 8, 1 / 8] if by == "names" else [4 / 7, 2 / 7, 1 / 7, 0]
+    for name, part in zip(NAMED[1:], parts, strict=True):
+        assert near[name] / near.total() == pytest.approx((1 / 4 + part) / 2, abs=0.12)
+    again = tmp_path / "again.jsonl"
+    lines = Path(source).read_bytes().splitlines(keepends=True)
+    Path(source).write_bytes(b"".join(lines[::-1]))
+    assert cli.run(["pair", source, "-o", str(again), "-q", "--hard-by", hard_by]) == 0
+    assert sorted(again.read_bytes().splitlines()) == sorted(hard.read_bytes().splitlines())
+
+
+@pytest.mark.parametrize(
+    ("rows", "status", "said"),
+    [
+        ([scored("x", "y", 1)], 2, "knows none of the policies"),
+        ([{"prompt": "p", "output": "o", "reward": 1.0}], 3, "s.jsonl:1: no `policy`"),
+        ([scored("a", "b", 1) | {"rewards": [1.0]}], 3, "s.jsonl:1: no `rewards`"),
+    ],
+)
+def test_scores_that_say_nothing_are_refused(rows, status, said, tmp_path, capfd):
+    source = write_jsonl(tmp_path / "t.jsonl", trajectories(3, "ab"))
+    out = tmp_path / "out.jsonl"
+    found = write_jsonl(tmp_path / "s.jsonl", rows)
+    assert cli.run(["pair", source, "-o", str(out), "--hard-by", found]) == status
+    assert said in capfd.readouterr().err and not out.exists()
+
+
+def test_held_out_prompts_are_the_same_whatever_the_seed_and_the_policies(tmp_path, capfd):
+    source = write_jsonl(tmp_path / "t.jsonl", trajectories(400, "abc"))
+
+    def ids(part, *more):
+        out = tmp_path / "out.jsonl"
+        command = ["pair", source, "-o", str(out), "--force", "-q", "--prompts", part, *more]
+        assert cli.run(command) == 0
+        return {t["id"] for t in read_jsonl(out)}
+
+    train, held = ids("0:0.9"), ids("0.9:1")
+    assert not train & held and len(train | held) == 400
+    assert 20 <= len(held) <= 62  # 40 expected, a standard deviation is 6
+    assert ids("0.9:1", "--seed", "7", "--exclude-policies", "a") == held
+    for wrong in ("0.9", "1:0", "0:2", "a:b", "nan:1"):
+        assert cli.run(["pair", source, "--prompts", wrong]) == 2
+    assert "not of the form FROM:TO" in capfd.readouterr().err
+    few = write_jsonl(tmp_path / "few.jsonl", trajectories(1, "ab"))
+    assert cli.run(["pair", few, "--prompts", "0.9999:1"]) == 1
+    assert "no prompt has its hash in 0.9999:1" in capfd.readouterr().err
 
 
 @pytest.fixture

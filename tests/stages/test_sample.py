@@ -81,6 +81,20 @@ def test_trajectories_are_whole_records_policy_by_policy(tmp_path, pool):
     assert counts["policies"]["chat"]["other wrapper"] == 1
 
 
+def test_what_cleaning_did_is_counted_and_said(tmp_path, prompts, pool, capfd):
+    out = tmp_path / "out.jsonl"
+    sized = ["--max-new-tokens", "8", "-o", str(out)]
+    assert cli.run(["sample", prompts, "--pool", pool, *sized]) == 0
+    found = Counter((r["policy"], mark) for r in read_jsonl(out) for mark in r["cleaned"])
+    tallies = json.loads(Path(f"{out}.manifest.json").read_bytes())["counts"]["policies"]
+    assert found["base", "incomplete"] > 0
+    for policy in ("base", "chat"):
+        assert tallies[policy].get("incomplete", 0) == found[policy, "incomplete"]
+    written = sum(tallies["base"][what] for what in ("records", "empty"))
+    said = f"base: {written} samples, {found['base', 'incomplete']} endings cut back"
+    assert said in capfd.readouterr().err
+
+
 def test_batch_size_order_and_shards_change_no_text(tmp_path, prompts, tiny_lm):
     shuffled = write_jsonl(tmp_path / "shuffled.jsonl", QUESTIONS[::-1])
     texts = []
