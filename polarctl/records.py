@@ -50,6 +50,11 @@ class Message(Struct):
 Text = str | list[Message]
 Wrapper = Literal["sft", "pretrain"]
 
+
+def _says(text: str) -> Meta:
+    return Meta(description=text)
+
+
 _TEXT_FOR_OBJECT = re.compile(r"field `candidates\[.*\]`: expected `object`, got `str`")
 _NO_REFERENCE = (
     "--map reference=FIELD of `polarctl convert` names a good answer; --no-reference does without"
@@ -87,10 +92,9 @@ class Trajectory(Struct):
     prompt: Annotated[Text, _PROMPT]
     output: Annotated[Text, Meta(description="What the policy wrote, after cleaning.")]
     policy: Annotated[str, _POLICY]
+    policy_group: Annotated[str | UnsetType, Meta(description="The pool's `group`.")] = UNSET
     id: Annotated[str | UnsetType, _ID] = UNSET
-    sample: Annotated[
-        int | UnsetType, Meta(description="Index of this sample among the policy's, from 0.")
-    ] = UNSET
+    sample: Annotated[int | UnsetType, _says("Index among the policy's samples, from 0.")] = UNSET
     wrapper: Annotated[Wrapper | UnsetType, _WRAPPER] = UNSET
     finish_reason: Annotated[
         Literal["stop", "length"] | UnsetType,
@@ -103,9 +107,7 @@ class Trajectory(Struct):
             "the last whole sentence."
         ),
     ] = UNSET
-    num_tokens: Annotated[
-        int | UnsetType, Meta(description="Tokens generated, before cleaning.")
-    ] = UNSET
+    num_tokens: Annotated[int | UnsetType, _says("Tokens generated, before cleaning.")] = UNSET
     category: Annotated[str | UnsetType, _CATEGORY] = UNSET
 
 
@@ -150,9 +152,7 @@ class Candidate(Struct):
     references: Annotated[list[Text] | UnsetType, _REFERENCES] = UNSET
     principle: Annotated[str | UnsetType, _PRINCIPLE] = UNSET
     output: Annotated[Text | UnsetType, Meta(description="The single candidate.")] = UNSET
-    candidates: Annotated[
-        list[NamedCandidate] | UnsetType, Meta(description="The group of candidates.")
-    ] = UNSET
+    candidates: Annotated[list[NamedCandidate] | UnsetType, _says("The candidates.")] = UNSET
     label: Annotated[float | bool | None | UnsetType, _LABEL] = UNSET
     id: Annotated[str | UnsetType, _ID] = UNSET
     wrapper: Annotated[Wrapper | UnsetType, _WRAPPER] = UNSET
@@ -191,9 +191,7 @@ class Score(Candidate):
             "`unclosed` (in an unfinished thought), `cut_off`; null where the model gave it."
         ),
     ] = UNSET
-    best: Annotated[
-        int | UnsetType, Meta(description="With `--best-of-n`: index of the highest reward.")
-    ] = UNSET
+    best: Annotated[int | UnsetType, _says("`--best-of-n`: index of the highest.")] = UNSET
     ranking: Annotated[list[str] | UnsetType, Meta(description="A judge's, best first.")] = UNSET
     reasoning: Annotated[str | UnsetType, Meta(description="A judge's, before it scored.")] = UNSET
     parse_status: Annotated[
@@ -230,39 +228,47 @@ class Verdict(Struct):
     ] = {}
 
 
-class PoolPolicy(Struct):
-    """One line of a policy-pool file. Read by `sample --pool`."""
+_Above0 = Annotated[float, Meta(gt=0)]
+_Share = Annotated[float, Meta(gt=0, le=1)]
+_From1 = Annotated[int, Meta(ge=1)]
+_Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
-    policy: Annotated[str, Meta(description="Unique name of the policy, written to trajectories.")]
-    model: Annotated[str, Meta(description="Folder or Hub id of a causal language model.")]
+
+class PoolPolicy(Struct, forbid_unknown_fields=True):
+    """One policy of a pool file. Read by `sample --pool`; its sampling overrides the options."""
+
+    policy: Annotated[str, _says("Unique name of the policy, written to trajectories.")]
+    model: Annotated[
+        str,
+        _says(
+            "Folder or Hub id of a causal language model, or its name on a server. A pattern "
+            "(`run/step-*`) makes a policy of each folder, named `policy`-`folder`."
+        ),
+    ]
     kind: Annotated[
         Literal["base", "chat"] | UnsetType,
-        Meta(
-            description="`base` continues the text (wrapper `pretrain`); `chat` answers through "
-            "the tokenizer's chat template (wrapper `sft`). Default: `chat` if the tokenizer has "
-            "a chat template, else `base`."
+        _says(
+            "`base` continues the text (wrapper `pretrain`); `chat` answers through the chat "
+            "template (wrapper `sft`). Default: `chat` if the tokenizer has one, else `base`."
         ),
     ] = UNSET
-    temperature: Annotated[
-        Annotated[float, Meta(gt=0)] | UnsetType,
-        Meta(description="Sampling temperature; overrides the option."),
+    backend: Annotated[
+        Literal["transformers", "vllm", "openai"] | UnsetType,
+        _says("What runs it: transformers (default), vLLM, or the server at `url`."),
     ] = UNSET
-    top_p: Annotated[
-        Annotated[float, Meta(gt=0, le=1)] | UnsetType,
-        Meta(description="Nucleus share; overrides the option."),
+    url: Annotated[str | UnsetType, _says("Address of an OpenAI-compatible server.")] = UNSET
+    engine: Annotated[
+        dict[str, Any] | UnsetType,
+        _says("Arguments of vLLM's engine, or further fields of each request to a server."),
     ] = UNSET
-    top_k: Annotated[
-        Annotated[int, Meta(ge=0)] | UnsetType,
-        Meta(description="Most likely tokens kept, 0 for all; overrides the option."),
-    ] = UNSET
-    max_new_tokens: Annotated[
-        Annotated[int, Meta(ge=1)] | UnsetType,
-        Meta(description="Length limit in tokens; overrides the option."),
-    ] = UNSET
-    samples: Annotated[
-        Annotated[int, Meta(ge=1)] | UnsetType,
-        Meta(description="Samples per prompt; overrides the option."),
-    ] = UNSET
+    revision: Annotated[str | UnsetType, _says("Commit, tag or branch of a Hub id.")] = UNSET
+    dtype: Annotated[_Dtype | UnsetType, _says("Precision of computing.")] = UNSET
+    group: Annotated[str | UnsetType, _says("Any name; `policy_group` of trajectories.")] = UNSET
+    temperature: Annotated[_Above0 | UnsetType, _says("Sampling temperature.")] = UNSET
+    top_p: Annotated[_Share | UnsetType, _says("Nucleus share.")] = UNSET
+    top_k: Annotated[Annotated[int, Meta(ge=0)] | UnsetType, _says("Tokens kept; 0: all.")] = UNSET
+    max_new_tokens: Annotated[_From1 | UnsetType, _says("Length limit in tokens.")] = UNSET
+    samples: Annotated[_From1 | UnsetType, _says("Samples per prompt.")] = UNSET
 
 
 class Estimate(Struct):
@@ -331,11 +337,9 @@ class Report(Struct):
         ),
     ] = UNSET
     benchmark: Annotated[
-        BenchmarkResult | UnsetType, Meta(description="With `--benchmark`: its own score.")
+        BenchmarkResult | UnsetType, Meta(description="`--benchmark`: its own score.")
     ] = UNSET
-    skipped: Annotated[
-        dict[str, int], Meta(description="Reason to number of records without a comparison.")
-    ] = {}
+    skipped: Annotated[dict[str, int], _says("Reason to records without a comparison.")] = {}
 
 
 class OutputFile(Struct):
@@ -352,9 +356,7 @@ class InputFile(Struct):
 
     path: Annotated[str, Meta(description="Path, or `-` for standard input.")]
     bytes: Annotated[int | None, Meta(description="Size in bytes; null for a pipe.")]
-    sha256: Annotated[
-        str | UnsetType, Meta(description="Hash of the file's bytes, where it was taken.")
-    ] = UNSET
+    sha256: Annotated[str | UnsetType, _says("Hash of its bytes, where taken.")] = UNSET
 
 
 class Manifest(Struct):
@@ -367,12 +369,10 @@ class Manifest(Struct):
     inputs: Annotated[list[InputFile], Meta(description="What was read.")]
     outputs: Annotated[dict[str, OutputFile], Meta(description="File name to what was written.")]
     counts: Annotated[dict[str, Any], Meta(description="What was counted: records, rejects, ...")]
-    choices: Annotated[
-        dict[str, dict[str, str]], Meta(description="Automatic choices: `{value, reason}`.")
-    ]
+    choices: Annotated[dict[str, dict[str, str]], _says("Automatic choices: `{value, reason}`.")]
     environment: Annotated[dict[str, str], Meta(description="Versions, platform, host, times.")]
     fingerprint: Annotated[
-        dict[str, Any] | UnsetType, Meta(description="What a resume must find unchanged.")
+        dict[str, Any] | UnsetType, _says("What a resume must find unchanged.")
     ] = UNSET
 
 
