@@ -33,42 +33,47 @@ class Record(dict[str, Any]):
         self.where = where
 
 
+def _says(text: str) -> Meta:
+    return Meta(description=text)
+
+
 class TextPart(Struct):
     """One part of a message's content in OpenAI's list form."""
 
-    type: Annotated[Literal["text"], Meta(description="Only text parts are supported.")]
-    text: Annotated[str, Meta(description="The text.")]
+    type: Annotated[Literal["text"], _says("Only text parts are supported.")]
+    text: Annotated[str, _says("The text.")]
 
 
 class Message(Struct):
     """One message of a conversation."""
 
-    role: Annotated[str, Meta(description="Who speaks: system, user, assistant, ...")]
-    content: Annotated[str | list[TextPart], Meta(description="The text, or a list of text parts.")]
+    role: Annotated[str, _says("Who speaks: system, user, assistant, ...")]
+    content: Annotated[str | list[TextPart], _says("The text, or a list of text parts.")]
 
 
 Text = str | list[Message]
 Wrapper = Literal["sft", "pretrain"]
 
+
 _TEXT_FOR_OBJECT = re.compile(r"field `candidates\[.*\]`: expected `object`, got `str`")
 _NO_REFERENCE = (
     "--map reference=FIELD of `polarctl convert` names a good answer; --no-reference does without"
 )
-_ID = Meta(description="Identity of the prompt; when absent, a hash of the prompt's text.")
-_PROMPT = Meta(description="The prompt: a string or a list of messages.")
-_REFERENCE = Meta(description="The reference trajectory: the answer to compare with.")
+_ID = _says("Identity of the prompt; when absent, a hash of the prompt's text.")
+_PROMPT = _says("The prompt: a string or a list of messages.")
+_REFERENCE = _says("The reference trajectory: the answer to compare with.")
 _REFERENCES = Meta(
     description="Several references in place of `reference`; --reference-pooling joins the rewards."
 )
-_PRINCIPLE = Meta(description="What makes a response good, for `--backend principle`.")
+_PRINCIPLE = _says("What makes a response good, for `--backend principle`.")
 _WRAPPER = Meta(
     description="How prompt and answer are glued: `sft` (a newline between them, the default) for "
     "instructions, `pretrain` (nothing between them) for text to be continued."
 )
-_POLICY = Meta(description="Name of the policy that wrote the text.")
-_REFERENCE_POLICY = Meta(description="Policy of `reference`: from `pair`, that of `chosen`.")
-_CATEGORY = Meta(description="Group for the rows of a report: a domain, a subset, a source.")
-_LABEL = Meta(description="True quality, where known: 1 or 0, a grade, or a boolean.")
+_POLICY = _says("Name of the policy that wrote the text.")
+_REFERENCE_POLICY = _says("Policy of `reference`: from `pair`, that of `chosen`.")
+_CATEGORY = _says("Group for the rows of a report: a domain, a subset, a source.")
+_LABEL = _says("True quality, where known: 1 or 0, a grade, or a boolean.")
 
 
 class Prompt(Struct):
@@ -85,16 +90,15 @@ class Trajectory(Struct):
     """What one policy wrote for one prompt. Written by `sample`, read by `pair`."""
 
     prompt: Annotated[Text, _PROMPT]
-    output: Annotated[Text, Meta(description="What the policy wrote, after cleaning.")]
+    output: Annotated[Text, _says("What the policy wrote, after cleaning.")]
     policy: Annotated[str, _POLICY]
+    policy_group: Annotated[str | UnsetType, _says("The pool's `group`.")] = UNSET
     id: Annotated[str | UnsetType, _ID] = UNSET
-    sample: Annotated[
-        int | UnsetType, Meta(description="Index of this sample among the policy's, from 0.")
-    ] = UNSET
+    sample: Annotated[int | UnsetType, _says("Index among the policy's samples, from 0.")] = UNSET
     wrapper: Annotated[Wrapper | UnsetType, _WRAPPER] = UNSET
     finish_reason: Annotated[
         Literal["stop", "length"] | UnsetType,
-        Meta(description="`stop`: the policy ended its text; `length`: it was cut by the limit."),
+        _says("`stop`: the policy ended its text; `length`: it was cut by the limit."),
     ] = UNSET
     cleaned: Annotated[
         list[Literal["loop", "incomplete", "refusal"]] | UnsetType,
@@ -103,9 +107,7 @@ class Trajectory(Struct):
             "the last whole sentence. `refusal`: the text is nothing but one, and was kept."
         ),
     ] = UNSET
-    num_tokens: Annotated[
-        int | UnsetType, Meta(description="Tokens generated, before cleaning.")
-    ] = UNSET
+    num_tokens: Annotated[int | UnsetType, _says("Tokens generated, before cleaning.")] = UNSET
     category: Annotated[str | UnsetType, _CATEGORY] = UNSET
 
 
@@ -114,22 +116,21 @@ class Triple(Struct):
 
     prompt: Annotated[Text, _PROMPT]
     reference: Annotated[Text, _REFERENCE]
-    chosen: Annotated[Text, Meta(description="The candidate that is closer to the reference.")]
-    rejected: Annotated[Text, Meta(description="The candidate that is farther from it.")]
+    chosen: Annotated[Text, _says("The candidate that is closer to the reference.")]
+    rejected: Annotated[Text, _says("The candidate that is farther from it.")]
     negatives: Annotated[
-        list[Text] | UnsetType,
-        Meta(description="Further rejected candidates, for `--negatives`."),
+        list[Text] | UnsetType, _says("Further rejected candidates, for `--negatives`.")
     ] = UNSET
     margin: Annotated[
         float | UnsetType,
-        Meta(description="By how much the reward of `chosen` should be the larger, in training."),
+        _says("By how much the reward of `chosen` should be the larger, in training."),
     ] = UNSET
     id: Annotated[str | UnsetType, _ID] = UNSET
     wrapper: Annotated[Wrapper | UnsetType, _WRAPPER] = UNSET
     policy: Annotated[
-        str | UnsetType, Meta(description="Policy of `chosen`; in pre-training of `reference` too.")
+        str | UnsetType, _says("Policy of `chosen`; in pre-training of `reference` too.")
     ] = UNSET
-    rejected_policy: Annotated[str | UnsetType, Meta(description="Policy of `rejected`.")] = UNSET
+    rejected_policy: Annotated[str | UnsetType, _says("Policy of `rejected`.")] = UNSET
     reference_policy: Annotated[str | UnsetType, _REFERENCE_POLICY] = UNSET
     category: Annotated[str | UnsetType, _CATEGORY] = UNSET
 
@@ -137,8 +138,8 @@ class Triple(Struct):
 class NamedCandidate(Struct):
     """One candidate of a group."""
 
-    output: Annotated[Text, Meta(description="The candidate's text.")]
-    name: Annotated[str | UnsetType, Meta(description="Who wrote it, or any name.")] = UNSET
+    output: Annotated[Text, _says("The candidate's text.")]
+    name: Annotated[str | UnsetType, _says("Who wrote it, or any name.")] = UNSET
     label: Annotated[float | bool | None | UnsetType, _LABEL] = UNSET
 
 
@@ -149,10 +150,8 @@ class Candidate(Struct):
     reference: Annotated[Text | UnsetType, _REFERENCE] = UNSET
     references: Annotated[list[Text] | UnsetType, _REFERENCES] = UNSET
     principle: Annotated[str | UnsetType, _PRINCIPLE] = UNSET
-    output: Annotated[Text | UnsetType, Meta(description="The single candidate.")] = UNSET
-    candidates: Annotated[
-        list[NamedCandidate] | UnsetType, Meta(description="The group of candidates.")
-    ] = UNSET
+    output: Annotated[Text | UnsetType, _says("The single candidate.")] = UNSET
+    candidates: Annotated[list[NamedCandidate] | UnsetType, _says("The candidates.")] = UNSET
     label: Annotated[float | bool | None | UnsetType, _LABEL] = UNSET
     id: Annotated[str | UnsetType, _ID] = UNSET
     wrapper: Annotated[Wrapper | UnsetType, _WRAPPER] = UNSET
@@ -163,7 +162,7 @@ class Score(Candidate):
     """What `score` writes: the record it read and its reward or rewards."""
 
     reward: Annotated[
-        float | UnsetType, Meta(description="Raw reward of `output`: unbounded, higher is closer.")
+        float | UnsetType, _says("Raw reward of `output`: unbounded, higher is closer.")
     ] = UNSET
     rewards: Annotated[
         list[float] | UnsetType,
@@ -174,15 +173,15 @@ class Score(Candidate):
     ] = UNSET
     normalized: Annotated[
         float | list[float] | UnsetType,
-        Meta(description="With `--normalize`: `reward` or `rewards` on that scale."),
+        _says("With `--normalize`: `reward` or `rewards` on that scale."),
     ] = UNSET
     tokens: Annotated[
         int | list[int] | UnsetType,
-        Meta(description="With `--details`: tokens that the model read for each reward."),
+        _says("With `--details`: tokens that the model read for each reward."),
     ] = UNSET
     truncated: Annotated[
         list[str | list[str]] | UnsetType,
-        Meta(description="With `--details`: pieces that were cut to fit, for each reward."),
+        _says("With `--details`: pieces that were cut to fit, for each reward."),
     ] = UNSET
     floored: Annotated[
         str | list[str | None] | UnsetType,
@@ -191,35 +190,34 @@ class Score(Candidate):
             "`unclosed` (in an unfinished thought), `cut_off`; null where the model gave it."
         ),
     ] = UNSET
-    best: Annotated[int | UnsetType, Meta(description="Index of the highest reward.")] = UNSET
-    ranking: Annotated[list[str] | UnsetType, Meta(description="A judge's, best first.")] = UNSET
-    reasoning: Annotated[str | UnsetType, Meta(description="A judge's, before it scored.")] = UNSET
+    best: Annotated[int | UnsetType, _says("`--best-of-n`: index of the highest.")] = UNSET
+    ranking: Annotated[list[str] | UnsetType, _says("A judge's, best first.")] = UNSET
+    reasoning: Annotated[str | UnsetType, _says("A judge's, before it scored.")] = UNSET
     parse_status: Annotated[
         Literal["ok"] | UnsetType,
-        Meta(description="A judge's reply was read; a record without is rejected, never scored."),
+        _says("A judge's reply was read; a record without is rejected, never scored."),
     ] = UNSET
-    chosen: Annotated[Text | UnsetType, Meta(description="Better candidate of a triple.")] = UNSET
-    rejected: Annotated[Text | UnsetType, Meta(description="Worse candidate of a triple.")] = UNSET
+    chosen: Annotated[Text | UnsetType, _says("Better candidate of a triple.")] = UNSET
+    rejected: Annotated[Text | UnsetType, _says("Worse candidate of a triple.")] = UNSET
     policy: Annotated[str | UnsetType, _POLICY] = UNSET
-    rejected_policy: Annotated[str | UnsetType, Meta(description="Policy of `rejected`.")] = UNSET
+    rejected_policy: Annotated[str | UnsetType, _says("Policy of `rejected`.")] = UNSET
     reference_policy: Annotated[str | UnsetType, _REFERENCE_POLICY] = UNSET
 
 
 class Verdict(Struct):
     """What `eval` says of one comparison: a better and a worse candidate for one prompt."""
 
-    id: Annotated[str, Meta(description="Identity of the prompt.")]
-    correct: Annotated[bool, Meta(description="The better candidate has the higher reward.")]
-    margin: Annotated[float, Meta(description="Reward of the better minus that of the worse.")]
-    rewards: Annotated[list[float], Meta(description="Rewards of the better and the worse.")]
+    id: Annotated[str, _says("Identity of the prompt.")]
+    correct: Annotated[bool, _says("The better candidate has the higher reward.")]
+    margin: Annotated[float, _says("Reward of the better minus that of the worse.")]
+    rewards: Annotated[list[float], _says("Rewards of the better and the worse.")]
     baselines: Annotated[
-        dict[str, float],
-        Meta(description="Baseline name to 1 (right), 0.5 (cannot tell) or 0 (wrong)."),
+        dict[str, float], _says("Baseline name to 1 (right), 0.5 (cannot tell) or 0 (wrong).")
     ]
     category: Annotated[str | UnsetType, _CATEGORY] = UNSET
-    better: Annotated[str | UnsetType, Meta(description="Name of the better candidate.")] = UNSET
-    worse: Annotated[str | UnsetType, Meta(description="Name of the worse candidate.")] = UNSET
-    where: Annotated[str | UnsetType, Meta(description="`file:line` of the scored record.")] = UNSET
+    better: Annotated[str | UnsetType, _says("Name of the better candidate.")] = UNSET
+    worse: Annotated[str | UnsetType, _says("Name of the worse candidate.")] = UNSET
+    where: Annotated[str | UnsetType, _says("`file:line` of the scored record.")] = UNSET
     texts: Annotated[
         dict[str, Text | dict[str, str | int]],
         Meta(
@@ -228,49 +226,57 @@ class Verdict(Struct):
     ] = {}
 
 
-class PoolPolicy(Struct):
-    """One line of a policy-pool file. Read by `sample --pool`."""
+_Above0 = Annotated[float, Meta(gt=0)]
+_Share = Annotated[float, Meta(gt=0, le=1)]
+_From1 = Annotated[int, Meta(ge=1)]
+_Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
-    policy: Annotated[str, Meta(description="Unique name of the policy, written to trajectories.")]
-    model: Annotated[str, Meta(description="Folder or Hub id of a causal language model.")]
+
+class PoolPolicy(Struct, forbid_unknown_fields=True):
+    """One policy of a pool file. Read by `sample --pool`; its sampling overrides the options."""
+
+    policy: Annotated[str, _says("Unique name of the policy, written to trajectories.")]
+    model: Annotated[
+        str,
+        _says(
+            "Folder or Hub id of a causal language model, or its name on a server. A pattern "
+            "(`run/step-*`) makes a policy of each folder, named `policy`-`folder`."
+        ),
+    ]
     kind: Annotated[
         Literal["base", "chat"] | UnsetType,
-        Meta(
-            description="`base` continues the text (wrapper `pretrain`); `chat` answers through "
-            "the tokenizer's chat template (wrapper `sft`). Default: `chat` if the tokenizer has "
-            "a chat template, else `base`."
+        _says(
+            "`base` continues the text (wrapper `pretrain`); `chat` answers through the chat "
+            "template (wrapper `sft`). Default: `chat` if the tokenizer has one, else `base`."
         ),
     ] = UNSET
-    temperature: Annotated[
-        Annotated[float, Meta(gt=0)] | UnsetType,
-        Meta(description="Sampling temperature; overrides the option."),
+    backend: Annotated[
+        Literal["transformers", "vllm", "openai"] | UnsetType,
+        _says("What runs it: transformers (default), vLLM, or the server at `url`."),
     ] = UNSET
-    top_p: Annotated[
-        Annotated[float, Meta(gt=0, le=1)] | UnsetType,
-        Meta(description="Nucleus share; overrides the option."),
+    url: Annotated[str | UnsetType, _says("Address of an OpenAI-compatible server.")] = UNSET
+    engine: Annotated[
+        dict[str, Any] | UnsetType,
+        _says("Arguments of vLLM's engine, or further fields of each request to a server."),
     ] = UNSET
-    top_k: Annotated[
-        Annotated[int, Meta(ge=0)] | UnsetType,
-        Meta(description="Most likely tokens kept, 0 for all; overrides the option."),
-    ] = UNSET
-    max_new_tokens: Annotated[
-        Annotated[int, Meta(ge=1)] | UnsetType,
-        Meta(description="Length limit in tokens; overrides the option."),
-    ] = UNSET
-    samples: Annotated[
-        Annotated[int, Meta(ge=1)] | UnsetType,
-        Meta(description="Samples per prompt; overrides the option."),
-    ] = UNSET
+    revision: Annotated[str | UnsetType, _says("Commit, tag or branch of a Hub id.")] = UNSET
+    dtype: Annotated[_Dtype | UnsetType, _says("Precision of computing.")] = UNSET
+    group: Annotated[str | UnsetType, _says("Any name; `policy_group` of trajectories.")] = UNSET
+    temperature: Annotated[_Above0 | UnsetType, _says("Sampling temperature.")] = UNSET
+    top_p: Annotated[_Share | UnsetType, _says("Nucleus share.")] = UNSET
+    top_k: Annotated[Annotated[int, Meta(ge=0)] | UnsetType, _says("Tokens kept; 0: all.")] = UNSET
+    max_new_tokens: Annotated[_From1 | UnsetType, _says("Length limit in tokens.")] = UNSET
+    samples: Annotated[_From1 | UnsetType, _says("Samples per prompt.")] = UNSET
 
 
 class Estimate(Struct):
     """A figure with its 95 % interval."""
 
-    value: Annotated[float, Meta(description="The figure.")]
-    low: Annotated[float, Meta(description="Lower end of the interval.")]
-    high: Annotated[float, Meta(description="Upper end of the interval.")]
-    n: Annotated[int, Meta(description="Cases behind the figure.")]
-    clusters: Annotated[int | UnsetType, Meta(description="Prompts: what is drawn.")] = UNSET
+    value: Annotated[float, _says("The figure.")]
+    low: Annotated[float, _says("Lower end of the interval.")]
+    high: Annotated[float, _says("Upper end of the interval.")]
+    n: Annotated[int, _says("Cases behind the figure.")]
+    clusters: Annotated[int | UnsetType, _says("Prompts: what is drawn.")] = UNSET
 
 
 Figures = dict[str, Estimate]  # scorer (the model or a baseline) to figure
@@ -279,46 +285,45 @@ Figures = dict[str, Estimate]  # scorer (the model or a baseline) to figure
 class BenchmarkResult(Struct):
     """A public benchmark's own score."""
 
-    name: Annotated[str, Meta(description="The benchmark, as in `--benchmark`.")]
-    overall: Annotated[float, Meta(description="Its one figure, a fraction.")]
-    sections: Annotated[dict[str, float], Meta(description="Its own sections: fractions.")]
-    counts: Annotated[dict[str, int], Meta(description="Items behind each section.")]
-    rows: Annotated[int, Meta(description="Rows that count.")]
+    name: Annotated[str, _says("The benchmark, as in `--benchmark`.")]
+    overall: Annotated[float, _says("Its one figure, a fraction.")]
+    sections: Annotated[dict[str, float], _says("Its own sections: fractions.")]
+    counts: Annotated[dict[str, int], _says("Items behind each section.")]
+    rows: Annotated[int, _says("Rows that count.")]
     intervals: Annotated[
-        dict[str, list[float]],
-        Meta(description="95 % interval, its two ends, of `overall` and each section."),
+        dict[str, list[float]], _says("95 % interval, its two ends, of `overall` and each section.")
     ]
     details: Annotated[
         dict[str, dict[str, float]],
-        Meta(description="Finer figures by kind: subsets, languages, levels of a domain."),
+        _says("Finer figures by kind: subsets, languages, levels of a domain."),
     ] = {}
-    missing: Annotated[list[str], Meta(description="Sections without rows, not in `overall`.")] = []
-    left_out: Annotated[dict[str, int], Meta(description="Why rows do not count: how many.")] = {}
-    references: Annotated[dict[str, int], Meta(description="Where they are from: rows.")] = {}
+    missing: Annotated[list[str], _says("Sections without rows, not in `overall`.")] = []
+    left_out: Annotated[dict[str, int], _says("Why rows do not count: how many.")] = {}
+    references: Annotated[dict[str, int], _says("Where they are from: rows.")] = {}
 
 
 class Report(Struct):
     """The summary that `eval` writes as report.json."""
 
-    metric: Annotated[str, Meta(description="What is measured: preference accuracy, ...")]
-    overall: Annotated[Figures, Meta(description="Scorer (the model or a baseline) to figure.")]
-    categories: Annotated[dict[str, Figures], Meta(description="The same for every category.")]
-    margins: Annotated[dict[str, float], Meta(description="Their quantiles: min, p25, ..., max.")]
+    metric: Annotated[str, _says("What is measured: preference accuracy, ...")]
+    overall: Annotated[Figures, _says("Scorer (the model or a baseline) to figure.")]
+    categories: Annotated[dict[str, Figures], _says("The same for every category.")]
+    margins: Annotated[dict[str, float], _says("Their quantiles: min, p25, ..., max.")]
     best_of_n: Annotated[
         Figures | UnsetType,
-        Meta(description="Mean label of the candidate that each scorer ranks first (groups)."),
+        _says("Mean label of the candidate that each scorer ranks first (groups)."),
     ] = UNSET
     best_of_n_decided: Annotated[
         Figures | UnsetType,
-        Meta(description="The same over groups with different labels: not all right or all wrong."),
+        _says("The same over groups with different labels: not all right or all wrong."),
     ] = UNSET
     calibration: Annotated[
         dict[str, float | list[dict[str, float]]] | UnsetType,
-        Meta(description="`ece`, and `bins` of confidence, accuracy, n; see the guide."),
+        _says("`ece`, and `bins` of confidence, accuracy, n; see the guide."),
     ] = UNSET
     length_bias: Annotated[
         dict[str, float | Estimate] | UnsetType,
-        Meta(description="`correlation`; accuracy where `longer_is_worse`, `longer_is_better`."),
+        _says("`correlation`; accuracy where `longer_is_worse`, `longer_is_better`."),
     ] = UNSET
     ranking: Annotated[
         dict[str, Figures] | UnsetType,
@@ -327,51 +332,47 @@ class Report(Struct):
             "candidates or more."
         ),
     ] = UNSET
-    benchmark: Annotated[
-        BenchmarkResult | UnsetType, Meta(description="With `--benchmark`: its own score.")
-    ] = UNSET
+    benchmark: Annotated[BenchmarkResult | UnsetType, _says("`--benchmark`: its own score.")] = (
+        UNSET
+    )
     discrimination: Annotated[
         dict[str, Any] | UnsetType,
-        Meta(description="Of triples between policies: `parts`, `matrix`, `distance`."),
+        _says("Of triples between policies: `parts`, `matrix`, `distance`."),
     ] = UNSET
-    skipped: Annotated[dict[str, int], Meta(description="Why records hold none: how many.")] = {}
+    skipped: Annotated[dict[str, int], _says("Reason to records without a comparison.")] = {}
 
 
 class OutputFile(Struct):
     """A file named by a manifest."""
 
-    sha256: Annotated[str, Meta(description="Hash of the file's bytes.")]
-    bytes: Annotated[int, Meta(description="Size in bytes.")]
-    path: Annotated[str | None | UnsetType, Meta(description="Path; null for a pipe.")] = UNSET
-    records: Annotated[int | UnsetType, Meta(description="Lines, for JSONL.")] = UNSET
+    sha256: Annotated[str, _says("Hash of the file's bytes.")]
+    bytes: Annotated[int, _says("Size in bytes.")]
+    path: Annotated[str | None | UnsetType, _says("Path; null for a pipe.")] = UNSET
+    records: Annotated[int | UnsetType, _says("Lines, for JSONL.")] = UNSET
 
 
 class InputFile(Struct):
     """An input named by a manifest."""
 
-    path: Annotated[str, Meta(description="Path, or `-` for standard input.")]
-    bytes: Annotated[int | None, Meta(description="Size in bytes; null for a pipe.")]
-    sha256: Annotated[
-        str | UnsetType, Meta(description="Hash of the file's bytes, where it was taken.")
-    ] = UNSET
+    path: Annotated[str, _says("Path, or `-` for standard input.")]
+    bytes: Annotated[int | None, _says("Size in bytes; null for a pipe.")]
+    sha256: Annotated[str | UnsetType, _says("Hash of its bytes, where taken.")] = UNSET
 
 
 class Manifest(Struct):
     """Provenance, beside every output. It is written last: its presence means complete."""
 
-    schema_version: Annotated[int, Meta(description="Version of these record schemas.")]
-    stage: Annotated[str, Meta(description="The subcommand that made the output.")]
-    version: Annotated[str, Meta(description="Version of polarctl.")]
-    config: Annotated[dict[str, Any], Meta(description="Every option, as resolved.")]
-    inputs: Annotated[list[InputFile], Meta(description="What was read.")]
-    outputs: Annotated[dict[str, OutputFile], Meta(description="File name to what was written.")]
-    counts: Annotated[dict[str, Any], Meta(description="What was counted: records, rejects, ...")]
-    choices: Annotated[
-        dict[str, dict[str, str]], Meta(description="Automatic choices: `{value, reason}`.")
-    ]
-    environment: Annotated[dict[str, str], Meta(description="Versions, platform, host, times.")]
+    schema_version: Annotated[int, _says("Version of these record schemas.")]
+    stage: Annotated[str, _says("The subcommand that made the output.")]
+    version: Annotated[str, _says("Version of polarctl.")]
+    config: Annotated[dict[str, Any], _says("Every option, as resolved.")]
+    inputs: Annotated[list[InputFile], _says("What was read.")]
+    outputs: Annotated[dict[str, OutputFile], _says("File name to what was written.")]
+    counts: Annotated[dict[str, Any], _says("What was counted: records, rejects, ...")]
+    choices: Annotated[dict[str, dict[str, str]], _says("Automatic choices: `{value, reason}`.")]
+    environment: Annotated[dict[str, str], _says("Versions, platform, host, times.")]
     fingerprint: Annotated[
-        dict[str, Any] | UnsetType, Meta(description="What a resume must find unchanged.")
+        dict[str, Any] | UnsetType, _says("What a resume must find unchanged.")
     ] = UNSET
 
 

@@ -12,21 +12,24 @@ polarctl sample prompts.jsonl --pool pool.jsonl | polarctl pair - -o triples.jso
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
 from polarctl.config import Common, Device, Dtype, Needs
 
 if TYPE_CHECKING:
+    from polarctl.policies.backends import Running
+    from polarctl.policies.continuation import PolicyWriter
     from polarctl.policies.pool import Policy
     from polarctl.policies.prompts import Prompts
-    from polarctl.policies.writer import Continuation, Unfit, Writer
     from polarctl.records import Record
     from polarctl.storage.write import Output
 
+_PER_S = 1000  # tokens a second, at which a plan says how long: its reader knows the machine's
 # Prompts of a unit of work: what a crash can cost, and the most that one batch is made from.
 WINDOW_ROWS = 256
 SHOWN_POLICIES = 24
@@ -38,13 +41,16 @@ OUTCOMES = ("records", "empty", "unfit", "other wrapper")
 class Config(Common):
     """Options of `polarctl sample`."""
 
+    NEUTRAL: ClassVar[frozenset[str]] = frozenset({"concurrency", "server_deadline"})
     NEEDS = [
+        Needs("concurrency server_deadline", lambda c: c.pool is not None, "servers of a --pool"),
         Needs("policy", lambda c: c.pool is None, "--model; a pool names its own policies"),
         Needs("tokenizer", lambda c: c.prefix_tokens is not None, "--prefix-tokens"),
     ]
 
     pool: Annotated[
-        str | None, typer.Option(metavar="FILE", help="JSONL of policies (`polarctl schema pool`).")
+        str | None,
+        typer.Option(metavar="FILE", help="Policies, JSONL or YAML (`polarctl schema pool`)."),
     ] = None
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="A single policy: a folder or a Hub id.")
@@ -81,21 +87,14 @@ class Config(Common):
     batch_size: Annotated[
         int, typer.Option(min=1, help="Sequences computed together; 256 prompts' at most.")
     ] = 64
+    concurrency: Annotated[
+        int, typer.Option(min=1, help="Requests to a policy's server under way at most.")
+    ] = 16
+    server_deadline: Annotated[
+        float, typer.Option(min=0, help="Seconds without a good reply before giving up.")
+    ] = 300.0
     device: Device = "auto"
     dtype: Dtype = "auto"
-
-
-class PolicyWriter(Protocol):
-    """What `trajectories` needs of a policy; see `polarctl.policies.writer.Writer`."""
-
-    policy: Policy
-    wrapper: str
-
-    def encode(self, prompts: Sequence[Any]) -> list[list[int] | Unfit]:
-        """Token ids, or why there are none."""
-
-    def write(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Continuation]:
-        """Continuations of the prompts."""
 
 
 def trajectories(
@@ -105,6 +104,7 @@ def trajectories(
     seed: int = 0,
     clean: bool = True,
     leave_out: Callable[[str, Record, str], None] = lambda outcome, prompt, reason: None,
+    count: Callable[[Mapping[str, int]], None] = lambda usage: None,
 ) -> Iterator[dict[str, Any]]:
     """The trajectories of one policy: prompt by prompt, sample by sample.
 
@@ -115,20 +115,29 @@ def trajectories(
         clean: Apply `polarctl.policies.cleaning.clean`.
         leave_out: Called with `unfit` for a prompt that the policy cannot take, with `empty` for
             a sample without text; then with the prompt and the reason.
+        count: Called with what a server counts for each sample.
     """
     from polarctl import seeding
     from polarctl.policies import cleaning
+    from polarctl.policies.continuation import Unfit
 
     name, samples = writer.policy.name, writer.policy.samples
-    jobs: list[tuple[Record, int, list[int]]] = []
+    jobs: list[tuple[Record, int, Any]] = []
     for prompt, ids in zip(prompts, writer.encode([p["prompt"] for p in prompts]), strict=True):
-        if isinstance(ids, list):
-            jobs.extend((prompt, sample, ids) for sample in range(samples))
-        else:
+        if isinstance(ids, Unfit):
             leave_out("unfit", prompt, ids.reason)
+        else:
+            jobs.extend((prompt, sample, ids) for sample in range(samples))
     seeds = [seeding.derive(seed, "sample", name, prompt["id"], s) for prompt, s, _ in jobs]
+    refused: set[tuple[str, Unfit]] = set()
     written = writer.write([ids for *_, ids in jobs], seeds)
     for (prompt, sample, _), made in zip(jobs, written, strict=True):
+        if isinstance(made, Unfit):
+            if (prompt["id"], made) not in refused:
+                leave_out("unfit", prompt, made.reason)
+            refused.add((prompt["id"], made))
+            continue
+        count(made.usage)
         text, cleaned = cleaning.clean(made.text, made.finish_reason) if clean else (made.text, [])
         if not text.strip():
             leave_out("empty", prompt, f"policy `{name}` wrote no text (sample {sample})")
@@ -144,7 +153,51 @@ def trajectories(
             "cleaned": cleaned,
             "num_tokens": made.num_tokens,
         }
+        if writer.policy.group is not None:
+            record["policy_group"] = writer.policy.group
         yield {**record, **{k: v for k, v in prompt.items() if k not in record}}
+
+
+@dataclass
+class Unit:
+    """What one policy wrote for one window of prompts: a unit of work, done anywhere.
+
+    Attributes:
+        prompts: Prompts that were in the window.
+        records: Trajectories.
+        left_out: (outcome, place, reason, prompt) of each sample or prompt that gave none.
+        usage: What a server counted.
+    """
+
+    prompts: int = 0
+    records: list[dict[str, Any]] = field(default_factory=list)
+    left_out: list[tuple[str, str, str, dict[str, Any]]] = field(default_factory=list)
+    usage: Counter[str] = field(default_factory=Counter)
+
+
+def unit_of(prompts: Sequence[Record], writer: PolicyWriter, *, seed: int, clean: bool) -> Unit:
+    """A unit of work: `trajectories` of a window, and what was left out of it.
+
+    It depends on policy, prompts, seed and options alone. `policies.backends.open_writer` makes a
+    writer of a policy, on any machine; policy, prompts and the result can be pickled.
+    """
+    unit = Unit(prompts=len(prompts))
+
+    def leave_out(outcome: str, prompt: Record, reason: str) -> None:
+        unit.left_out.append((outcome, prompt.where or prompt["id"], reason, prompt))
+
+    fitting = []
+    for prompt in prompts:
+        if prompt.get("wrapper", writer.wrapper) == writer.wrapper:
+            fitting.append(prompt)
+        else:
+            leave_out("other wrapper", prompt, "")
+    unit.records.extend(
+        trajectories(
+            fitting, writer, seed=seed, clean=clean, leave_out=leave_out, count=unit.usage.update
+        )
+    )
+    return unit
 
 
 def policies_of(config: Config) -> list[Policy]:
@@ -167,7 +220,16 @@ def policies_of(config: Config) -> list[Policy]:
     if (config.pool is None) == (config.model is None):
         raise UsageError("pass either `--pool FILE` or `--model DIR`")
     if config.pool is not None:
-        return read_pool(config.pool, default, given=config.given)
+        policies = read_pool(config.pool, default, given=config.given)
+        served = any(policy.backend == "openai" for policy in policies)
+        for name in {"concurrency", "server_deadline"} & set(config.given):
+            if not served:
+                flag = "--" + name.replace("_", "-")
+                raise UsageError(
+                    f"`{flag}` has no effect here: no policy of {config.pool} has a server",
+                    hint="leave it out",
+                )
+        return policies
     assert config.model is not None
     model = find_model(config.model, "--model")
     name = config.policy or os.path.basename(os.path.abspath(model))
@@ -185,14 +247,15 @@ def run(config: Config) -> None:
     policies = policies_of(config)
     verify = prompt_in(config.text_field)
     if config.dry_run:
-        windows.dry_run("sample", config, paths, None, verify=verify, policies=len(policies))
+        _plan(config, paths, policies, verify)
         return
     bad: list[tuple[str, str, Any]] = []
     reader = windows.reader_of(
         config, paths, None, on_bad=lambda *row: bad.append(row), verify=verify
     )
     check_paths(config, [*paths, *([config.pool] if config.pool else [])])
-    replace.check_unused(config.output, {}, [policy.model for policy in policies])
+    here = [policy for policy in policies if policy.backend != "openai"]
+    replace.check_unused(config.output, {}, [policy.model for policy in here])
     prompts = Prompts()
     prompts.read(reader, WINDOW_ROWS)
     identity = {
@@ -209,67 +272,164 @@ def run(config: Config) -> None:
             _report(out.counts)
 
 
-def _sample(config: Config, policies: list[Policy], prompts: Prompts, out: Output) -> None:
-    """The loop: a unit of work is one policy with one window of prompts."""
+def _plan(
+    config: Config, paths: list[str], policies: list[Policy], verify: Callable[[Record], None]
+) -> None:
+    """Check input and policies without reading weights, and say how much there is to do."""
     from polarctl import console
-    from polarctl.errors import UsageError
+    from polarctl.policies import backends
+    from polarctl.storage import windows
+
+    how = _running(config, policies)
+    asked: Counter[str] = Counter()
+    seen: list[backends.Seen] = []
+
+    def count(record: Record) -> None:
+        verify(record)
+        asked[record.get("wrapper", "any")] += 1
+
+    def look() -> None:
+        seen.extend(backends.look_at(policy, how) for policy in policies)
+
+    windows.dry_run("sample", config, paths, None, verify=count, check=look, policies=len(policies))
+    samples = tokens = 0
+    for policy, found in zip(policies, seen, strict=True):
+        prompts = asked["any"] + asked[found.wrapper]
+        most = policy.sampling.max_new_tokens
+        mine = prompts * policy.samples
+        samples += mine
+        tokens += mine * (most if found.context is None else min(most, found.context))
+        console.note(f"  {policy.name}: {found.text}; {prompts:,} prompts x {policy.samples}")
+    passes = len(policies)
+    console.note(
+        f"sample: {passes:,} passes, {samples:,} samples, {tokens:,} new tokens at most: "
+        f"{console.duration(tokens / _PER_S)} at {_PER_S:,} tokens/s",
+        passes=passes,
+        samples=samples,
+        tokens=tokens,
+    )
+
+
+def _running(config: Config, policies: list[Policy]) -> Running:
+    """Device and precision, chosen and said where a policy runs on this machine."""
+    from polarctl.policies.backends import Running
+
+    how = Running(
+        batch_size=config.batch_size,
+        concurrency=config.concurrency,
+        deadline_s=config.server_deadline,
+    )
+    if all(policy.backend == "openai" for policy in policies):
+        return how
     from polarctl.model import devices
-    from polarctl.policies.prompts import cut_to_prefixes
-    from polarctl.policies.writer import Writer, check_writers, tokenizer_of
 
     devices.quiet_libraries()
     device = devices.device_of(config.device)
-    dtype = devices.dtype_of(config.dtype, device)
+    dtype = str(devices.dtype_of(config.dtype, device)).removeprefix("torch.")
+    return replace(how, device=device, dtype=dtype)
+
+
+def _cut(config: Config, policies: list[Policy], prompts: Prompts) -> None:
+    """`--prefix-tokens`."""
+    from functools import partial
+
+    from polarctl.errors import UsageError
+    from polarctl.policies.prompts import cut_to_prefixes
+    from polarctl.policies.writer import tokenizer_of
+
+    first = next((policy for policy in policies if policy.backend != "openai"), None)
+    if config.tokenizer is None and first is None:
+        raise UsageError(
+            "`--prefix-tokens`: a server's policy has no tokenizer here", hint="pass --tokenizer"
+        )
+    named = (config.tokenizer,) if config.tokenizer or not first else (first.model, first.revision)
+    tokenizer = tokenizer_of(*named)
+    if not tokenizer.is_fast:
+        raise UsageError(
+            "`--prefix-tokens`: the first policy's tokenizer does not tell where tokens end",
+            hint="pass --tokenizer with a fast tokenizer (tokenizer.json)",
+        )
+    prompts.change(
+        partial(
+            cut_to_prefixes,
+            tokenizer=tokenizer,
+            max_tokens=config.prefix_tokens or 0,
+            seed=config.seed,
+        )
+    )
+
+
+def _sample(config: Config, policies: list[Policy], prompts: Prompts, out: Output) -> None:
+    """The loop: a unit of work is one policy with one window of prompts."""
+    from functools import partial
+
+    from polarctl import console
+    from polarctl.parallel.pool import in_threads
+    from polarctl.policies import backends
+
+    how = _running(config, policies)
     if config.prefix_tokens is not None:
-        tokenizer = tokenizer_of(config.tokenizer or policies[0].model)
-        if not tokenizer.is_fast:
-            raise UsageError(
-                "`--prefix-tokens`: the first policy's tokenizer does not tell where tokens end",
-                hint="pass --tokenizer with a fast tokenizer (tokenizer.json)",
-            )
-        prompts.windows = [
-            list(cut_to_prefixes(window, tokenizer, config.prefix_tokens, config.seed))
-            for window in prompts.windows
-        ]
+        _cut(config, policies, prompts)
     prompts.identify()
     out.counts["repeated"] = prompts.repeated
     tallies: dict[str, dict[str, int]] = out.counts.setdefault("policies", {})
-
-    def writer_of(policy: Policy) -> Writer:
-        return Writer(policy, device=device, dtype=dtype, batch_size=config.batch_size)
-
-    units = len(prompts.windows)
+    facts: dict[str, dict[str, Any]] = out.counts.setdefault("writers", {})
+    units = prompts.windows
     finished = out.done // units if units else len(policies)
-    check_writers(map(writer_of, policies[finished:]), prompts, strict=not config.rejects)
+    left = policies[finished:]
+    opened = (backends.open_writer(policy, how) for policy in left)
+    backends.check_writers(opened, prompts, strict=not config.rejects)
     done = len(prompts) * sum(policy.samples for policy in policies[:finished])
     total = len(prompts) * sum(policy.samples for policy in policies)
     with console.progress("sample", total, "samples") as bar:
-        for number, policy in enumerate(policies[finished:], finished):
-            writer = writer_of(policy)
-            tally = tallies.setdefault(policy.name, dict.fromkeys(OUTCOMES, 0))
+        for number, policy in enumerate(left, finished):
+            writer = backends.open_writer(policy, how)
+            try:
+                _same(facts.get(policy.name), writer.facts(), policy)
+                facts[policy.name] = writer.facts()
+                tally = tallies.setdefault(policy.name, dict.fromkeys(OUTCOMES, 0))
+                begun = max(0, out.done - number * units)
+                done += policy.samples * sum(len(prompts.window(n)) for n in range(begun))
+                waiting = (prompts.window(n) for n in range(begun, units))
+                work = partial(unit_of, writer=writer, seed=config.seed, clean=config.clean)
+                threads = backends.windows_at_once(policy)
+                made = in_threads(waiting, work, threads=threads) if threads > 1 else None
+                for place, unit in enumerate(made or map(work, waiting), number * units + begun):
+                    _take(unit, out, tally, rejects=config.rejects is not None)
+                    out.commit(place + 1)
+                    done += unit.prompts * policy.samples
+                    bar.update(done, policy.name)
+            finally:
+                writer.close()
 
-            def leave_out(
-                outcome: str, prompt: Record, reason: str, tally: dict[str, int] = tally
-            ) -> None:
-                if outcome == "unfit" or config.rejects:
-                    out.reject(prompt.where or prompt["id"], reason, prompt)
-                tally[outcome] += 1
 
-            for unit, window in enumerate(prompts.windows, number * units + 1):
-                done += len(window) * policy.samples
-                if unit <= out.done:
-                    continue
-                fitting = [p for p in window if p.get("wrapper", writer.wrapper) == writer.wrapper]
-                tally["other wrapper"] += len(window) - len(fitting)
-                for record in trajectories(
-                    fitting, writer, seed=config.seed, clean=config.clean, leave_out=leave_out
-                ):
-                    out.write(record)
-                    tally["records"] += 1
-                    for mark in record["cleaned"]:
-                        tally[mark] = tally.get(mark, 0) + 1
-                out.commit(unit)
-                bar.update(done, policy.name)
+def _take(unit: Unit, out: Output, tally: dict[str, int], *, rejects: bool) -> None:
+    """Write and count what a unit of work has given."""
+    for outcome, where, reason, prompt in unit.left_out:
+        if outcome == "unfit" or (outcome == "empty" and rejects):
+            out.reject(where, reason, prompt)
+        tally[outcome] += 1
+    for record in unit.records:
+        out.write(record)
+        for mark in record["cleaned"]:
+            tally[mark] = tally.get(mark, 0) + 1
+    tally["records"] += len(unit.records)
+    for name, count in unit.usage.items():
+        tally[name] = tally.get(name, 0) + count
+
+
+def _same(before: dict[str, Any] | None, now: dict[str, Any], policy: Policy) -> None:
+    """Raise UsageError when a server serves another model than before an interruption."""
+    from polarctl.errors import UsageError
+    from polarctl.parallel import served
+
+    name = before and served.unlike(before, now)
+    if before and name:
+        raise UsageError(
+            f"cannot resume: the server of policy `{policy.name}` serves another model: `{name}` "
+            f"was {before.get(name)!r} and is now {now.get(name)!r}",
+            hint="serve the first one, or pass --force to start again",
+        )
 
 
 def _report(counts: dict[str, Any]) -> None:
@@ -285,7 +445,7 @@ def _report(counts: dict[str, Any]) -> None:
         console.warn(f"{counts['empty']:,} samples without text were left out")
     for name, tally in tallies.items():
         if not tally["records"]:
-            why = ", ".join(f"{what}: {count:,}" for what, count in tally.items() if count)
+            why = ", ".join(f"{what}: {count:,}" for what in OUTCOMES if (count := tally[what]))
             console.warn(f"policy `{name}` wrote no text at all ({why or 'no prompts'})")
     say = console.note if len(tallies) <= SHOWN_POLICIES else console.detail
     for line in cleaning.report(tallies):

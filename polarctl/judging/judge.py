@@ -19,8 +19,9 @@ from polarctl.judging.controls import Finder, UnwritableError, of_tokenizer
 from polarctl.judging.parsing import Failure, Judgement, Reply, parse
 from polarctl.judging.prompting import INSTRUCTIONS, masked_names, orders_of, question, unmasked
 from polarctl.model import devices
+from polarctl.policies.continuation import Unfit
 from polarctl.policies.pool import Policy, Sampling, find_model
-from polarctl.policies.writer import Unfit, Writer
+from polarctl.policies.writer import Writer
 from polarctl.records import Record, outputs_of, prompt_id
 from polarctl.storage.read import OnBad
 

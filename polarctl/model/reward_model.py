@@ -119,8 +119,8 @@ def rewards(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
 # -- loading --------------------------------------------------------------------------------------
 
 
-def load_tokenizer(path: str) -> Any:
-    """A tokenizer from a folder or the Hub.
+def load_tokenizer(path: str, revision: str | None = None) -> Any:
+    """A tokenizer from a folder or the Hub; `revision` is a commit, tag or branch there.
 
     Raises:
         MissingError: There is none.
@@ -129,7 +129,9 @@ def load_tokenizer(path: str) -> Any:
     if released is not None:
         return internlm2_tokenizer.load(path, released.get("reward_token_id"))
     try:
-        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        return transformers.AutoTokenizer.from_pretrained(
+            path, revision=revision or "main", trust_remote_code=False
+        )
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for this
         raise MissingError(
             f"{path}: no tokenizer that can be loaded ({first_line(error)})",
@@ -137,12 +139,13 @@ def load_tokenizer(path: str) -> Any:
         ) from None
 
 
-def load_config(path: str, *, weights: bool = True) -> Any:
+def load_config(path: str, *, weights: bool = True, revision: str | None = None) -> Any:
     """A model's config from a folder, a config file or the Hub.
 
     Args:
         path: Folder, file or Hub id.
         weights: They are about to be read too, so all files have to be those of the manifest.
+        revision: Commit, tag or branch of a Hub id; None for its newest.
 
     Raises:
         MissingError: There is none, or it needs code from the folder.
@@ -155,7 +158,9 @@ def load_config(path: str, *, weights: bool = True) -> Any:
     if released is not None:
         return internlm2.to_llama(released)
     try:
-        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        return transformers.AutoConfig.from_pretrained(
+            path, revision=revision or "main", trust_remote_code=False
+        )
     except Exception as error:  # the same kinds as for a tokenizer
         raise MissingError(
             f"{path}: no model that can be loaded ({first_line(error)})",

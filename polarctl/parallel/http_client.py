@@ -110,15 +110,16 @@ def refuse_errors(reply: Any) -> None:
             raise Fault(f"a reply with `{name}`: {console.plain(str(told.get(name)), 100)}")
 
 
-def check_url(url: str) -> None:
+def check_url(url: str, name: str = "`--server`") -> None:
     """Raise UsageError for what is not an address of a server, or one with a password in it.
 
     Args:
         url: The address; it is shown only when it holds no password.
+        name: Where it is set, for messages.
     """
     if "@" in url:
         raise UsageError(
-            "`--server`: the address holds a user or a password",
+            f"{name}: the address holds a user or a password",
             hint=f"the address alone; a key goes into {KEY_VARIABLE}",
         )
     try:
@@ -129,7 +130,7 @@ def check_url(url: str) -> None:
         good = False
     if not good:
         raise UsageError(
-            f"`--server {console.plain(url, 100)}`: no address", hint="http://127.0.0.1:8000"
+            f"{name}: `{console.plain(url, 100)}` is no address", hint="http://127.0.0.1:8000"
         )
 
 

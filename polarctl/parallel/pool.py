@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection, Pipe
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from polarctl.errors import PolarctlError
 
@@ -128,6 +128,51 @@ def in_threads(items: Iterator[A], work: Callable[[A], B], *, threads: int) -> I
         pool.shutdown(wait=False, cancel_futures=True)
     if failure is not None:
         raise failure
+
+
+class OneWorker(Generic[A, B]):
+    """One process of its own that works when it is called, and whose memory ends with it.
+
+    Args:
+        work: A function that can be pickled; importable, not of the main program.
+        environment: Environment variables of the process, beside this one's.
+        task: What it does, for the message when it is killed.
+        hint: What helps then.
+    """
+
+    def __init__(
+        self,
+        work: Callable[[A], B],
+        *,
+        environment: Mapping[str, str],
+        task: str,
+        hint: str | None = None,
+    ):
+        self._workers: _Workers | None = _Workers([environment], work, task, hint)
+
+    def __call__(self, item: A) -> B:
+        """What `work` gives for an item. What stops the waiting kills the process.
+
+        Raises:
+            PolarctlError: It was killed.
+            Exception: What `work` raises.
+        """
+        assert self._workers is not None
+        try:
+            found, wrong, trace = self._workers.submit([item]).result()
+        except BaseException:
+            self.close(kill=True)
+            raise
+        if wrong is not None:
+            raise wrong from _InWorker(trace)
+        result: B = found[0]
+        return result
+
+    def close(self, *, kill: bool = False) -> None:
+        """End it, and wait until it has given back what it holds."""
+        workers, self._workers = self._workers, None
+        if workers is not None:
+            workers.__exit__(kill)
 
 
 class _InWorker(Exception):

@@ -1,67 +1,173 @@
-"""The prompts of a run: read whole, cut to prefixes, given their identity."""
+"""The prompts of a run: read once, cut to prefixes, given their identity, and read per policy.
+
+They wait in a temporary SQLite database, so that memory does not grow with them and standard input
+is read once. What does not fit into its cache lies in a file without a name, in the folder of
+SQLITE_TMPDIR or TMPDIR, else in /var/tmp; the operating system removes it whatever happens to the
+process.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import sqlite3
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from typing import Any
 
+import orjson
+
 from polarctl import seeding
-from polarctl.errors import RecordError
+from polarctl.errors import PolarctlError, RecordError
 from polarctl.records import Prompt, Record, check, prompt_id
 from polarctl.storage.read import Reader
 
+_CACHE_MIB = 32  # of SQLite: for pages, and again for a sort
+_TABLES = f"""
+pragma cache_size = -{_CACHE_MIB << 10};
+pragma temp_store = file;
+pragma journal_mode = off;
+pragma synchronous = off;
+create table prompts (row integer primary key, place, body blob);
+create table windows (window integer primary key, first, last);
+create table facts (row integer primary key, name, text);
+create table again (row integer primary key);
+"""
+# Rows of one name whose text is not that of the first of them.
+_CLASHES = """
+select row, name, first from facts join (
+    select name, min(row) as first from facts group by name having count(*) > 1
+) using (name) where text != (select text from facts as other where other.row = first)
+order by row limit 1
+"""
+_REPEATED = """
+insert into again select row from (
+    select row, row_number() over (partition by name order by row) as nth from facts
+) where nth > 1 order by row
+"""
 
-@dataclass
+
 class Prompts:
-    """Prompts in windows, kept in memory: they are small beside what is written for them.
+    """Prompts in windows of rows, on disk.
 
     Attributes:
-        windows: Prompts by windows of rows, as `polarctl.storage.read.Reader` hands them out.
         digest: Hash of the input, or None when nothing was read.
         repeated: Prompts left out by `identify`, being there already.
+        windows: Number of windows.
     """
 
-    windows: list[list[Record]] = field(default_factory=list)
-    digest: str | None = None
-    repeated: int = 0
+    def __init__(self) -> None:
+        self.digest: str | None = None
+        self.repeated = self.windows = self._rows = 0
+        self._store = sqlite3.connect("", isolation_level=None)
+        self._store.executescript(_TABLES)
 
     def read(self, reader: Reader, rows: int) -> None:
         """Read everything, in windows of so many rows."""
-        for window in reader.windows(rows):
-            self.windows.append(window.records)
-            self.digest = window.digest
+        with self._writing():
+            self._store.execute("begin")
+            for window in reader.windows(rows):
+                first = self._rows
+                self._store.executemany(
+                    "insert into prompts values (?, ?, ?)",
+                    (
+                        (row, record.where, orjson.dumps(record))
+                        for row, record in enumerate(window.records, first)
+                    ),
+                )
+                self._rows += len(window.records)
+                self._store.execute(
+                    "insert into windows values (?, ?, ?)", (self.windows, first, self._rows)
+                )
+                self.windows += 1
+                self.digest = window.digest
+            self._store.execute("commit")
 
     def __len__(self) -> int:
-        return sum(map(len, self.windows))
+        return self._rows - self.repeated
 
     def __iter__(self) -> Iterator[Record]:
-        for window in self.windows:
-            yield from window
+        for number in range(self.windows):
+            yield from self.window(number)
+
+    def window(self, number: int) -> list[Record]:
+        """The prompts of a window with their `id`; those that are repeated are not among them."""
+        found = self._window(number)
+        for record in found:
+            record["id"] = prompt_id(record)
+        return found
+
+    def _window(self, number: int) -> list[Record]:
+        with self._writing():
+            return [
+                Record(orjson.loads(body), place)
+                for place, body in self._store.execute(
+                    "select place, body from prompts, windows where window = ? and row >= first "
+                    "and row < last and row not in (select row from again) order by row",
+                    (number,),
+                )
+            ]
+
+    def change(self, cut: Callable[[list[Record]], Iterable[Record]]) -> None:
+        """Put other prompts in the place of those of each window, as many."""
+        with self._writing():
+            self._store.execute("begin")
+            for number in range(self.windows):
+                (first,) = self._store.execute(
+                    "select first from windows where window = ?", (number,)
+                ).fetchone()
+                self._store.executemany(
+                    "update prompts set body = ? where row = ?",
+                    (
+                        (orjson.dumps(record), row)
+                        for row, record in enumerate(cut(self._window(number)), first)
+                    ),
+                )
+            self._store.execute("commit")
 
     def identify(self) -> None:
-        """Give every prompt its `id` and leave out those that are there already.
+        """Leave out the prompts that are there already.
 
         Raises:
             RecordError: One id names two prompts.
         """
-        seen: dict[str, Record] = {}
-        before = len(self)
-        for number, window in enumerate(self.windows):
-            fresh = []
-            for record in window:
-                record["id"] = prompt_id(record)
-                first = seen.setdefault(record["id"], record)
-                if first is record:
-                    fresh.append(record)
-                elif first["prompt"] != record["prompt"]:
-                    raise RecordError(
-                        f"id `{record['id']}` already names another prompt, at {first.where}",
-                        where=record.where,
-                        hint="give every prompt its own id, or none",
-                    )
-            self.windows[number] = fresh
-        self.repeated = before - len(self)
+        with self._writing():
+            self._store.execute("begin")
+            rows = self._store.cursor().execute("select row, body from prompts order by row")
+            self._store.executemany("insert into facts values (?, ?, ?)", map(_fact, rows))
+            self._store.execute("create index names on facts (name, row)")
+            clash = self._store.execute(_CLASHES).fetchone()
+            if clash is not None:
+                row, name, first = clash
+                raise RecordError(
+                    f"id `{name}` already names another prompt, at {self._place(first)}",
+                    where=self._place(row),
+                    hint="give every prompt its own id, or none",
+                )
+            self._store.execute(_REPEATED)
+            (self.repeated,) = self._store.execute("select count(*) from again").fetchone()
+            self._store.execute("drop table facts")
+            self._store.execute("commit")
+
+    def _place(self, row: int) -> str | None:
+        (place,) = self._store.execute("select place from prompts where row = ?", (row,)).fetchone()
+        return None if place is None else str(place)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            raise PolarctlError(
+                f"prompts cannot be kept on disk: {error}",
+                hint="TMPDIR=FOLDER names a folder with room for twice the prompts",
+            ) from None
+
+
+def _fact(row: tuple[int, bytes]) -> tuple[int, str, bytes]:
+    """Row, id and a hash of the text of a prompt."""
+    record = orjson.loads(row[1])
+    text = orjson.dumps(record["prompt"], option=orjson.OPT_SORT_KEYS)
+    return row[0], prompt_id(record), hashlib.blake2b(text, digest_size=16).digest()
 
 
 def prompt_in(text_field: str) -> Callable[[Record], None]:

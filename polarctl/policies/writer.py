@@ -2,54 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
 
 from polarctl import console
-from polarctl.errors import MissingError, PolarctlError, RecordError, UsageError
+from polarctl.errors import MissingError, PolarctlError, UsageError
 from polarctl.model import chat_template, devices
 from polarctl.model import reward_model as models
 from polarctl.model.template import content_text
+from polarctl.policies.continuation import Continuation, Unfit, messages_of
 from polarctl.policies.decoding import Reading, generate, reading_of
 from polarctl.policies.pool import Policy
-from polarctl.records import Record
-
-
-@dataclass(frozen=True)
-class Continuation:
-    """What a policy wrote after one prompt.
-
-    Attributes:
-        text: Its text, without the token that ended it.
-        finish_reason: `stop` or `length`.
-        num_tokens: Tokens of the text.
-    """
-
-    text: str
-    finish_reason: Literal["stop", "length"]
-    num_tokens: int
-
-
-@dataclass(frozen=True)
-class Unfit:
-    """A prompt that the policy cannot take, and why."""
-
-    reason: str
 
 
 @lru_cache(maxsize=16)
-def tokenizer_of(model: str) -> Any:
+def tokenizer_of(model: str, revision: str | None = None) -> Any:
     """A tokenizer, kept for the next use.
 
     Raises:
         MissingError: There is none.
     """
-    return models.load_tokenizer(model)
+    return models.load_tokenizer(model, revision)
 
 
 class Writer:
@@ -74,8 +51,8 @@ class Writer:
         self.policy, self.device, self.dtype = policy, device, dtype
         self.batch_size = batch_size
         try:
-            config = models.load_config(policy.model)
-            self.tokenizer = tokenizer_of(policy.model)
+            self.config = models.load_config(policy.model, revision=policy.revision)
+            self.tokenizer = tokenizer_of(policy.model, policy.revision)
         except MissingError as error:
             raise MissingError(f"{policy.where}: {error}", hint=error.hint) from None
         template = getattr(self.tokenizer, "chat_template", None)
@@ -87,7 +64,7 @@ class Writer:
                 hint="use kind `base`, or save a chat_template.jinja beside the tokenizer",
             )
         self.wrapper = "sft" if self.chat else "pretrain"
-        self.context = getattr(config.get_text_config(), "max_position_embeddings", None)
+        self.context = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         self._model: Any = None
         self._reading: Reading | None = None
 
@@ -104,13 +81,10 @@ class Writer:
         return [self._fitting(next(rows)) if isinstance(text, str) else text for text in texts]
 
     def _templated(self, prompt: Any) -> str | Unfit:
-        messages = (
-            [{"role": "user", "content": prompt}]
-            if isinstance(prompt, str)
-            else [{**message, "content": content_text([message])} for message in prompt]
-        )
         try:
-            return chat_template.render(self.tokenizer, messages, add_generation_prompt=True)
+            return chat_template.render(
+                self.tokenizer, messages_of(prompt), add_generation_prompt=True
+            )
         except UsageError as error:
             raise UsageError(f"{self.policy.where}: {self.policy.model}: {error}") from None
         except Exception as error:  # templates raise what they like
@@ -151,16 +125,36 @@ class Writer:
         """
         if not prompts:
             return []
+        results = self._written(prompts, seeds, on_done)
+        texts = self._texts(prompts, [tokens for tokens, _ in results])
+        return [
+            Continuation(text, "stop" if ended else "length", len(tokens))
+            for text, (tokens, ended) in zip(texts, results, strict=True)
+        ]
+
+    def facts(self) -> dict[str, Any]:
+        """What the manifest says of it: the policy, and the commit that the Hub gave."""
+        commit = getattr(self.config, "_commit_hash", None)
+        return {**self.policy.facts(), **({"commit": commit} if commit else {})}
+
+    def close(self) -> None:
+        """Give its weights back."""
+        self._model = None
+
+    def _written(
+        self, prompts: Sequence[list[int]], seeds: Sequence[int], on_done: Callable[[int], None]
+    ) -> list[tuple[list[int], bool]]:
+        """Token ids of each continuation, without the one that ended it, and whether one did."""
         model = self._load()
         try:
             with devices.threads_for(model, under=devices.SMALL_TO_DECODE):
-                results = generate(
+                return generate(
                     model,
                     prompts,
                     seeds,
                     [self.limit(ids) for ids in prompts],
                     sampling=self.policy.sampling,
-                    stop=self._stop_tokens(model),
+                    stop=self._stop_tokens(model.generation_config),
                     batch_size=self.batch_size,
                     on_done=on_done,
                     reading=self._reading,
@@ -172,11 +166,6 @@ class Writer:
             ) from None
         except PolarctlError as error:
             raise PolarctlError(f"policy `{self.policy.name}`: {error}", hint=error.hint) from None
-        texts = self._texts(prompts, [tokens for tokens, _ in results])
-        return [
-            Continuation(text, "stop" if ended else "length", len(tokens))
-            for text, (tokens, ended) in zip(texts, results, strict=True)
-        ]
 
     def use(self, model: Any) -> None:
         """Write with a model that is in memory, such as one in training, in place of loading it."""
@@ -205,8 +194,8 @@ class Writer:
             console.choice("batches", "of one length", f"`{name}` has recurrent layers")
         return reading
 
-    def _stop_tokens(self, model: Any) -> list[int]:
-        named = getattr(model.generation_config, "eos_token_id", None)
+    def _stop_tokens(self, generation_config: Any) -> list[int]:
+        named = getattr(generation_config, "eos_token_id", None)
         tokens = set(named if isinstance(named, list) else [named])
         return sorted((tokens | {self.tokenizer.eos_token_id}) - {None})
 
@@ -233,49 +222,6 @@ class Writer:
         ]
 
 
-def check_writers(
-    writers: Iterable[Writer], prompts: Iterable[Record], *, strict: bool = True
-) -> None:
-    """Meet what would stop a long run later: a model that is not there, a prompt that is too long.
-
-    Args:
-        writers: The policies that are still to write; each is dropped after its check.
-        prompts: All prompts. Only those that may be too long are tokenized (no tokenizer makes
-            more than a token or so of a byte).
-        strict: A prompt that a policy cannot take is an error.
-
-    Raises:
-        MissingError: A config or tokenizer is not there.
-        UsageError: A chat policy has no template.
-        RecordError: With `strict`: a prompt does not fit a policy's context.
-    """
-    short: list[str] = []
-    for writer in writers:
-        context = writer.context
-        if context is None:
-            continue
-        if writer.policy.sampling.max_new_tokens >= context:
-            short.append(f"{writer.policy.name}: {context:,}")
-        if not strict:
-            continue
-        long = [
-            prompt
-            for prompt in prompts
-            if prompt.get("wrapper", writer.wrapper) == writer.wrapper
-            and len(content_text(prompt["prompt"]).encode("utf-8", "replace")) + 64 >= context
-        ]
-        for prompt, ids in zip(long, writer.encode([p["prompt"] for p in long]), strict=True):
-            if isinstance(ids, Unfit):
-                raise RecordError(
-                    ids.reason,
-                    where=prompt.where,
-                    hint="--rejects FILE sets such prompts aside and goes on",
-                )
-    if short:
-        names = ", ".join(short[:4]) + (f" and {len(short) - 4} more" if len(short) > 4 else "")
-        console.choice("length limit", "context", f"less than --max-new-tokens: {names}")
-
-
 def load_causal_lm(policy: Policy, device: str, dtype: Any) -> Any:
     """A policy's model, ready to write.
 
@@ -285,6 +231,7 @@ def load_causal_lm(policy: Policy, device: str, dtype: Any) -> Any:
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             policy.model,
+            revision=policy.revision or "main",
             dtype=dtype,
             trust_remote_code=False,
             use_safetensors=True,
