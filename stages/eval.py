@@ -359,7 +359,7 @@ def _run_benchmark(config: Config) -> None:
 def _add_references(folder: Path, source: str | None) -> None:
     """Write `referenced.jsonl`, where references are not those of the rows."""
     from polarctl import console
-    from polarctl.evaluation import references
+    from polarctl.evaluation import stand_in_references as references
     from polarctl.storage.read import Reader
 
     groups = Reader([str(folder / "groups.jsonl")], "candidate")

@@ -33,7 +33,7 @@ from polarctl.evaluation.metrics import (
     text_length,
     unigram_f1,
 )
-from polarctl.evaluation.references import origin
+from polarctl.evaluation.stand_in_references import origin
 from polarctl.model.template import content_text
 from polarctl.records import (
     Record,
