@@ -333,14 +333,15 @@ def _cut(config: Config, policies: list[Policy], prompts: Prompts) -> None:
     from functools import partial
 
     from polarctl.errors import UsageError
-    from polarctl.policies.prompts import cut_to_prefixes
-    from polarctl.policies.writer import tokenizer_of
 
     first = next((policy for policy in policies if policy.backend != "openai"), None)
     if config.tokenizer is None and first is None:
         raise UsageError(
             "`--prefix-tokens`: a server's policy has no tokenizer here", hint="pass --tokenizer"
         )
+    from polarctl.policies.prompts import cut_to_prefixes
+    from polarctl.policies.writer import tokenizer_of
+
     named = (config.tokenizer,) if config.tokenizer or not first else (first.model, first.revision)
     tokenizer = tokenizer_of(*named)
     if not tokenizer.is_fast:
