@@ -14,6 +14,8 @@ from typing import Any
 
 
 class _Server(ThreadingHTTPServer):
+    request_queue_size = 128  # the default of 5 refuses connections that come together
+
     def handle_error(self, *_: object) -> None:
         """A client that has gone away is no error."""
 
@@ -29,6 +31,7 @@ class CompletionServer:
             (status, body, headers), or "reset".
         dies_after: Answers after which it gives status 503 alone; None: never.
         change: From the body of a request and its good reply to what is sent.
+        meet: Requests that have to be under way at a time before the first is answered.
         models: Rows of `/v1/models`.
     """
 
@@ -36,6 +39,7 @@ class CompletionServer:
         self.bodies: list[tuple[str, dict[str, Any]]] = []
         self.keys: list[str | None] = []
         self.faults: list[Any] = []
+        self.meet = 1
         self.dies_after: int | None = None
         self.change: Callable[[dict[str, Any], dict[str, Any]], Any] = lambda body, reply: reply
         self.models: list[dict[str, Any]] = [{"id": "m", "object": "model"}]
@@ -92,7 +96,9 @@ class _Handler(BaseHTTPRequestHandler):
                 own.bodies.append((self.path, body))
             own.busy += 1
             own.most_busy = max(own.most_busy, own.busy)
-        time.sleep(0.002)  # so that several are under way at a time
+        deadline = time.monotonic() + 10
+        while own.most_busy < own.meet and time.monotonic() < deadline:
+            time.sleep(0.001)
         with own.lock:  # before the reply, after which the next request may come
             own.busy -= 1
         if dead:

@@ -59,7 +59,9 @@ def test_base_policies_are_asked_for_completions_and_chat_policies_for_answers(t
     base = {**common, "prompt": "Once upon a time", "top_p": 0.9, "seed": seed}
     assert ("/v1/completions", base) in server.bodies
     chats = [body for path, body in server.bodies if path == "/v1/chat/completions"]
-    assert [body["messages"] for body in chats[2:]] == [asked[1]["prompt"]] * 2
+    messages = [body["messages"] for body in chats]
+    assert messages.count([{"role": "user", "content": "Once upon a time"}]) == 2
+    assert messages.count(asked[1]["prompt"]) == 2
     assert {**chats[0], "seed": 0, "messages": 0} == {
         **common, "top_k": 50, "user": "me", "seed": 0, "messages": 0,
     }  # fmt: skip
@@ -120,10 +122,10 @@ def test_faults_that_pass_leave_no_trace_in_the_records(tmp_path, server, capfd)
     assert not bad and not server.faults
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "good.jsonl").read_bytes()
     assert "11 requests had to be sent again" in capfd.readouterr().err
-    assert 1 < server.most_busy
 
 
 def test_no_more_requests_than_asked_for_are_under_way(tmp_path, server):
+    server.meet = 2
     assert run(tmp_path, server.url, "--concurrency", "2", "--samples", "4") == 0
     assert server.most_busy == 2
 
