@@ -221,19 +221,30 @@ def policies_of(config: Config) -> list[Policy]:
         raise UsageError("pass either `--pool FILE` or `--model DIR`")
     if config.pool is not None:
         policies = read_pool(config.pool, default, given=config.given)
-        served = any(policy.backend == "openai" for policy in policies)
-        for name in {"concurrency", "server_deadline"} & set(config.given):
-            if not served:
-                flag = "--" + name.replace("_", "-")
-                raise UsageError(
-                    f"`{flag}` has no effect here: no policy of {config.pool} has a server",
-                    hint="leave it out",
-                )
+        _check_needed(config, {policy.backend for policy in policies})
         return policies
     assert config.model is not None
     model = find_model(config.model, "--model")
     name = config.policy or os.path.basename(os.path.abspath(model))
     return [replace(default, name=name, model=model)]
+
+
+def _check_needed(config: Config, backends: set[str]) -> None:
+    """Raise UsageError for an option that no policy of the pool uses."""
+    from polarctl.errors import UsageError
+
+    users = {
+        **dict.fromkeys(("concurrency", "server_deadline"), {"openai"}),
+        **dict.fromkeys(("device", "dtype"), {"transformers", "vllm"}),
+        "batch_size": {"transformers"},
+    }
+    for name, users_of in users.items():
+        if name in config.given and not users_of & backends:
+            raise UsageError(
+                f"`--{name.replace('_', '-')}` has no effect here: no policy of {config.pool} has "
+                f"the backend {' or '.join(sorted(users_of))}",
+                hint="leave it out",
+            )
 
 
 def run(config: Config) -> None:
@@ -334,14 +345,15 @@ def _cut(config: Config, policies: list[Policy], prompts: Prompts) -> None:
     from functools import partial
 
     from polarctl.errors import UsageError
-    from polarctl.policies.prompts import cut_to_prefixes
-    from polarctl.policies.writer import tokenizer_of
 
     first = next((policy for policy in policies if policy.backend != "openai"), None)
     if config.tokenizer is None and first is None:
         raise UsageError(
             "`--prefix-tokens`: a server's policy has no tokenizer here", hint="pass --tokenizer"
         )
+    from polarctl.policies.prompts import cut_to_prefixes
+    from polarctl.policies.writer import tokenizer_of
+
     named = (config.tokenizer,) if config.tokenizer or not first else (first.model, first.revision)
     tokenizer = tokenizer_of(*named)
     if not tokenizer.is_fast:

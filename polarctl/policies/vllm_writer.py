@@ -153,6 +153,11 @@ class VllmEngine:
         done = self._llm.generate(prompts, params, use_tqdm=False)
         return [self._one(each.outputs[0]) for each in done]
 
+    def close(self) -> None:
+        """End vLLM's own processes; called when the process of this one is closed."""
+        if self._llm is not None:
+            self._llm.llm_engine.engine_core.shutdown()
+
     def _one(self, output: Any) -> tuple[list[int], bool]:
         ids = list(output.token_ids)
         if output.finish_reason == "length":

@@ -260,6 +260,8 @@ SAMPLE: dict[str, Case | Seen] = {
     "text_field": add(SAMPLE_BASE, "--text-field reference"),
     "clean": add(SAMPLE_BASE.replace("6", "24"), "--no-clean"),
     "batch_size": Seen("stages/test_sample.py", "--batch-size"),
+    "concurrency": Seen("stages/test_sample_served.py", "--concurrency"),
+    "server_deadline": Seen("stages/test_sample_served.py", "--server-deadline"),
     "device": swap(SAMPLE_BASE, "--device cpu", "--device cuda:99", "status"),
     "dtype": add(SAMPLE_BASE, "--dtype float8", "status"),
 }
@@ -495,6 +497,8 @@ REFUSED = {
         "force": "sample prompts.jsonl -m lm --force",
         "policy": "sample prompts.jsonl --pool pool.jsonl --policy me",
         "tokenizer": "sample prompts.jsonl -m lm --tokenizer lm",
+        "concurrency": "sample prompts.jsonl -m lm --concurrency 2",
+        "server_deadline": "sample prompts.jsonl -m lm --server-deadline 2",
     },
     "pair": {
         "resume": "pair trajectories.jsonl --no-resume",
@@ -647,6 +651,8 @@ REFUSED_TOO = [
     "score candidates.jsonl -m chat-rm --no-reference",
     "score candidates.jsonl -m chat-rm --reference-pooling max",
     "sample prompts.jsonl --pool full-pool.jsonl --temperature 2",
+    "sample prompts.jsonl --pool pool.jsonl --concurrency 2",
+    "sample prompts.jsonl --pool pool.jsonl --server-deadline 2",
     TRAIN + " --penalty-weight 1",
     TRAIN + " --preset polar --loss focal --penalty l2 --penalty-weight 1",
     "convert ranked.jsonl -o out.jsonl --seed 1",

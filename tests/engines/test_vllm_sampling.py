@@ -1,0 +1,160 @@
+"""`sample` through vLLM for real, on the CPU: offline and behind its server."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from tiny import build_lm
+
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+PROMPTS = [
+    *({"prompt": f"The sum of {n} and {n * 7} is"} for n in range(12)),
+    {"prompt": [{"role": "user", "content": "What is the capital of France?"}]},
+    {"prompt": "The boats lay still", "wrapper": "pretrain"},
+    {"prompt": "xyz " * 200, "id": "long"},  # longer than the context
+]
+ENGINE = {"enforce_eager": True}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A policy whose heads are as wide as vLLM's attention on a CPU needs."""
+    folder = tmp_path_factory.mktemp("models")
+    return build_lm(folder / "lm", chat=True, hidden_size=256, sharpness=0.1)
+
+
+@pytest.fixture(scope="module")
+def server(model):
+    """The address of vLLM's server."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # `vllm serve` asks for the version of the package `vllm`, which its CPU build is not.
+    program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    child = subprocess.Popen(
+        [*program, "--dtype", "float32", "--port", str(port), "--enforce-eager"]
+        + ["--served-model-name", "lm"],
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(400):
+            assert child.poll() is None, child.stderr.read()[-3000:]
+            try:
+                urllib.request.urlopen(address + "/health", timeout=2)
+                break
+            except (urllib.error.URLError, OSError):
+                time.sleep(1)
+        yield address
+    finally:
+        child.terminate()
+        child.wait(60)
+
+
+def sample(folder, pool, *more):
+    """Trajectories by (policy, prompt, sample), the manifest's counts, and what was said."""
+    prompts, lines, out = folder / "prompts.jsonl", folder / "pool.jsonl", folder / "out.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
+    lines.write_text("".join(json.dumps(row) + "\n" for row in pool))
+    command = ["sample", prompts, "--pool", lines, "-o", out, "--rejects", folder / "bad.jsonl"]
+    done = subprocess.run(
+        [sys.executable, "-m", "polarctl", *command, "--max-new-tokens", "24", "--no-clean", *more],
+        env=ENVIRONMENT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == ""
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    counts = json.loads(Path(f"{out}.manifest.json").read_text())["counts"]
+    return {(r["policy"], r["id"], r["sample"]): r for r in rows}, counts, done.stderr
+
+
+def of(policy, rows, *, whole=True):
+    """What a policy wrote: text, why it ended, how long it is.
+
+    A text that the length limit cuts inside a character ends in U+FFFD, which vLLM's server leaves
+    away.
+    """
+    return {
+        (name, number): (
+            row["output"] if whole else row["output"].rstrip("\ufffd"),
+            row["finish_reason"],
+            row["num_tokens"],
+        )
+        for (writer, name, number), row in rows.items()
+        if writer == policy
+    }
+
+
+def test_greedy_texts_are_those_of_transformers_from_all_backends(model, server, tmp_path):
+    common = {"top_k": 1, "samples": 1}
+    here = {"model": str(model), "dtype": "float32", **common}
+    there = {"model": "lm", "backend": "openai", "url": server, **common}
+    rows, counts, said = sample(
+        tmp_path,
+        [
+            {"policy": "base", "kind": "base", **here},
+            {"policy": "chat", "kind": "chat", **here},
+            {"policy": "offline", "kind": "base", "backend": "vllm", "engine": ENGINE, **here},
+            {"policy": "served-base", "kind": "base", **there},
+            {"policy": "served-chat", "kind": "chat", **there},
+        ],
+    )
+    base, chat = of("base", rows), of("chat", rows)
+    assert len(base) == 14 and len(chat) == 13
+    assert {end for _, end, _ in base.values()} == {"stop", "length"}
+    assert of("offline", rows) == base
+    for name, own in (("served-base", "base"), ("served-chat", "chat")):
+        assert of(name, rows, whole=False) == of(own, rows, whole=False)
+    bad = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert len(bad) == 5 and {row["record"]["id"] for row in bad} == {"long"}
+    assert counts["writers"]["served-chat"]["served_by"] == "vllm"
+    assert counts["policies"]["served-base"]["prompt_tokens"] > 14 * 5
+    assert "vLLM starts for policy `offline`" in said
+
+
+def test_each_sample_has_its_own_seed_and_an_engine_ends_with_its_policy(model, tmp_path):
+    line = {"model": str(model), "kind": "base", "backend": "vllm", "dtype": "float32"}
+    pool = [{"policy": name, "engine": ENGINE, **line} for name in ("one", "two")]
+    rows, counts, _ = sample(tmp_path, pool, "--samples", "4", "--limit", "6")
+    texts = [row["output"] for row in rows.values()]
+    assert len(texts) == counts["records"] and len(texts) > 40
+    assert len(set(texts)) > 40  # of at most 48: two policies, six prompts, four samples
+    assert all(row["num_tokens"] <= 24 for row in rows.values())
+
+
+def test_what_vllm_refuses_is_one_line(model, tmp_path):
+    line = {"policy": "p", "model": str(model), "kind": "base", "backend": "vllm"}
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hi"}\n')
+    (tmp_path / "pool.jsonl").write_text(json.dumps({**line, "engine": {"no_such": 1}}))
+    done = subprocess.run(
+        [sys.executable, "-m", "polarctl", "sample", "prompts.jsonl", "--pool", "pool.jsonl"]
+        + ["-o", "out.jsonl"],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "pool.jsonl:1: vLLM does not start for policy `p`: " in done.stderr
+    assert "no_such" in done.stderr
+    assert not (tmp_path / "out.jsonl").exists()
