@@ -359,19 +359,19 @@ def _run_benchmark(config: Config) -> None:
 def _add_references(folder: Path, source: str | None) -> None:
     """Write `referenced.jsonl`, where references are not those of the rows."""
     from polarctl import console
-    from polarctl.evaluation import stand_in_references as references
+    from polarctl.evaluation import reference_source
     from polarctl.storage.read import Reader
 
     groups = Reader([str(folder / "groups.jsonl")], "candidate")
     if source == "other-correct":
-        found, why = references.other_correct(groups), "none has two correct answers"
+        found, why = reference_source.other_correct(groups), "none has two correct answers"
     elif source == "generate":
         written = Reader([str(folder / "references.jsonl")], "trajectory")
-        found, why = references.generated(groups, written), "the policy has written none"
+        found, why = reference_source.generated(groups, written), "the policy has written none"
     else:
         return
-    number, without = references.write(str(folder / "referenced.jsonl"), found, why)
-    console.note(f"{references.WORDS[source]}: {number:,} rows")
+    number, without = reference_source.write(str(folder / "referenced.jsonl"), found, why)
+    console.note(f"{reference_source.WORDS[source]}: {number:,} rows")
     if without:
         console.warn(f"{without:,} rows are left out: they have no such reference")
 

@@ -33,7 +33,7 @@ from polarctl.evaluation.metrics import (
     text_length,
     unigram_f1,
 )
-from polarctl.evaluation.stand_in_references import origin
+from polarctl.evaluation.reference_source import origin
 from polarctl.model.template import content_text
 from polarctl.records import (
     Record,
@@ -74,7 +74,7 @@ class Cases:
         skipped: Reason to number of records that hold no comparison.
         between_policies: Cases whose reference and better candidate are by one policy.
         with_numbers: Cases whose reference holds a number.
-        references: Where the references are from (`references.WORDS`) to number of records.
+        references: Where the references are from (`reference_source.WORDS`) to number of records.
         leaks: Records with a candidate that is the reference, whatever the white space.
         duels: The cases between two policies.
         worst: The verdicts of the `WORST` lowest margins, none above 0, as a heap.

@@ -21,7 +21,7 @@ from polarctl.evaluation.page import (
     render_html,
     render_markdown,
 )
-from polarctl.evaluation.stand_in_references import WORDS
+from polarctl.evaluation.reference_source import WORDS
 from polarctl.model.template import content_text
 from polarctl.storage import atomic
 

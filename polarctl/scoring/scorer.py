@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from polarctl import console
 from polarctl.errors import PolarctlError, RecordError
-from polarctl.evaluation.stand_in_references import FROM, OTHER_CORRECT, folded
+from polarctl.evaluation.reference_source import FROM, OTHER_CORRECT, folded
 from polarctl.model.template import PIECES
 from polarctl.records import KINDS, Record, check, kind_of_scorable, outputs_of
 from polarctl.scoring.answers import AS_THEY_ARE, FAULTS, Answers

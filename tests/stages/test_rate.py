@@ -127,15 +127,15 @@ def test_groups_of_a_judge_and_labels_that_are_there(tmp_path):
 
 
 def test_the_same_seed_gives_the_same_intervals(tmp_path):
-    rows = [answer(f"p{i}", "A", str(i % 3), label=int(i % 3 == 0)) for i in range(30)]
+    rows = [answer(f"p{i}", "A", str(i % 3), label=i * 7 % 10 / 10) for i in range(30)]
     figures = [
         rated(tmp_path, rows, "--force", *seed)[0]["policies"]["A"]["accuracy"]
         for seed in ((), (), ("--seed", "1"))
     ]
     assert figures[0] == figures[1] != figures[2]
-    # Beside Wilson's interval of 10 in 30, [0.192, 0.512], which was not computed here.
-    assert figures[0]["low"] == pytest.approx(0.18, abs=0.03)
-    assert figures[0]["high"] == pytest.approx(0.50, abs=0.03)
+    # Mean 0.45, standard deviation 0.287 (of 0, 0.1, ... 0.9): 1.96 x 0.287 / sqrt(30) = 0.103.
+    assert figures[0]["low"] == pytest.approx(0.347, abs=0.01)
+    assert figures[0]["high"] == pytest.approx(0.553, abs=0.01)
 
 
 def test_without_a_policy_a_record_is_refused(tmp_path, capfd):
