@@ -417,6 +417,7 @@ PUSH: dict[str, Case | Seen] = {
     "message": Seen("stages/test_push.py", '"--message"'),
     "license": Seen("stages/test_push.py", '"--license", "apache-2.0"'),
     "datasets": Seen("stages/test_push.py", '"--dataset", "me/triples"'),
+    "parquet": add(PUSH_BASE, "--parquet", ".*parquet"),
     "allow_secret": Seen("stages/test_push.py", '"--allow-secret", said[0]'),
 }
 
