@@ -13,7 +13,8 @@ is the reference; the candidate (`output`) if the row has a reference of its own
 output` says so. An answer with a `label` is always a candidate. `--split` keeps the train or the
 test part of the prompts, chosen by their text. `--by reward` compares by the rewards of `score`:
 pairs are the best and the worst of a group, `--best-of-n` keeps the best alone. `--join FIELD`
-makes a group of neighbouring rows, such as rollouts of one prompt.
+makes a group of neighbouring rows, such as rollouts of one prompt. `--dedup` leaves out prompts
+that were there already, before the split.
 
 `convert checkpoint SRC -o DIR` writes a published InternLM2 reward model, such as POLAR-7B, as a
 plain Llama classifier without remote code; `--to internlm2` writes one of ours in its layout.
@@ -30,15 +31,18 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from polarctl.config import Common, Needs
+
+if TYPE_CHECKING:
+    from polarctl.formats.duplicates import Duplicates
 
 WINDOW_ROWS = 1024
 SHAPES = ("native", "triples", "candidates", "prompts")
@@ -67,11 +71,12 @@ class Config(Common):
     NEEDS = [
         Needs(
             "from_format map answer ranked split test_share limit shard resume manifest rejects "
-            "by best_of_n join subset source_split",
+            "by best_of_n join subset source_split dedup",
             _of_rows,
             "rows, not for a checkpoint",
         ),
         Needs("seed test_share", lambda c: c.split is not None, "--split"),
+        Needs("shard", lambda c: not c.dedup, "rows that are not compared, not for --dedup"),
         Needs("ranked", lambda c: c.to_format == "triples", "--to triples"),
         Needs(
             "by",
@@ -146,6 +151,14 @@ class Config(Common):
     test_share: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the prompts in the test part.")
     ] = 0.2
+    dedup: Annotated[
+        str | None,
+        typer.Option(
+            metavar="exact|SHARE",
+            help="Leave out rows whose prompt was there already: the same text, or this share of "
+            "the same runs of three words (0.8).",
+        ),
+    ] = None
     by: Annotated[
         Literal["label", "reward"],
         typer.Option(help="What candidates are compared by; reward: the best with the worst."),
@@ -238,7 +251,10 @@ def shaped(record: dict[str, Any], config: Config) -> list[dict[str, Any]]:
 
 
 def convert(
-    rows: Iterable[Mapping[str, Any]], config: Config, counts: Counter[str] | None = None
+    rows: Iterable[Mapping[str, Any]],
+    config: Config,
+    counts: Counter[str] | None = None,
+    duplicates: Duplicates | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Rows of one format as rows of another.
 
@@ -247,6 +263,7 @@ def convert(
         config: The options that say what is read, compared and written are used.
         counts: Where to count: see `polarctl.formats.summary.FIXED`, and `format.NAME`,
             `read.SHAPE`, `unused.FIELD`.
+        duplicates: Knows the prompts of the rows before; rows with one of them are left out.
 
     Raises:
         RecordError: A row does not fit the format, or the other has no place for it.
@@ -258,6 +275,10 @@ def convert(
     for row in rows:
         record, name, _ = to_native(row, config)
         counts["rows"] += 1
+        # Before the split: so a prompt that is in one part is in the other in no other words.
+        if duplicates is not None and (again := duplicates.add(record["prompt"])):
+            counts[again] += 1
+            continue
         if config.split and part_of(record, config.test_share, config.seed) != config.split:
             counts["other_part"] += 1
             continue
@@ -287,6 +308,7 @@ def run(config: Config) -> None:
     from polarctl import console
     from polarctl.errors import UsageError
     from polarctl.formats import sources, summary
+    from polarctl.formats.duplicates import Duplicates
     from polarctl.formats.rows import field_map
     from polarctl.formats.table import readable, require, writable
     from polarctl.records import Record
@@ -302,6 +324,7 @@ def run(config: Config) -> None:
         console.choice("join", "problem_id", "a row of rewardmath is one solution of a problem")
         config = replace(config, join="problem_id")
     field_map(config.map)
+    duplicates = Duplicates(config.dedup) if config.dedup else None
     paths = windows.inputs_of("convert", config, sources.expand)
     told: dict[str, str] = {}
 
@@ -322,7 +345,7 @@ def run(config: Config) -> None:
         windows.dry_run("convert", config, paths, None, verify=verify, make=make)
         return
     if config.output.endswith(".parquet"):
-        _write_parquet(config, paths, verify, make)
+        _write_parquet(config, paths, verify, make, duplicates)
         return
     with Output("convert", config, reading.sizes(paths)) as out:
         if out.complete:
@@ -330,15 +353,23 @@ def run(config: Config) -> None:
         counts = summary.resumed(out.counts)
 
         def work(rows: list[Record]) -> Iterator[dict[str, Any]]:
-            yield from convert(rows, config, counts)
+            yield from convert(rows, config, counts, duplicates)
             out.counts.update(counts)
 
         reader = windows.reader_of(config, paths, None, on_bad=out.reject, verify=verify, make=make)
+        if duplicates is not None:
+
+            def learn(rows: list[Record]) -> None:
+                deque(convert(rows, config, None, duplicates), maxlen=0)
+
+            reader.learn = learn
         windows.map_windows(out, reader, work, size=WINDOW_ROWS, title="convert")
         summary.say(counts, out.counts["records"], config.to_format)
 
 
-def _write_parquet(config: Config, paths: list[str], verify: Any, make: Any) -> None:
+def _write_parquet(
+    config: Config, paths: list[str], verify: Any, make: Any, duplicates: Duplicates | None
+) -> None:
     """Write verl's rows as one Parquet file, whole or not at all."""
     from polarctl.errors import UsageError
     from polarctl.formats import parquet, summary
@@ -353,7 +384,7 @@ def _write_parquet(config: Config, paths: list[str], verify: Any, make: Any) -> 
             config, paths, None, on_bad=out.sink.reject, verify=verify, make=make
         )
         for window in reader.windows(WINDOW_ROWS):
-            out.write(list(convert(window.records, config, counts)))
+            out.write(list(convert(window.records, config, counts, duplicates)))
             out.counts.update(counts)
     summary.say(counts, out.counts["records"], config.to_format)
 

@@ -15,7 +15,7 @@ the highest rollout of a prompt and step over the lowest.
 \b
 polarctl pair trajectories.jsonl -o train.jsonl --exclude-policies 'held-*'
 polarctl pair trajectories.jsonl -o unseen.jsonl --require 'held-*'
-polarctl pair trajectories.jsonl -o val.jsonl --prompts 0.98:1
+polarctl pair trajectories.jsonl -o val.jsonl --split test --test-share 0.02
 polarctl pair runs/better/rollouts.jsonl --from-rollouts --label-by check -o labels.jsonl
 """
 
@@ -61,6 +61,7 @@ class Config(Common):
             lambda c: not c.from_rollouts,
             "samples of several policies, not for --from-rollouts",
         ),
+        Needs("test_share", lambda c: c.split is not None, "--split"),
         Needs("label_by rule", lambda c: c.from_rollouts, "--from-rollouts"),
         Needs(
             "threshold",
@@ -106,14 +107,13 @@ class Config(Common):
         tuple[str, ...],
         typer.Option(metavar="GLOB", help="One of the two policies is such a one (repeatable)."),
     ] = ()
-    prompts: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FROM:TO",
-            help="Only prompts whose hash, a number from 0 to 1, lies there: 0:0.98 to train, "
-            "0.98:1 to validate.",
-        ),
+    split: Annotated[
+        Literal["train", "test"] | None,
+        typer.Option(help="Keep this part of the prompts, the same as of `convert --split`."),
     ] = None
+    test_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the prompts in the test part.")
+    ] = 0.2
     max_similarity: Annotated[
         float,
         typer.Option(
@@ -172,7 +172,6 @@ def run(config: Config) -> None:
     from polarctl.policies.by_prompt import Groups
     from polarctl.policies.labelling import Rollouts
     from polarctl.policies.nearness import Margins, distance_of
-    from polarctl.policies.pairing import prompts_between
     from polarctl.storage import read, windows
     from polarctl.storage.paths import check_paths
     from polarctl.storage.read import Reader
@@ -199,7 +198,6 @@ def run(config: Config) -> None:
             )
             return
         distance, scores = distance_of(config.hard_by)
-        taken = prompts_between(config.prompts)
         check_paths(config, [*paths, *scores])
         bad: list[tuple[str, str, Any]] = []
         # Not by shards: a prompt's trajectories lie apart, so prompts are dealt out, not rows.
@@ -216,7 +214,9 @@ def run(config: Config) -> None:
         pairing = _drawer(config, groups, distance)
         index, count = shard_of(config.shard) if config.shard else (0, 1)
         mine = (
-            g for g in groups if taken(g.id) and seeding.derive(0, "shard", g.id) % count == index
+            g
+            for g in groups
+            if seeding.derive(0, "shard", g.id) % count == index and _is_taken(config, g.prompt)
         )
         identity: dict[str, Any] = {"trajectories": digest}
         if distance is not None:
@@ -224,7 +224,7 @@ def run(config: Config) -> None:
         with Output("pair", config, read.sizes([*paths, *scores]), identity) as out:
             if not out.complete:
                 windows.set_aside(out, bad)
-                part = config.shard or config.prompts
+                part = config.shard or config.split
                 _pair(mine, None if part else len(groups), pairing, out)
                 if config.from_rollouts:
                     _report_labels(pairing, groups, out, config)
@@ -236,16 +236,23 @@ def _check(config: Config, groups: Any, distance: Distance | None) -> None:
     """Whether there would be a triple; says what `--rejects` would take beside bad rows."""
     from polarctl import console
     from polarctl.policies.by_prompt import Groups
-    from polarctl.policies.pairing import prompts_between
     from polarctl.storage.windows import BadRows
 
     if isinstance(groups, Groups):
         bad = BadRows(console.warn)
         groups.finish(bad if config.rejects else None)
         bad.finish()
-    prompts_between(config.prompts)
     if not config.shard:
         _drawer(config, groups, distance)
+
+
+def _is_taken(config: Config, prompt: Any) -> bool:
+    """Whether a prompt is in the part that `--split` names."""
+    from polarctl.formats.groups import part_of
+
+    if config.split is None:
+        return True
+    return part_of({"prompt": prompt}, config.test_share, config.seed) == config.split
 
 
 def _drawer(config: Config, groups: Any, distance: Distance | None) -> Any:
@@ -396,9 +403,9 @@ def _no_triple(config: Config, counts: Mapping[str, int], hint: str) -> str:
     from polarctl.errors import PolarctlError
 
     without = [f"{n:,} {what}" for what, n in counts.items() if what.startswith("prompts ")]
-    if config.prompts and not counts.get("prompts") and not config.shard:
+    if config.split and not counts.get("prompts") and not config.shard:
         raise PolarctlError(
-            f"no prompt has its hash in {config.prompts} (--prompts)", hint="widen the range"
+            f"no prompt is in the {config.split} part (--split)", hint="another --test-share"
         )
     if not counts.get("triples") and not config.shard:
         raise PolarctlError(

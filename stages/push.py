@@ -8,18 +8,22 @@ The token comes from HF_TOKEN or `hf auth login`.
 
 \b
 polarctl push runs/rm my-name/my-reward-model --license apache-2.0
+polarctl push triples.jsonl my-name/my-triples --parquet
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from polarctl.config import COMMON, Basic
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
     from polarctl.hub.bundle import Bundle
 
 
@@ -57,6 +61,14 @@ class Config(Basic):
             help="Data set on the Hub named by a model's card; repeatable.",
         ),
     ] = ()
+    parquet: Annotated[
+        bool,
+        typer.Option(
+            "--parquet",
+            help="Add the records as Parquet files, which the Hub's viewer and `load_dataset` "
+            "read at once.",
+        ),
+    ] = False
     allow_secret: Annotated[
         tuple[str, ...],
         typer.Option(
@@ -77,12 +89,43 @@ def collect(config: Config, repo_type: str) -> Bundle:
     return take(Path(config.path), force=config.force)
 
 
-def card(config: Config, repo_id: str, found: Bundle) -> str:
+def add_parquet(found: Bundle, path: Path, folder: Path) -> list[dict[str, Any]]:
+    """Add the records as Parquet files.
+
+    Args:
+        found: What is to be published.
+        path: The data file, or the folder of them.
+        folder: Where the Parquet files are written.
+
+    Returns:
+        What the card says of them (`dataset_info`).
+    """
+    from polarctl.hub import cards, shards
+
+    where = path if path.is_dir() else path.parent
+    infos = []
+    for kind, parts in cards.splits(found.data).items():
+        paths = {
+            split: [str(where / file.name) for file in files] for split, files in parts.items()
+        }
+        made, info = shards.write_config(folder, kind, paths)
+        infos.append(info)
+        for split in made.values():
+            for name, file in split.files.items():
+                found.add(name, file)
+    return infos
+
+
+def card(
+    config: Config, repo_id: str, found: Bundle, dataset_info: Sequence[dict[str, Any]] = ()
+) -> str:
     """The README.md for a repository that has none."""
     from polarctl.hub import cards
 
     if found.data:
-        return cards.dataset_card(repo_id, found.data, license=config.license)
+        return cards.dataset_card(
+            repo_id, found.data, license=config.license, dataset_info=dataset_info
+        )
     return cards.model_card(
         repo_id,
         found.config,
@@ -95,6 +138,15 @@ def card(config: Config, repo_id: str, found: Bundle) -> str:
 
 def run(config: Config) -> None:
     """Check, then upload; or say what would be uploaded."""
+    import tempfile
+    from pathlib import Path
+
+    # Next to nothing where there are no Parquet files.
+    with tempfile.TemporaryDirectory(prefix="polarctl-push-") as folder:
+        _push(config, Path(folder))
+
+
+def _push(config: Config, folder: Path) -> None:
     import os
     import sys
     from pathlib import Path
@@ -115,6 +167,8 @@ def run(config: Config) -> None:
         ("--license", config.license, "README.md" in found.items, "README.md is taken as it is"),
         ("--dataset", config.datasets, "README.md" in found.items, "README.md is taken as it is"),
         ("--dataset", config.datasets, repo_type == "dataset", "it is for a model's card"),
+        ("--parquet", config.parquet, repo_type == "model", "it is for a data set"),
+        ("--parquet", config.parquet, "README.md" in found.items, "README.md is taken as it is"),
     ):
         if given and idle:
             raise UsageError(f"`{flag}` has no effect here: {why}", hint="leave it out")
@@ -128,11 +182,12 @@ def run(config: Config) -> None:
     bundle.refuse_secrets(found, secrets, config.allow_secret)
     bundle.warn_of_local_paths(found)
 
+    infos = add_parquet(found, Path(config.path), folder) if config.parquet else []
     repo_id = upload.full_name(config.repo_id, token) if token else config.repo_id
     if "README.md" in found.items:
         console.choice("card", "README.md", "it is in the folder")
     else:
-        found.add("README.md", card(config, repo_id, found).encode())
+        found.add("README.md", card(config, repo_id, found, infos).encode())
         console.choice("card", "generated", "there is no README.md")
     _say_plan(config, repo_id, repo_type, found)
     if token is None:

@@ -11,11 +11,12 @@ from polarctl.formats.groups import Fields, labelled, shape_of
 from polarctl.formats.unused import unused
 from polarctl.records import outputs_of
 
-# Rows; rows of the other part of a split; rows without two candidates to compare; triples whose
-# chosen text is the reference; rows whose candidates were left out; candidates without a label;
-# groups with other labels than 1 and 0; rows whose messages became their text.
+# Rows; rows whose prompt was there already, or nearly; rows of the other part of a split; rows
+# without two candidates to compare; triples whose chosen text is the reference; rows whose
+# candidates were left out; candidates without a label; groups with other labels than 1 and 0; rows
+# whose messages became their text.
 FIXED = (
-    *("rows", "other_part", "no_pair", "equal_chosen"),
+    *("rows", "repeated", "near_repeated", "other_part", "no_pair", "equal_chosen"),
     *("left_out", "unlabelled", "graded", "as_text"),
 )
 _COUNTED = ("format.", "read.", "unused.")
@@ -79,6 +80,8 @@ def say(counts: Counter[str], records: int, to: str) -> None:
     if formats:
         parts.append(f"read as {_list(formats)}: {_list(shapes)}")
     for key, text in (
+        ("repeated", "rows have a prompt that was there already"),
+        ("near_repeated", "rows have nearly one that was there already"),
         ("other_part", "rows are of the other part"),
         ("no_pair", "rows have no candidates that differ enough to compare"),
         ("left_out", "rows had candidates, which are left out"),

@@ -22,6 +22,7 @@ from polarctl.hub.cards import DataFile, last_metrics
 from polarctl.hub.checks import check_hashes, check_weights, json_object, read_manifest, refuse_link
 from polarctl.hub.scrub import scrub_manifest
 from polarctl.hub.secrets import HASH_DIGITS, Secret, find_secrets
+from polarctl.hub.statistics import Statistics
 from polarctl.records import kind_of
 from polarctl.storage.manifest import sha256
 from polarctl.storage.read import Reader, open_bytes
@@ -285,18 +286,21 @@ def _allowed(
 
 
 def _data_file(path: Path, manifest: Mapping[str, Any] | None) -> DataFile:
-    """Facts for the card; without a manifest every record is read and checked."""
-    reader = Reader([str(path)], kind_of, limit=100 if manifest else None)
+    """Facts for the card: every record is read and checked."""
+    reader = Reader([str(path)], kind_of)
     names: dict[str, None] = {}
+    statistics = Statistics()
     kind = ""
     try:
         for record in reader:
             kind = kind or kind_of(record)
             names.update(dict.fromkeys(record))
+            statistics.add(record)
     except RecordError as error:  # its hint is for stages that can set records aside
         hint = f"`polarctl validate {path}` names the bad lines"
         raise RecordError(error.reason, where=error.where, hint=hint) from None
     outputs = (manifest or {}).get("outputs") or {}
+    statistics.add_manifest((manifest or {}).get("counts") or {})
     entry = outputs.get(path.name) or (next(iter(outputs.values())) if outputs else {})
     return DataFile(
         name=path.name,
@@ -306,6 +310,7 @@ def _data_file(path: Path, manifest: Mapping[str, Any] | None) -> DataFile:
         sha256=entry.get("sha256") or sha256(path),
         fields=tuple(names),
         manifest=manifest,
+        statistics=statistics,
     )
 
 

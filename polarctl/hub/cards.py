@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from polarctl.config import BOOKKEEPING
+from polarctl.hub.statistics import COLUMNS, Statistics
 from polarctl.records import KINDS
 from polarctl.schemas.export import json_schema
 
@@ -40,6 +41,7 @@ class DataFile:
         sha256: Hash of the file's bytes.
         fields: Names of the records' fields, in order of appearance.
         manifest: Scrubbed manifest, or None.
+        statistics: Its policies and lengths.
     """
 
     name: str
@@ -49,6 +51,30 @@ class DataFile:
     sha256: str
     fields: tuple[str, ...]
     manifest: Mapping[str, Any] | None
+    statistics: Statistics
+
+
+def splits(files: Sequence[DataFile]) -> dict[str, dict[str, list[DataFile]]]:
+    """Kind of record to split to files.
+
+    The only file of a kind is `train`, and so are all where none is. Else a name with a part such
+    as `val`, `dev` or `held` is `validation` and one with `test` is `test`.
+    """
+    found: dict[str, dict[str, list[DataFile]]] = {}
+    for kind in dict.fromkeys(file.kind for file in files):
+        alike = [file for file in files if file.kind == kind]
+        parts = found.setdefault(kind, {})
+        named = [_split_of(file.name) for file in alike]
+        for file, split in zip(alike, named, strict=True):
+            parts.setdefault(split if "train" in named else "train", []).append(file)
+    return found
+
+
+def _split_of(name: str) -> str:
+    words = set(re.split(r"[^a-z]+", name.lower()))
+    if words & {"val", "valid", "validation", "dev", "eval", "held", "heldout", "unseen"}:
+        return "validation"
+    return "test" if "test" in words else "train"
 
 
 def model_card(
@@ -102,9 +128,24 @@ def model_card(
     )
 
 
-def dataset_card(repo_id: str, files: Sequence[DataFile], *, license: str | None = None) -> str:
-    """The card of one or more data files."""
-    kinds = list(dict.fromkeys(file.kind for file in files))
+def dataset_card(
+    repo_id: str,
+    files: Sequence[DataFile],
+    *,
+    license: str | None = None,
+    dataset_info: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """The card of one or more data files.
+
+    Args:
+        repo_id: `owner/name` on the Hub.
+        files: The files.
+        license: Licence for the front matter.
+        dataset_info: One entry for each kind of record where there are Parquet shards
+            (`polarctl.hub.shards`).
+    """
+    parts = splits(files)
+    kinds = list(parts)
     total = sum(file.records for file in files)
     front = {
         "tags": ["polar"],
@@ -112,10 +153,12 @@ def dataset_card(repo_id: str, files: Sequence[DataFile], *, license: str | None
         "size_categories": [size_category(total)],
         # Named, or the Hub's viewer takes the manifests for data too.
         "configs": [
-            {"config_name": kind, "data_files": [file.name for file in files if file.kind == kind]}
+            {"config_name": kind, "data_files": _data_files(kind, parts[kind], bool(dataset_info))}
             for kind in kinds
         ],
+        "dataset_info": list(dataset_info),
     }
+    shards = "" if not dataset_info else " The same as Parquet, by split: the viewer reads that."
     return _fill(
         "dataset.md",
         front_matter=_front(front),
@@ -123,7 +166,7 @@ def dataset_card(repo_id: str, files: Sequence[DataFile], *, license: str | None
         repo_id=repo_id,
         summary=f"{total:,} records for reward models in the manner of "
         "[POLAR](https://arxiv.org/abs/2507.05197), made with `polarctl`. JSON lines, one record "
-        "a line.",
+        f"a line.{shards}",
         files=_table(
             ("File", "Kind", "Records", "Bytes", "SHA-256"),
             (
@@ -132,9 +175,34 @@ def dataset_card(repo_id: str, files: Sequence[DataFile], *, license: str | None
             ),
         ),
         fields="\n\n".join(_fields(kind, files) for kind in kinds),
+        contents="".join(_contents(file) for file in files),
         first_config=kinds[0],
         provenance=_provenance({f.name: f.manifest for f in files if f.manifest}, {}),
     )
+
+
+def _data_files(kind: str, parts: Mapping[str, Sequence[DataFile]], parquet: bool) -> list[Any]:
+    if parquet:
+        return [{"split": split, "path": f"{kind}/{split}-*.parquet"} for split in parts]
+    if len(parts) == 1:
+        return [file.name for files in parts.values() for file in files]
+    return [{"split": s, "path": [file.name for file in files]} for s, files in parts.items()]
+
+
+def _contents(file: DataFile) -> str:
+    """Tables of a file's texts and policies."""
+    found = file.statistics
+    rows = (
+        (f"`{name}`", *(f"{number:,}" for number in numbers)) for name, *numbers in found.texts()
+    )
+    head = ("Characters of", "In all", "Median", "95 % at most", "Longest")
+    text = f"\n## Contents of `{file.name}`\n\n{_table(head, rows)}\n"
+    if found.policies:
+        columns = found.columns()
+        named = sorted(found.policies.items())
+        rows = ((f"`{name}`", *(f"{c[column]:,}" for column in columns)) for name, c in named)
+        text += f"\n{_table(('Policy', *(COLUMNS[c] for c in columns)), rows)}\n"
+    return text
 
 
 def size_category(records: int) -> str:
@@ -198,7 +266,8 @@ def _one_provenance(name: str, manifest: Mapping[str, Any]) -> str:
         facts += [f"sha256 `{entry['sha256']}`"] if entry.get("sha256") else []
         path = str(entry.get("path", "-"))
         rows.append(("Read", ", ".join([f"`{path}`" if path != "-" else "a pipe", *facts])))
-    rows += [(f"Count: {key}", _value(v)) for key, v in (manifest.get("counts") or {}).items()]
+    counts = manifest.get("counts") or {}
+    rows += [(f"Count: {k}", _value(v)) for k, v in counts.items() if k != "policies"]
     environment = manifest.get("environment") or {}
     rows += [(key, _value(value)) for key, value in environment.items()]
     text = f"## Provenance{f' of `{name}`' if name else ''}\n\n" + _table(("What", "Value"), rows)

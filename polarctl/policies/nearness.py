@@ -28,9 +28,14 @@ HARD_SHARE = 0.5
 Distance = Callable[[str, str], float | None]
 
 
+def words_of(text: str) -> list[str]:
+    """The words and signs of a text; of a script without spaces, every sign."""
+    return _TOKEN.findall(text)
+
+
 def pairs_of_words(text: Any) -> Counter[tuple[str, str]]:
     """How often each word follows each; the first follows the text's beginning."""
-    words = _TOKEN.findall(content_text(text))
+    words = words_of(content_text(text))
     return Counter(zip(["", *words], words, strict=False))
 
 

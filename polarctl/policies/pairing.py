@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from polarctl import seeding
-from polarctl.errors import UsageError
 from polarctl.policies import nearness
 from polarctl.policies.by_prompt import Groups, PromptGroup
 
@@ -245,30 +244,3 @@ def _why_none(group: PromptGroup, identical: bool, similar: bool) -> str:
 def _plain(text: Any) -> Any:
     """What is compared: the words of a text, whatever the space between them."""
     return " ".join(text.split()) if isinstance(text, str) else text
-
-
-def prompts_between(option: str | None) -> Callable[[str], bool]:
-    """Says of a prompt's id whether it belongs to a part of all prompts; None: to all.
-
-    The number of an id is uniform in [0, 1) and depends on nothing else, so a prompt that is held
-    out is so in every run and with every seed.
-
-    Args:
-        option: `FROM:TO`, from FROM on and below TO.
-
-    Raises:
-        UsageError: Not of this form with 0 <= FROM < TO <= 1.
-    """
-    if option is None:
-        return lambda name: True
-    low, _, high = option.partition(":")
-    try:
-        start, end = float(low), float(high)
-    except ValueError:
-        start, end = 1.0, 0.0
-    if not 0 <= start < end <= 1:
-        raise UsageError(
-            f"`--prompts {option}`: not of the form FROM:TO with 0 <= FROM < TO <= 1",
-            hint="`--prompts 0:0.98` to train, `--prompts 0.98:1` to validate",
-        )
-    return lambda name: start <= seeding.derive(0, "prompts", name) / 2**63 < end

@@ -100,6 +100,7 @@ class Reader:
         limit: Rows to read at most, or None.
         shard: (I, N): only windows with index % N == I.
         verify: Raises RecordError for a record that fits its schema but not this run.
+        learn: Takes the records of each window that a resume passes over.
         rows: Rows read so far, bad ones included.
         bad: Bad rows so far.
     """
@@ -110,6 +111,7 @@ class Reader:
     limit: int | None = None
     shard: tuple[int, int] = (0, 1)
     verify: Callable[[Record], None] | None = None
+    learn: Callable[[list[Record]], None] | None = None
     rows: int = field(default=0, init=False)
     bad: int = field(default=0, init=False)
 
@@ -157,8 +159,9 @@ class Reader:
             count += 1
             self.rows += 1
             running.update(line)
-            if index % self.shard[1] == mine and passed >= done:
-                record = self.parse(where, line)
+            again = passed < done
+            if index % self.shard[1] == mine and (self.learn is not None or not again):
+                record = self.parse(where, line, again)
                 if record is not None:
                     window.append(record)
         if not count:
@@ -175,7 +178,9 @@ class Reader:
         now = running.hexdigest()
         if passed > done:
             yield Window(index, window, now)
-        elif passed == done and digest is not None and digest != now:
+        elif self.learn is not None:
+            self.learn(window)
+        if passed == done and digest is not None and digest != now:
             raise _other_input()
 
     def total(self) -> int | None:
@@ -232,7 +237,7 @@ class Reader:
     def _no_records(self) -> RecordError:
         return RecordError("no records", where=", ".join(map(place_of, self.paths)))
 
-    def parse(self, where: str, line: bytes) -> Record | None:
+    def parse(self, where: str, line: bytes, again: bool = False) -> Record | None:
         """The row's record, or None for a bad row that was set aside.
 
         Raises:
@@ -244,6 +249,8 @@ class Reader:
                 self.verify(record)
             return record
         except RecordError as error:
+            if again:  # counted and set aside by the run before
+                return None
             self.bad += 1
             if self.on_bad is None:
                 raise _placed(error, where) from None

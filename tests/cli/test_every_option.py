@@ -279,7 +279,8 @@ PAIR: dict[str, Case | Seen] = {
     "exclude_policies": add(PAIR_BASE, "--exclude-policies a"),
     "require": add(PAIR_BASE, "--require c"),
     "equal_chosen": Seen("stages/test_pair.py", '"--equal-chosen", choice'),
-    "prompts": add(PAIR_BASE, "--prompts 0:0.5"),
+    "split": add(PAIR_BASE, "--split train --test-share 0.5"),
+    "test_share": add(PAIR_BASE + " --split train", "--test-share 0.9"),
     "max_similarity": add(PAIR_BASE, "--max-similarity 0", "status"),
     "hard_by": Seen("stages/test_pair.py", '"--hard-by", hard_by'),
     "from_rollouts": add("pair rollouts.jsonl -o out.jsonl -q", "--from-rollouts", "status"),
@@ -383,6 +384,7 @@ CONVERT: dict[str, Case | Seen] = {
     "equal_chosen": Seen("stages/test_convert.py", '"--equal-chosen", choice'),
     "by": Seen("stages/test_convert.py", '"--by", "reward", "--min-margin", "1"'),
     "min_margin": Seen("stages/test_convert.py", '"--by", "reward", "--min-margin", "1"'),
+    "dedup": Seen("stages/test_convert_dedup.py", '"--dedup"'),
     "best_of_n": add(CONVERT_BASE, "--best-of-n"),
     "join": Seen("stages/test_convert.py", '"--join", "prompt"'),
     "subset": Seen("formats/test_sources.py", '"--subset", "two"'),
@@ -422,6 +424,7 @@ PUSH: dict[str, Case | Seen] = {
     "message": Seen("stages/test_push.py", '"--message"'),
     "license": Seen("stages/test_push.py", '"--license", "apache-2.0"'),
     "datasets": Seen("stages/test_push.py", '"--dataset", "me/triples"'),
+    "parquet": add(PUSH_BASE, "--parquet", ".*parquet"),
     "allow_secret": Seen("stages/test_push.py", '"--allow-secret", said[0]'),
 }
 
@@ -507,6 +510,7 @@ REFUSED = {
         "exclude_policies": LABEL_BASE + " --exclude-policies a",
         "require": LABEL_BASE + " --require a",
         "equal_chosen": LABEL_BASE + " --rule rank --equal-chosen drop",
+        "test_share": PAIR_BASE + " --test-share 0.5",
         "max_similarity": LABEL_BASE + " --max-similarity 0.5",
         "hard_by": LABEL_BASE + " --hard-by names",
         "label_by": PAIR_BASE + " --label-by check",

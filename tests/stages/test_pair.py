@@ -324,25 +324,25 @@ def test_scores_that_say_nothing_are_refused(rows, status, said, tmp_path, capfd
     assert said in capfd.readouterr().err and not out.exists()
 
 
-def test_held_out_prompts_are_the_same_whatever_the_seed_and_the_policies(tmp_path, capfd):
-    source = write_jsonl(tmp_path / "t.jsonl", trajectories(400, "abc"))
+def test_held_out_prompts_are_those_of_convert_whatever_the_policies(tmp_path, capfd):
+    records = trajectories(200, "abc")
+    source = write_jsonl(tmp_path / "t.jsonl", records)
+    prompts = write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"prompt {n}"} for n in range(200)])
+    share = ["--test-share", "0.1", "--force", "-q"]
 
-    def ids(part, *more):
+    def kept(stage, path, *more):
         out = tmp_path / "out.jsonl"
-        command = ["pair", source, "-o", str(out), "--force", "-q", "--prompts", part, *more]
-        assert cli.run(command) == 0
-        return {t["id"] for t in read_jsonl(out)}
+        assert cli.run([stage, path, "-o", str(out), *share, *more]) == 0
+        return {t["prompt"] for t in read_jsonl(out)}
 
-    train, held = ids("0:0.9"), ids("0.9:1")
-    assert not train & held and len(train | held) == 400
-    assert 20 <= len(held) <= 62  # 40 expected, a standard deviation is 6
-    assert ids("0.9:1", "--seed", "7", "--exclude-policies", "a") == held
-    for wrong in ("0.9", "1:0", "0:2", "a:b", "nan:1"):
-        assert cli.run(["pair", source, "--prompts", wrong]) == 2
-    assert "not of the form FROM:TO" in capfd.readouterr().err
+    train, held = (kept("pair", source, "--split", part) for part in ("train", "test"))
+    assert not train & held and len(train | held) == 200
+    assert 8 <= len(held) <= 32  # 20 expected, a standard deviation is 4
+    assert kept("pair", source, "--split", "test", "--exclude-policies", "a") == held
+    assert kept("convert", prompts, "--split", "test") == held
     few = write_jsonl(tmp_path / "few.jsonl", trajectories(1, "ab"))
-    assert cli.run(["pair", few, "--prompts", "0.9999:1"]) == 1
-    assert "no prompt has its hash in 0.9999:1" in capfd.readouterr().err
+    assert cli.run(["pair", few, "--split", "test", "--test-share", "0"]) == 1
+    assert "no prompt is in the test part" in capfd.readouterr().err
 
 
 @pytest.fixture

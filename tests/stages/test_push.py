@@ -213,6 +213,61 @@ def test_a_data_file_arrives_on_a_branch_of_a_public_repository_of_ones_own(hub,
     assert "| `extra` | Passed through from the source. |" in card
 
 
+def test_what_arrives_as_parquet_is_read_by_datasets_as_it_was(
+    hub, push_here, tmp_path, monkeypatch
+):
+    """Through the card's front matter alone, by the library that people use."""
+    import datasets
+
+    messages = [{"role": "user", "content": "2+2?"}]
+    rows = [
+        {**TRIPLE, "policy": "a", "rejected_policy": "b", "margin": 1, "mine": {}},
+        {**TRIPLE, "policy": "b", "rejected_policy": "a", "margin": 0.5, "prompt": messages},
+        {**TRIPLE, "policy": "a", "rejected_policy": "b", "negatives": ["6", messages], "mine": 7},
+    ]
+    del rows[0]["extra"]
+    held = [{**TRIPLE, "policy": "a", "rejected_policy": "b", "id": "h"}]
+    made = {"prompt": "Go", "policy": "b", "num_tokens": 9, "finish_reason": "length"}
+    wrote = [
+        {**made, "output": "on.", "cleaned": ["loop"]},
+        {**made, "output": "farther.", "cleaned": [], "num_tokens": 4},
+    ]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, records in (("train", rows), ("held-out", held), ("written", wrote)):
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (folder / f"{name}.jsonl").write_text(lines)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    done = push_here(folder, "me/d", "--force", "--parquet")
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.glob("polarctl-push-*"))
+    there = tmp_path / "there"
+    for name, content in hub.repos["me/d"].files().items():
+        (there / name).parent.mkdir(parents=True, exist_ok=True)
+        (there / name).write_bytes(content)
+
+    def load(kind):
+        found = datasets.load_dataset(str(there), kind, cache_dir=str(tmp_path / "cache"))
+        return {split: [dict(row) for row in one] for split, one in found.items()}
+
+    assert datasets.get_dataset_config_names(str(there)) == ["triple", "trajectory"]
+    found = load("triple")
+    names = {name for row in [*rows, *held] for name in row}
+    expected = {
+        "train": [{name: row.get(name) for name in names} for row in rows],
+        "validation": [{name: row.get(name) for name in names} for row in held],
+    }
+    assert found == expected
+    assert load("trajectory") == {"train": wrote}
+    info = datasets.load_dataset_builder(str(there), "triple").info
+    assert {s: x.num_examples for s, x in info.splits.items()} == {"train": 3, "validation": 1}
+
+    card = (there / "README.md").read_text()
+    assert "| `b` | 2 | 13 | 2 | 1 |" in card  # records, tokens, cut by the limit, loops
+    assert "| `a` | 2 | 1 |\n| `b` | 1 | 2 |" in card  # as reference, as rejected
+    assert "| `output` | 11 | 3 | 8 | 8 |" in card  # characters: `on.` and `farther.`
+
+
 def test_an_existing_public_repository_stays_public_with_a_warning_and_ones_own_card_is_kept(
     hub, push_here, checkpoint
 ):
