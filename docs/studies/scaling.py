@@ -57,10 +57,13 @@ class Sizes:
     held_out: float = 0.06
     runs: tuple[str, ...] = ("a", "b", "c", "d")
     zoo_steps: tuple[tuple[int, ...], tuple[int, ...]] = ((140, 200), (60, 120))
-    parts: tuple[str, ...] = ("asyncio", "email", "unittest", "xml", "http", "importlib")
-    text_steps: tuple[tuple[int, ...], tuple[int, ...]] = ((60, 160), (25, 60))
-    new_tokens: int = 20
+    parts: tuple[str, ...] = ("asyncio", "email", "encodings", "unittest", "xml")
+    text_steps: tuple[tuple[int, ...], tuple[int, ...]] = ((50, 100), (40,))
+    new_tokens: int = 16
 
+
+# Texts are longer: fewer triples of them take as long.
+TEXT = Sizes(batch=16, steps=(50, 120, 300), prompts=600, triples=12, held_out=0.12)
 
 SMALLEST = Sizes(
     widths=(16, 32, 48),
@@ -200,7 +203,7 @@ class Study:
         ]
         words = ["eval", "scaling", *runs, "-o", self.path("laws")]
         print(f"$ polarctl {shlex.join(words)}", file=sys.stderr, flush=True)
-        status = cli.run([*words, "--force"])
+        status = cli.run(words)
         if status:
             sys.exit(status)
 
@@ -258,7 +261,7 @@ class TextStudy(Study):
         return ("--max-new-tokens", str(self.sizes.new_tokens), "--no-clean")
 
 
-WORLDS = {"world": Study, "text": TextStudy}
+WORLDS = {"world": (Study, Sizes()), "text": (TextStudy, TEXT)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -269,9 +272,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", choices=WORLDS, help="one of the two worlds")
     parser.add_argument("--smallest", action="store_true", help="a size for tests: no figures")
     options = parser.parse_args(arguments)
-    sizes = SMALLEST if options.smallest else Sizes()
     for name in [options.only] if options.only else WORLDS:
-        WORLDS[name](options.output / name, sizes, options.seed).run()
+        study, sizes = WORLDS[name]
+        sizes = SMALLEST if options.smallest else sizes
+        study(options.output / name, sizes, options.seed).run()
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     minutes = sum(one.ru_utime + one.ru_stime for one in used) / 60
     print(f"{minutes:.1f} CPU minutes", file=sys.stderr)
