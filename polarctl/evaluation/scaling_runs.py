@@ -64,11 +64,8 @@ def read_run(folder: str) -> TrainedRun:
             "model has learned from them",
             hint="train with --val-fraction 0.05, or leave this run out",
         )
-    config, print_ = record.get("config", {}), record.get("fingerprint", {})
-    parts = [
-        print_.get("input_digest"),
-        *(config.get(n) for n in ("val_fraction", "seed", "limit")),
-    ]
+    facts = {**record.get("config", {}), **record.get("fingerprint", {})}
+    held_out = [facts.get(name) for name in ("input_digest", "val_fraction", "seed", "limit")]
     return TrainedRun(
         name=folder,
         parameters=_parameters(path, record),
