@@ -239,23 +239,23 @@ def preferred(fits: Mapping[str, Fit]) -> str:
 def envelope(runs: Sequence[TrainedRun], axis: str) -> list[TrainedRun]:
     """The runs that a law is fitted to, in the order of X.
 
-    Of each N the lowest loss; of each D too (values within 5 % count as one). Of C those runs that
-    no other with as little or less compute beats: the compute-optimal ones of those that were made.
+    Of each X the lowest loss; values within 5 % count as one. Of C then those runs that no other
+    with less compute beats: the compute-optimal ones of those that were made.
     """
-    ordered = sorted(runs, key=lambda run: (run.at(axis), run.loss))
-    if axis == "C":
-        kept: list[TrainedRun] = []
-        for run in ordered:
-            if not kept or run.loss < kept[-1].loss:
-                kept.append(run)
-        return kept
     groups: list[list[TrainedRun]] = []
-    for run in ordered:
+    for run in sorted(runs, key=lambda run: (run.at(axis), run.loss)):
         if groups and run.at(axis) <= _SAME * groups[-1][0].at(axis):
             groups[-1].append(run)
         else:
             groups.append([run])
-    return [min(group, key=lambda run: run.loss) for group in groups]
+    lowest = [min(group, key=lambda run: run.loss) for group in groups]
+    if axis != "C":
+        return lowest
+    kept: list[TrainedRun] = []
+    for run in lowest:
+        if not kept or run.loss < kept[-1].loss:
+            kept.append(run)
+    return kept
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ _AXIS = {
 }
 _POINTS = {
     "N": "of each N the lowest loss",
-    "C": "runs that no other with as little or less C beats",
+    "C": "runs that no other with as much or less C beats",
     "D": "of each D the lowest loss",
 }
 _LOSS = "held-out loss L"

@@ -35,11 +35,12 @@ def read_runs(folders: Sequence[str]) -> list[TrainedRun]:
             f"{len(folders)}",
             hint="polarctl eval scaling RUN RUN RUN ... -o DIR",
         )
-    seen: dict[str, str] = {}
+    seen: set[str] = set()
     for folder in folders:
-        before = seen.setdefault(os.path.realpath(folder), folder)
-        if before is not folder:
+        real = os.path.realpath(folder)
+        if real in seen:
             raise UsageError(f"{folder}: is given twice")
+        seen.add(real)
     return [read_run(folder) for folder in folders]
 
 
