@@ -61,8 +61,8 @@ class Config(ScoreConfig):
     ABSENT = frozenset({"resume"})  # figures need every case: an interrupted one begins again
     NEEDS = [
         Needs(
-            "model no_text by benchmark min_accuracy baseline report seed limit shard force manifest "
-            "rejects",
+            "model no_text by benchmark min_accuracy baseline report seed limit shard force "
+            "manifest rejects",
             lambda c: not _is_scaling(c),
             "scored files, not for `eval scaling`",
         ),
