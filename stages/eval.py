@@ -8,9 +8,14 @@ full report to --report.
 from the Hub), scores them and evaluates, by the three commands that it prints, in the folder -o.
 The same command goes on where it stopped.
 
+`eval scaling RUNS...` fits scaling laws to the folders of finished training runs: how their
+held-out loss falls with model size, data and compute. -o is a folder for scaling.html, .json and
+plots.
+
 \b
 polarctl score triples.jsonl -m runs/rm | polarctl eval - -o verdicts.jsonl --report runs/report
 polarctl eval run rm-bench -m runs/rm --no-reference -o runs/rm-bench
+polarctl eval scaling runs/50m runs/100m runs/200m runs/400m -o runs/laws
 """
 
 from __future__ import annotations
@@ -44,12 +49,23 @@ def _is_run(config: Any) -> bool:
     return config.input[0] == "run" and not os.path.isfile("run")
 
 
+def _is_scaling(config: Any) -> bool:
+    """Whether laws are fitted to runs: `eval scaling RUNS...`."""
+    return config.input[0] == "scaling" and not os.path.isfile("scaling")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config(ScoreConfig):
     """Options of `polarctl eval`."""
 
     ABSENT = frozenset({"resume"})  # figures need every case: an interrupted one begins again
     NEEDS = [
+        Needs(
+            "model no_text by benchmark min_accuracy baseline report seed limit shard force "
+            "manifest rejects",
+            lambda c: not _is_scaling(c),
+            "scored files, not for `eval scaling`",
+        ),
         Needs("data reference_field reference_from", _is_run, "`eval run NAME`"),
         Needs(
             "reference_policy",
@@ -146,6 +162,9 @@ def run(config: Config) -> None:
     """Judge every record of the input and report."""
     if _is_run(config):
         _run_benchmark(config)
+        return
+    if _is_scaling(config):
+        _fit_laws(config)
         return
     from polarctl import console
     from polarctl.errors import UsageError
@@ -374,6 +393,37 @@ def _add_references(folder: Path, source: str | None) -> None:
     console.note(f"{reference_source.WORDS[source]}: {number:,} rows")
     if without:
         console.warn(f"{without:,} rows are left out: they have no such reference")
+
+
+def _fit_laws(config: Config) -> None:
+    """Fit scaling laws to the runs that are named, and report them."""
+    from polarctl import console
+    from polarctl.evaluation import scaling, scaling_report
+    from polarctl.evaluation.page import terminal_table
+    from polarctl.evaluation.scaling_runs import read_runs
+
+    folder = None if config.output == "-" else config.output
+    if folder:
+        scaling_report.check_folder(folder)
+    runs = read_runs(config.input[1:])
+    if len({run.held_out for run in runs}) > 1:
+        console.warn(
+            "the runs were not measured on the same held-out triples (input, --val-fraction, "
+            "--seed or --limit differ): their losses are compared as they are"
+        )
+    if config.dry_run:
+        console.note(f"eval scaling: {len(runs)} runs are good")
+        return
+    laws = [scaling.law_of(runs, axis) for axis in scaling.AXES]
+    for line in scaling_report.not_fitted(laws):
+        console.warn(line)
+    tables = [scaling_report.law_table(laws), scaling_report.prediction_table(laws)]
+    for table in tables:
+        if table is not None and table.rows:
+            console.show(terminal_table(table))
+    if folder:
+        scaling_report.write(folder, runs, laws)
+        console.note(f"report: {folder}/{scaling_report.PAGE}")
 
 
 def _baseline(config: Config) -> dict[str, Any] | None:

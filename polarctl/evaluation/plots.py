@@ -434,6 +434,54 @@ def stacked_curves(panels: Mapping[str, Mapping[str, Line]], *, xlabel: str) -> 
         return _png(figure)
 
 
+def log_log(
+    clouds: Mapping[str, Line], lines: Mapping[str, Line], *, xlabel: str, ylabel: str, title: str
+) -> bytes:
+    """Points and lines on two logarithmic axes; the first cloud is faint, the last one a star.
+
+    Args:
+        clouds: Name to points; one without any is left out.
+        lines: Name to the points of a line, which has no markers.
+        xlabel: What is to the right.
+        ylabel: What is above.
+        title: Title of the plot.
+
+    Raises:
+        ValueError: no points, or a number that is not finite and above 0.
+    """
+    numbers = [z for line in (*clouds.values(), *lines.values()) for point in line for z in point]
+    if not any(clouds.values()) or not all(math.isfinite(z) and z > 0 for z in numbers):
+        raise ValueError("points on logarithmic axes must be finite and above 0")
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+    looks = (("o", "#AAAAAA", 22), ("o", BLUE, 36), ("*", VERMILLION, 130))
+    with _styled():
+        figure, axes = _figure(3.9)
+        handles, names = [], []
+        for (name, points), (marker, colour, size) in zip(clouds.items(), looks, strict=False):
+            if points:
+                x, y = zip(*points, strict=True)
+                handles.append(axes.scatter(x, y, marker=marker, color=colour, s=size, zorder=3))
+                names.append(name)
+        for i, (name, points) in enumerate(lines.items()):
+            x, y = zip(*points, strict=True)
+            look = {"color": PALETTE[i], "linestyle": DASHES[i % len(DASHES)]}
+            handles += axes.plot(x, y, linewidth=1.6, **look)
+            names.append(name)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        # A loss spans less than a decade: plain numbers, where powers of ten would leave none.
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.3g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.minorticks_off()
+        axes.grid()
+        axes.set_xlabel(_wrapped(xlabel, 75))
+        axes.set_ylabel(_wrapped(ylabel, 40))
+        _head(figure, title, handles, names)
+        return _png(figure)
+
+
 def _lines(axes: Any, series: Mapping[str, Line]) -> list[Any]:
     lines = []
     for i, points in enumerate(series.values()):

@@ -304,6 +304,9 @@ def train(known: Known, folder: run_folder.Run) -> None:
             "held_out": known.survey.held_out,
             "sampled": known.sample.triples,
             "sampled_cut": known.sample.cut["any"],
+            # N of a scaling law, without the embedding: `polarctl eval scaling` reads it.
+            "parameters": known.parameters,
+            "scaling_parameters": _scaling_parameters(known),
             **last,
             **found,
         }
@@ -461,9 +464,14 @@ def _held_out(known: Known) -> list[data.Group]:
 def _meter(known: Known) -> Meter:
     from polarctl.training import progress
 
-    embedding = known.reward_model.model.get_input_embeddings().weight.numel()
     peak = progress.peak_of(known.place.accelerator, half=known.place.half)
-    return progress.Meter(parameters=known.parameters - embedding, peak=peak)
+    return progress.Meter(parameters=_scaling_parameters(known), peak=peak)
+
+
+def _scaling_parameters(known: Known) -> int:
+    """Weights without the input embedding, N of 6 N FLOPs a token."""
+    embedding: int = known.reward_model.model.get_input_embeddings().weight.numel()
+    return known.parameters - embedding
 
 
 def _trackers(known: Known, folder: run_folder.Run) -> Trackers | None:

@@ -494,6 +494,7 @@ RFT_VERIFIED = "rft prompts.jsonl -m lm -o made --reward exact"
 JUDGE = "score candidates.jsonl -m rm --backend principle"
 SERVER = "score candidates.jsonl -m rm --server http://127.0.0.1:9"
 CHECKPOINT = "convert checkpoint rm -o made"
+LAWS = "eval scaling a b c"
 REFUSED = {
     "sample": {
         "resume": "sample prompts.jsonl -m lm --no-resume",
@@ -571,6 +572,14 @@ REFUSED = {
         "batch_tokens": "eval scored.jsonl --batch-tokens 9",
         "device": "eval scored.jsonl --device cpu",
         "dtype": "eval scored.jsonl --dtype float32",
+        "model": LAWS + " --model rm",
+        "no_text": LAWS + " --no-text",
+        "by": LAWS + " --by kind",
+        "min_accuracy": LAWS + " --min-accuracy 1",
+        "baseline": LAWS + " --baseline report",
+        "report": LAWS + " --report report",
+        "seed": LAWS + " --seed 1",
+        "limit": LAWS + " --limit 1",
     },
     "rate": {"force": "rate trajectories.jsonl --force"},
     "compare": {"force": "compare scored.jsonl rescored.jsonl --force"},
@@ -657,6 +666,11 @@ REFUSED_TOO = [
     "sample prompts.jsonl --pool full-pool.jsonl --temperature 2",
     "sample prompts.jsonl --pool pool.jsonl --concurrency 2",
     "sample prompts.jsonl --pool pool.jsonl --server-deadline 2",
+    LAWS + " --shard 0/2",
+    LAWS + " -o laws --force",
+    LAWS + " --benchmark rmb",
+    LAWS + " --data x.jsonl",
+    LAWS + " --device cpu",
     TRAIN + " --penalty-weight 1",
     TRAIN + " --preset polar --loss focal --penalty l2 --penalty-weight 1",
     "convert ranked.jsonl -o out.jsonl --seed 1",

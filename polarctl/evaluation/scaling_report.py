@@ -1,0 +1,230 @@
+"""Scaling laws as JSON, tables, plots and a page."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from polarctl.evaluation.page import Document, Image, Section, Table, render_html, render_markdown
+from polarctl.evaluation.scaling import AXES, PAPER, Fit, ScalingLaw, TrainedRun
+from polarctl.storage import atomic, replace
+
+JSON, PAGE, MARKDOWN = "scaling.json", "scaling.html", "scaling.md"
+PLOTS = {axis: f"scaling-{axis}.png" for axis in AXES}
+FILES = (JSON, PAGE, MARKDOWN, *PLOTS.values())
+_AXIS = {
+    "N": "N, weights without the input embedding",
+    "C": "C = 6 N D, FLOPs of training",
+    "D": "D, tokens of training",
+}
+_POINTS = {
+    "N": "of each N the lowest loss",
+    "C": "runs that no other with as much or less C beats",
+    "D": "of each D the lowest loss",
+}
+_LOSS = "held-out loss L"
+_LINE = 60  # points of a drawn law
+
+
+def law_table(laws: Sequence[ScalingLaw]) -> Table:
+    """A row for every fitted form; the preferred one of each axis is marked."""
+    rows = []
+    for law in laws:
+        for form, fit in law.fits.items():
+            rows.append(
+                [
+                    f"{formula(law.axis, fit)}" + (" (preferred)" if form == law.form else ""),
+                    str(fit.n),
+                    _ends(fit.b, fit.b_interval),
+                    _ends(fit.constant, fit.constant_interval) if fit.constant_interval else "",
+                    "n/a" if fit.r2 is None else f"{fit.r2:.4f}",
+                    f"{fit.aic:.1f}",
+                    f"{100 * _worst(fit):.1f} %",
+                ]
+            )
+    return Table(
+        ("law", "points", "exponent", "L_inf", "R² of ln L", "AIC", "largest residual"),
+        rows,
+        "laws, 95 % intervals from the fit's covariance (t)",
+    )
+
+
+def formula(axis: str, fit: Fit) -> str:
+    """A law in a line: `L = 0.9 N^-0.0425`."""
+    more = f" + {fit.constant:.4g}" if fit.constant_interval else ""
+    return f"L = {fit.a:.4g} {axis}^{fit.b:.4g}{more}"
+
+
+def prediction_table(laws: Sequence[ScalingLaw]) -> Table | None:
+    """What the smaller runs say of the largest one, or None where there are too few."""
+    rows = [
+        [
+            law.axis,
+            found.run,
+            f"{found.points} runs, {found.form}",
+            f"{found.beyond:.1f}",
+            f"{found.value:.4f} [{found.interval[0]:.4f}, {found.interval[1]:.4f}]",
+            f"{found.measured:.4f}",
+            f"{100 * found.error:+.1f} %",
+        ]
+        for law in laws
+        if (found := law.prediction) is not None
+    ]
+    if not rows:
+        return None
+    return Table(
+        ("law in", "held-out run", "fitted to", "times beyond", "predicted", "measured", "error"),
+        rows,
+        "the largest run, predicted by the smaller ones, with 95 % prediction intervals",
+    )
+
+
+def run_table(runs: Sequence[TrainedRun], laws: Sequence[ScalingLaw]) -> Table:
+    """The runs in the order of C, and by how much each lies above the laws it is a point of."""
+    residuals: dict[str, dict[str, float]] = {}
+    for law in laws:
+        if law.fits:
+            for run, off in zip(law.points, law.fits[law.form].residuals, strict=True):
+                residuals.setdefault(run.name, {})[law.axis] = off
+    rows = [
+        [
+            run.name,
+            f"{run.parameters:.4g}",
+            f"{run.tokens:.4g}",
+            f"{run.triples:,.0f}",
+            f"{run.compute:.3g}",
+            f"{run.loss:.4f}",
+            *(
+                f"{100 * residuals[run.name][axis]:+.1f} %"
+                if axis in residuals.get(run.name, {})
+                else ""
+                for axis in AXES
+            ),
+        ]
+        for run in sorted(runs, key=lambda run: (run.compute, run.name))
+    ]
+    heads = ("run", "N", "D, tokens", "triples", "C, FLOPs", "loss")
+    return Table((*heads, *(f"residual in {axis}" for axis in AXES)), rows, "runs")
+
+
+def not_fitted(laws: Sequence[ScalingLaw]) -> list[str]:
+    """Why an axis has no law, a sentence each."""
+    return [
+        f"no law in {law.axis}: its points ({_POINTS[law.axis]}) are {len(law.points)}, and 3 are "
+        "needed"
+        for law in laws
+        if not law.fits
+    ]
+
+
+def as_json(runs: Sequence[TrainedRun], laws: Sequence[ScalingLaw]) -> dict[str, Any]:
+    """All figures as plain values; what cannot be known is null."""
+    return {
+        "schema_version": 1,
+        "level": 0.95,
+        "intervals": "Student's t on the covariance of the fit in ln L",
+        "runs": [{**dataclasses.asdict(run), "compute": run.compute} for run in runs],
+        "laws": {
+            law.axis: {
+                "points": [run.name for run in law.points],
+                "form": law.form if law.fits else None,
+                "fits": {name: dataclasses.asdict(fit) for name, fit in law.fits.items()},
+                "prediction": None
+                if law.prediction is None
+                else {**dataclasses.asdict(law.prediction), "error": law.prediction.error},
+                "paper": dict(zip("ab", PAPER[law.axis], strict=True))
+                if law.axis in PAPER
+                else None,
+            }
+            for law in laws
+        },
+    }
+
+
+def check_folder(folder: str) -> None:
+    """Refuse a folder in which files have our names and are not ours."""
+    target = Path(folder)
+    if target.exists() and not target.is_dir():
+        replace.refuse(folder, "it is a file, and a report is a folder")
+    try:
+        ours = "laws" in orjson.loads((target / JSON).read_bytes()).keys()
+    except (OSError, ValueError, AttributeError):
+        ours = False
+    for name in FILES:
+        if not ours and (target / name).exists():
+            replace.refuse(target / name, "it is no report of scaling laws")
+
+
+def write(folder: str, runs: Sequence[TrainedRun], laws: Sequence[ScalingLaw]) -> None:
+    """Write scaling.json, the page, its Markdown and a plot for every law into a folder."""
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    sections = [
+        Section(
+            "Laws",
+            [
+                "L is the last held-out loss of a run. Fitted by least squares in ln L. AIC "
+                "prefers a law with L_inf only where it explains enough more for its further "
+                "parameter.",
+                *not_fitted(laws),
+            ],
+            table=law_table(laws),
+        )
+    ]
+    if (table := prediction_table(laws)) is not None:
+        sections.append(Section("The largest run", table=table))
+    for law in laws:
+        if law.fits:
+            picture = plot(runs, law)
+            atomic.write(target / PLOTS[law.axis], picture)
+            text = f"Loss against {law.axis} on logarithmic axes, with the fitted laws"
+            points = f"Fitted to {len(law.points)} of {len(runs)} runs: {_POINTS[law.axis]}."
+            sections.append(
+                Section(f"Loss and {law.axis}", [points], images=[Image(picture, text)])
+            )
+        else:
+            (target / PLOTS[law.axis]).unlink(missing_ok=True)
+    sections.append(Section("Runs", table=run_table(runs, laws)))
+    page = Document("Scaling laws", f"{len(runs)} runs", sections)
+    atomic.write(target / PAGE, render_html(page).encode())
+    atomic.write(target / MARKDOWN, render_markdown(page).encode())
+    options = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS
+    atomic.write(target / JSON, orjson.dumps(as_json(runs, laws), option=options))
+
+
+def plot(runs: Sequence[TrainedRun], law: ScalingLaw) -> bytes:
+    """The runs, the points of the law, its forms, the paper's law, and the prediction."""
+    from polarctl.evaluation import plots
+
+    axis, taken = law.axis, {run.name for run in law.points}
+    xs = [run.at(axis) for run in runs]
+    low, high = min(xs), max(xs)
+    grid = [low * (high / low) ** (i / (_LINE - 1)) for i in range(_LINE)]
+    clouds: dict[str, list[tuple[float, float]]] = {
+        "other runs": [(run.at(axis), run.loss) for run in runs if run.name not in taken],
+        "points of the law": [(run.at(axis), run.loss) for run in law.points],
+        "largest run, predicted": [],
+    }
+    if law.prediction is not None:
+        clouds["largest run, predicted"] = [(law.points[-1].at(axis), law.prediction.value)]
+    lines: Mapping[str, list[tuple[float, float]]] = {
+        formula(axis, fit): [(x, fit.loss(x)) for x in grid] for fit in law.fits.values()
+    }
+    if axis in PAPER:
+        a, b = PAPER[axis]
+        lines = {**lines, f"paper: L = {a:g} {axis}^{b:g}": [(x, a * x**b) for x in grid]}
+    return plots.log_log(clouds, lines, xlabel=_AXIS[axis], ylabel=_LOSS, title=f"Loss and {axis}")
+
+
+def _ends(value: float, ends: tuple[float, float]) -> str:
+    return f"{value:.4g} [{ends[0]:.4g}, {ends[1]:.4g}]"
+
+
+def _worst(fit: Fit) -> float:
+    """The largest residual as a share of the law's loss."""
+    return max(abs(math.expm1(off)) for off in fit.residuals)
