@@ -55,7 +55,7 @@ def run(config: Config) -> None:
     with closing(work), Output("score", config, read.sizes(paths), identity) as out:
         if out.complete:
             return
-        environments = engines.processes(config)
+        environments, placement = engines.processes(config), engines.placement(config)
         reader = windows.reader_of(config, paths, None, on_bad=out.reject, verify=work.verify)
         counts = out.counts
         counts.setdefault("tokens", 0)
@@ -84,6 +84,7 @@ def run(config: Config) -> None:
             size=JUDGED_ROWS if config.backend == "principle" else WINDOW_ROWS,
             title="score",
             environments=environments,
+            placement=placement,
             threads=threads,
             counted=True,
         )

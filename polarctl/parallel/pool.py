@@ -91,7 +91,7 @@ def in_order(
             found, wrong, trace = waiting.popleft().result()
             yield from found
             if wrong is not None:
-                raise wrong from _InWorker(trace)
+                raise wrong from InWorker(trace)
     if failure is not None:
         raise failure
 
@@ -130,7 +130,7 @@ def in_threads(items: Iterator[A], work: Callable[[A], B], *, threads: int) -> I
         raise failure
 
 
-class _InWorker(Exception):
+class InWorker(Exception):
     """The traceback of a worker, as text."""
 
     def __str__(self) -> str:
@@ -258,16 +258,21 @@ def serve(handle: int) -> None:
                 work = work or pickle.loads(packed)
                 for item in pickle.loads(chunk):
                     found.append(work(item))
-                answer = pickle.dumps((found, None, ""))
+                answer = answer_of(found)
             except Exception as error:
-                answer = _packed(found, error)
+                answer = answer_of(found, error)
             connection.send_bytes(answer)
     if hasattr(work, "close"):
         work.close()
 
 
-def _packed(found: list[Any], error: Exception) -> bytes:
-    """The answer that ends in an error, as text where it cannot travel."""
+def answer_of(found: list[Any], error: Exception | None = None) -> bytes:
+    """A worker's answer: results, the error that ended them, and its traceback.
+
+    Called where the error is handled. An error that cannot travel goes as text.
+    """
+    if error is None:
+        return pickle.dumps((found, None, ""))
     trace = traceback.format_exc()
     try:
         answer = pickle.dumps((found, error, trace))

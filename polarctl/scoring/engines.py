@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING, Any
 
 from polarctl import console
 from polarctl.errors import MissingError, UsageError
 from polarctl.model import devices, reward_model
+from polarctl.parallel.ray_pool import Placement, placement_of
 from polarctl.scoring.options import EngineConfig, ServedConfig
 from polarctl.scoring.scorer import ModelScorer, Scorer, load_scorer
 from polarctl.storage import manifest
@@ -105,7 +107,7 @@ def processes(config: EngineConfig) -> list[dict[str, str]]:
         MissingError: Fewer GPUs than processes.
         UsageError: A device for one process only.
     """
-    if config.gpus == 1:
+    if config.gpus == 1 or config.ray is not None:
         return []
     if config.device not in ("auto", "cpu", "cuda"):
         raise UsageError(f"`--device {config.device}` is one GPU, --gpus {config.gpus} takes more")
@@ -122,13 +124,24 @@ def processes(config: EngineConfig) -> list[dict[str, str]]:
     return [{"CUDA_VISIBLE_DEVICES": name} for name in _visible(found)[: config.gpus]]
 
 
+def placement(config: EngineConfig) -> Placement | None:
+    """Workers of `--ray`, with as many GPUs each as one engine takes; None without it.
+
+    Raises:
+        UsageError: See `polarctl.parallel.ray_pool.placement_of`.
+    """
+    options = options_of(config)
+    sizes = (options.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline"))
+    return placement_of(config, gpus=math.prod(n if isinstance(n, int) else 1 for n in sizes))
+
+
 def windows_at_once(config: EngineConfig) -> int:
     """Windows of records that one process works on at a time.
 
     Three for a server, so that it has work while a window waits for its last reply; two on a GPU,
     where one is tokenized while the other is computed; one on a CPU, where both want its cores.
     """
-    if config.backend == "principle" or config.gpus > 1:
+    if config.backend == "principle" or config.gpus > 1 or config.ray is not None:
         return 1
     if config.server is not None:
         return 3
