@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 
 import typer
 
-from polarctl.config import Common, Device, Dtype, Needs
+from polarctl.config import Common, Device, Dtype, Needs, Ray, RayResource
 
 if TYPE_CHECKING:
     from polarctl.policies.pool import Policy
@@ -37,7 +37,9 @@ OUTCOMES = ("records", "empty", "unfit", "other wrapper")
 class Config(Common):
     """Options of `polarctl sample`."""
 
+    NEUTRAL: ClassVar[frozenset[str]] = frozenset({"gpus", "ray", "ray_resource"})
     NEEDS = [
+        Needs("ray_resource", lambda c: c.ray is not None, "--ray"),
         Needs("policy", lambda c: c.pool is None, "--model; a pool names its own policies"),
         Needs("tokenizer", lambda c: c.prefix_tokens is not None, "--prefix-tokens"),
     ]
@@ -82,6 +84,16 @@ class Config(Common):
     ] = 64
     device: Device = "auto"
     dtype: Dtype = "auto"
+    gpus: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Processes, one for each GPU, each with a policy loaded. With --ray: workers, by "
+            "default as many as the cluster has room for.",
+        ),
+    ] = 1
+    ray: Ray = None
+    ray_resource: RayResource = ()
 
 
 class PolicyWriter(Protocol):
@@ -144,6 +156,42 @@ def trajectories(
             "num_tokens": made.num_tokens,
         }
         yield {**record, **{k: v for k, v in prompt.items() if k not in record}}
+
+
+@dataclass
+class Unit:
+    """What one policy wrote for one window of prompts: a unit of work, done anywhere.
+
+    Attributes:
+        prompts: Prompts that were in the window.
+        records: Trajectories.
+        left_out: (outcome, place, reason, prompt) of each sample or prompt that gave none.
+    """
+
+    prompts: int = 0
+    records: list[dict[str, Any]] = field(default_factory=list)
+    left_out: list[tuple[str, str, str, dict[str, Any]]] = field(default_factory=list)
+
+
+def unit_of(prompts: Sequence[Record], writer: PolicyWriter, *, seed: int, clean: bool) -> Unit:
+    """A unit of work: `trajectories` of a window, and what was left out of it.
+
+    It depends on policy, prompts, seed and options alone; policy, prompts and the result can be
+    pickled.
+    """
+    unit = Unit(prompts=len(prompts))
+
+    def leave_out(outcome: str, prompt: Record, reason: str) -> None:
+        unit.left_out.append((outcome, prompt.where or prompt["id"], reason, prompt))
+
+    fitting = []
+    for prompt in prompts:
+        if prompt.get("wrapper", writer.wrapper) == writer.wrapper:
+            fitting.append(prompt)
+        else:
+            leave_out("other wrapper", prompt, "")
+    unit.records.extend(trajectories(fitting, writer, seed=seed, clean=clean, leave_out=leave_out))
+    return unit
 
 
 def policies_of(config: Config) -> list[Policy]:
@@ -210,15 +258,15 @@ def run(config: Config) -> None:
 
 def _sample(config: Config, policies: list[Policy], prompts: Prompts, out: Output) -> None:
     """The loop: a unit of work is one policy with one window of prompts."""
+    from contextlib import closing
+    from functools import partial
+
     from polarctl import console
     from polarctl.errors import UsageError
-    from polarctl.model import devices
+    from polarctl.policies import workers
     from polarctl.policies.prompts import cut_to_prefixes
-    from polarctl.policies.writer import Writer, check_writers, tokenizer_of
+    from polarctl.policies.writer import check_writers, tokenizer_of
 
-    devices.quiet_libraries()
-    device = devices.device_of(config.device)
-    dtype = devices.dtype_of(config.dtype, device)
     if config.prefix_tokens is not None:
         tokenizer = tokenizer_of(config.tokenizer or policies[0].model)
         if not tokenizer.is_fast:
@@ -234,39 +282,58 @@ def _sample(config: Config, policies: list[Policy], prompts: Prompts, out: Outpu
     out.counts["repeated"] = prompts.repeated
     tallies: dict[str, dict[str, int]] = out.counts.setdefault("policies", {})
 
-    def writer_of(policy: Policy) -> Writer:
-        return Writer(policy, device=device, dtype=dtype, batch_size=config.batch_size)
-
     units = len(prompts.windows)
     finished = out.done // units if units else len(policies)
-    check_writers(map(writer_of, policies[finished:]), prompts, strict=not config.rejects)
+    left = policies[finished:]
+    check_writers(map(_look_at, left), prompts, strict=not config.rejects)
     done = len(prompts) * sum(policy.samples for policy in policies[:finished])
     total = len(prompts) * sum(policy.samples for policy in policies)
-    with console.progress("sample", total, "samples") as bar:
-        for number, policy in enumerate(policies[finished:], finished):
-            writer = writer_of(policy)
+    begun = out.done - finished * units
+
+    def jobs() -> Iterator[tuple[Policy, list[Record]]]:
+        for number, policy in enumerate(left):
+            for window in prompts.windows[0 if number else begun :]:
+                yield policy, window
+
+    work = partial(unit_of, seed=config.seed, clean=config.clean)
+    made = workers.units(config, jobs(), workers.UnitWork(partial(_open, config=config), work))
+    with closing(made), console.progress("sample", total, "samples") as bar:
+        done += sum(len(prompts.windows[n]) * left[0].samples for n in range(begun))
+        for (policy, _), unit in zip(jobs(), made, strict=True):
             tally = tallies.setdefault(policy.name, dict.fromkeys(OUTCOMES, 0))
+            _take(unit, out, tally, rejects=config.rejects is not None)
+            out.commit(out.units + 1)
+            done += unit.prompts * policy.samples
+            bar.update(done, policy.name)
 
-            def leave_out(
-                outcome: str, prompt: Record, reason: str, tally: dict[str, int] = tally
-            ) -> None:
-                if outcome == "unfit" or config.rejects:
-                    out.reject(prompt.where or prompt["id"], reason, prompt)
-                tally[outcome] += 1
 
-            for unit, window in enumerate(prompts.windows, number * units + 1):
-                done += len(window) * policy.samples
-                if unit <= out.done:
-                    continue
-                fitting = [p for p in window if p.get("wrapper", writer.wrapper) == writer.wrapper]
-                tally["other wrapper"] += len(window) - len(fitting)
-                for record in trajectories(
-                    fitting, writer, seed=config.seed, clean=config.clean, leave_out=leave_out
-                ):
-                    out.write(record)
-                    tally["records"] += 1
-                out.commit(unit)
-                bar.update(done, policy.name)
+def _look_at(policy: Policy) -> Writer:
+    """A policy's writer that is not going to write."""
+    from polarctl.policies.writer import Writer
+
+    return Writer(policy, device="cpu", dtype=None, batch_size=1)
+
+
+def _open(policy: Policy, config: Config) -> Writer:
+    """A policy's writer, in the process that is going to write."""
+    from polarctl.model import devices
+    from polarctl.policies.writer import Writer
+
+    devices.quiet_libraries()
+    device = devices.device_of(config.device)
+    dtype = devices.dtype_of(config.dtype, device)
+    return Writer(policy, device=device, dtype=dtype, batch_size=config.batch_size)
+
+
+def _take(unit: Unit, out: Output, tally: dict[str, int], *, rejects: bool) -> None:
+    """Write and count what a unit of work has given."""
+    for outcome, where, reason, prompt in unit.left_out:
+        if outcome == "unfit" or (outcome == "empty" and rejects):
+            out.reject(where, reason, prompt)
+        tally[outcome] += 1
+    for record in unit.records:
+        out.write(record)
+    tally["records"] += len(unit.records)
 
 
 def _report(counts: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection, Pipe
 from typing import Any, TypeVar
@@ -47,7 +47,7 @@ def in_order(
     message: int = 1,
     task: str = "works",
     hint: str | None = None,
-) -> Iterator[B]:
+) -> Generator[B, None, None]:
     """What `work` gives for each item, in order, whatever the number of processes.
 
     The processes end when the iterator is closed or this process ends, however it ends. A `work`

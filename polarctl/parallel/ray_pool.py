@@ -25,7 +25,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe
 from typing import Any, NoReturn, TypeVar
@@ -118,7 +118,7 @@ def in_order(
     placement: Placement,
     task: str = "works",
     hint: str | None = None,
-) -> Iterator[B]:
+) -> Generator[B, None, None]:
     """What `work` gives for each item, in order, whatever the machines.
 
     Twice as many items as workers are under way. The actors end when the iterator is closed or this

@@ -3,10 +3,7 @@
 The clusters are real: `ray.cluster_utils` starts every process of each machine here.
 """
 
-import os
-import signal
 import socket
-import sys
 import time
 from pathlib import Path
 
@@ -116,7 +113,7 @@ def test_a_cluster_holds_as_many_workers_as_its_scarcest_resource_allows():
 def test_an_address_where_nobody_answers_is_missing_at_once(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and does not listen
-        address = "127.0.0.1:%d" % taken.getsockname()[1]
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
         start = time.monotonic()
         with pytest.raises(MissingError, match=f"`{address}` does not answer"):
             list(ray_pool.in_order(iter([1]), Told(tmp_path), placement=Placement(address)))
@@ -252,5 +249,3 @@ def test_a_cluster_that_is_lost_ends_the_run(tmp_path):
         next(found)
     assert caught.value.hint == "again"
     assert time.monotonic() - start < 60
-
-
