@@ -91,6 +91,22 @@ DeepSpeed = Annotated[
     str | None, typer.Option(metavar="CONFIG", help="zero1, zero2, zero3 or a JSON file.")
 ]
 Gpus = Annotated[int, typer.Option(min=1, help="Processes on this machine.")]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="Work on a Ray cluster: auto (this machine's), HOST:PORT of its head, or local (one "
+        "that ends with the run).",
+    ),
+]
+RayResource = Annotated[
+    tuple[str, ...],
+    typer.Option(
+        metavar="KEY=AMOUNT",
+        help="What Ray reserves for a worker: GPU=2, CPU=8, ...; may be repeated. Default: GPU=1, "
+        "or CPU=1 with --device cpu.",
+    ),
+]
 Nnodes = Annotated[
     int,
     typer.Option(min=1, help="Machines; MASTER_ADDR, MASTER_PORT and NODE_RANK say the rest."),

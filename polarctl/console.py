@@ -88,6 +88,16 @@ def restore(saved: dict[str, Any]) -> None:
     vars(_state).update(saved)
 
 
+def speak_as(saved: dict[str, Any]) -> None:
+    """Have messages look as in the process whose `snapshot` this is; for those that it starts."""
+    configure(
+        quiet=saved["quiet"],
+        verbose=saved["verbose"],
+        color=saved["color"],
+        json_lines=saved["json"],
+    )
+
+
 def configure(*, quiet: bool, verbose: bool, color: bool, json_lines: bool) -> None:
     """Set how messages look; forgets the choices recorded so far.
 
@@ -154,6 +164,8 @@ def error(message: str, hint: str | None = None, **fields: Any) -> None:
 def choice(what: str, value: str, reason: str) -> None:
     """Say an automatic choice with its reason, and keep it for the manifest."""
     value, reason = _clean(value), _clean(reason)
+    if _state.choices.get(what) == {"value": value, "reason": reason}:
+        return  # said already
     _state.choices[what] = {"value": value, "reason": reason}
     note(f"{what}: {value} ({reason})", choice=what, value=value, reason=reason)
 

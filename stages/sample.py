@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from polarctl.config import Common, Device, Dtype, Needs
+from polarctl.config import Common, Device, Dtype, Needs, Ray, RayResource
 
 if TYPE_CHECKING:
     from polarctl.policies.backends import Running
@@ -41,9 +41,12 @@ OUTCOMES = ("records", "empty", "unfit", "other wrapper")
 class Config(Common):
     """Options of `polarctl sample`."""
 
-    NEUTRAL: ClassVar[frozenset[str]] = frozenset({"concurrency", "server_deadline"})
+    NEUTRAL: ClassVar[frozenset[str]] = frozenset(
+        {"concurrency", "server_deadline", "gpus", "ray", "ray_resource"}
+    )
     NEEDS = [
         Needs("concurrency server_deadline", lambda c: c.pool is not None, "servers of a --pool"),
+        Needs("ray_resource", lambda c: c.ray is not None, "--ray"),
         Needs("policy", lambda c: c.pool is None, "--model; a pool names its own policies"),
         Needs("tokenizer", lambda c: c.prefix_tokens is not None, "--prefix-tokens"),
     ]
@@ -95,6 +98,16 @@ class Config(Common):
     ] = 300.0
     device: Device = "auto"
     dtype: Dtype = "auto"
+    gpus: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Processes, one for each GPU, each with a policy loaded. With --ray: workers, by "
+            "default as many as the cluster has room for.",
+        ),
+    ] = 1
+    ray: Ray = None
+    ray_resource: RayResource = ()
 
 
 def trajectories(
@@ -167,12 +180,14 @@ class Unit:
         records: Trajectories.
         left_out: (outcome, place, reason, prompt) of each sample or prompt that gave none.
         usage: What a server counted.
+        facts: What the manifest says of the policy; of a server, what it lists of its model.
     """
 
     prompts: int = 0
     records: list[dict[str, Any]] = field(default_factory=list)
     left_out: list[tuple[str, str, str, dict[str, Any]]] = field(default_factory=list)
     usage: Counter[str] = field(default_factory=Counter)
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def unit_of(prompts: Sequence[Record], writer: PolicyWriter, *, seed: int, clean: bool) -> Unit:
@@ -181,7 +196,7 @@ def unit_of(prompts: Sequence[Record], writer: PolicyWriter, *, seed: int, clean
     It depends on policy, prompts, seed and options alone. `policies.backends.open_writer` makes a
     writer of a policy, on any machine; policy, prompts and the result can be pickled.
     """
-    unit = Unit(prompts=len(prompts))
+    unit = Unit(prompts=len(prompts), facts=writer.facts())
 
     def leave_out(outcome: str, prompt: Record, reason: str) -> None:
         unit.left_out.append((outcome, prompt.where or prompt["id"], reason, prompt))
@@ -373,13 +388,12 @@ def _cut(config: Config, policies: list[Policy], prompts: Prompts) -> None:
 
 def _sample(config: Config, policies: list[Policy], prompts: Prompts, out: Output) -> None:
     """The loop: a unit of work is one policy with one window of prompts."""
+    from contextlib import closing
     from functools import partial
 
     from polarctl import console
-    from polarctl.parallel.pool import in_threads
-    from polarctl.policies import backends
+    from polarctl.policies import backends, workers
 
-    how = _running(config, policies)
     if config.prefix_tokens is not None:
         _cut(config, policies, prompts)
     prompts.identify()
@@ -388,31 +402,34 @@ def _sample(config: Config, policies: list[Policy], prompts: Prompts, out: Outpu
     facts: dict[str, dict[str, Any]] = out.counts.setdefault("writers", {})
     units = prompts.windows
     finished = out.done // units if units else len(policies)
-    left = policies[finished:]
-    opened = (backends.open_writer(policy, how) for policy in left)
+    left, begun = policies[finished:], out.done - finished * units
+    opened = (backends.open_writer(policy, backends.Running()) for policy in left)
     backends.check_writers(opened, prompts, strict=not config.rejects)
-    done = len(prompts) * sum(policy.samples for policy in policies[:finished])
+    jobs = [(policy, n) for i, policy in enumerate(left) for n in range(0 if i else begun, units)]
     total = len(prompts) * sum(policy.samples for policy in policies)
-    with console.progress("sample", total, "samples") as bar:
-        for number, policy in enumerate(left, finished):
-            writer = backends.open_writer(policy, how)
-            try:
-                _same(facts.get(policy.name), writer.facts(), policy)
-                facts[policy.name] = writer.facts()
-                tally = tallies.setdefault(policy.name, dict.fromkeys(OUTCOMES, 0))
-                begun = max(0, out.done - number * units)
-                done += policy.samples * sum(len(prompts.window(n)) for n in range(begun))
-                waiting = (prompts.window(n) for n in range(begun, units))
-                work = partial(unit_of, writer=writer, seed=config.seed, clean=config.clean)
-                threads = backends.windows_at_once(policy)
-                made = in_threads(waiting, work, threads=threads) if threads > 1 else None
-                for place, unit in enumerate(made or map(work, waiting), number * units + begun):
-                    _take(unit, out, tally, rejects=config.rejects is not None)
-                    out.commit(place + 1)
-                    done += unit.prompts * policy.samples
-                    bar.update(done, policy.name)
-            finally:
-                writer.close()
+    done = len(prompts) * sum(policy.samples for policy in policies[:finished])
+    done += sum(len(prompts.window(n)) * left[0].samples for n in range(begun))
+
+    work = workers.UnitWork(
+        partial(_open, config=config), partial(unit_of, seed=config.seed, clean=config.clean)
+    )
+    made = workers.units(config, ((policy, prompts.window(n)) for policy, n in jobs), work)
+    with closing(made), console.progress("sample", total, "samples") as bar:
+        for (policy, _), unit in zip(jobs, made, strict=True):
+            _same(facts.get(policy.name), unit.facts, policy)
+            facts[policy.name] = unit.facts
+            tally = tallies.setdefault(policy.name, dict.fromkeys(OUTCOMES, 0))
+            _take(unit, out, tally, rejects=config.rejects is not None)
+            out.commit(out.units + 1)
+            done += unit.prompts * policy.samples
+            bar.update(done, policy.name)
+
+
+def _open(policy: Policy, config: Config) -> PolicyWriter:
+    """A policy's writer, in the process that is going to write."""
+    from polarctl.policies import backends
+
+    return backends.open_writer(policy, _running(config, [policy]))
 
 
 def _take(unit: Unit, out: Output, tally: dict[str, int], *, rejects: bool) -> None:

@@ -34,6 +34,7 @@ def run(config: Config) -> None:
 
     paths = windows.inputs_of("score", config)  # before torch is loaded
 
+    from polarctl.model import devices
     from polarctl.parallel import served
     from polarctl.scoring import engines
     from polarctl.scoring.scorer import Cuts, Floored
@@ -55,7 +56,7 @@ def run(config: Config) -> None:
     with closing(work), Output("score", config, read.sizes(paths), identity) as out:
         if out.complete:
             return
-        environments = engines.processes(config)
+        environments, placement = devices.processes(config), engines.placement(config)
         reader = windows.reader_of(config, paths, None, on_bad=out.reject, verify=work.verify)
         counts = out.counts
         counts.setdefault("tokens", 0)
@@ -84,6 +85,7 @@ def run(config: Config) -> None:
             size=JUDGED_ROWS if config.backend == "principle" else WINDOW_ROWS,
             title="score",
             environments=environments,
+            placement=placement,
             threads=threads,
             counted=True,
         )

@@ -149,3 +149,38 @@ def threads_for(*models: Any, under: int = SMALL_TO_COMPUTE) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def processes(config: Any) -> list[dict[str, str]]:
+    """Environment variables of each process of `--gpus N`; none for one process, or for `--ray`.
+
+    Args:
+        config: With the options `gpus`, `device` and `ray`.
+
+    Raises:
+        MissingError: Fewer GPUs than processes.
+        UsageError: A device for one process only.
+    """
+    if config.gpus == 1 or config.ray is not None:
+        return []
+    if config.device not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"`--device {config.device}` is one GPU, --gpus {config.gpus} takes more")
+    import torch
+
+    if config.device == "cpu":
+        threads = max(1, torch.get_num_threads() // config.gpus)
+        return [{"OMP_NUM_THREADS": str(threads)}] * config.gpus
+    found = torch.cuda.device_count()
+    if found < config.gpus:
+        raise MissingError(
+            f"`--gpus {config.gpus}`: {found} GPUs found", hint="--device cpu for processes on it"
+        )
+    return [{"CUDA_VISIBLE_DEVICES": name} for name in _visible(found)[: config.gpus]]
+
+
+def _visible(found: int) -> list[str]:
+    """Names of the GPUs as CUDA takes them: numbers, or what the user has left visible."""
+    import os
+
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",") if given else list(map(str, range(found)))

@@ -20,7 +20,7 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection, Pipe
 from typing import Any, Generic, TypeVar
@@ -47,7 +47,7 @@ def in_order(
     message: int = 1,
     task: str = "works",
     hint: str | None = None,
-) -> Iterator[B]:
+) -> Generator[B, None, None]:
     """What `work` gives for each item, in order, whatever the number of processes.
 
     The processes end when the iterator is closed or this process ends, however it ends. A `work`
@@ -91,7 +91,7 @@ def in_order(
             found, wrong, trace = waiting.popleft().result()
             yield from found
             if wrong is not None:
-                raise wrong from _InWorker(trace)
+                raise wrong from InWorker(trace)
     if failure is not None:
         raise failure
 
@@ -164,7 +164,7 @@ class OneWorker(Generic[A, B]):
             self.close(kill=True)
             raise
         if wrong is not None:
-            raise wrong from _InWorker(trace)
+            raise wrong from InWorker(trace)
         result: B = found[0]
         return result
 
@@ -175,7 +175,7 @@ class OneWorker(Generic[A, B]):
             workers.__exit__(kill)
 
 
-class _InWorker(Exception):
+class InWorker(Exception):
     """The traceback of a worker, as text."""
 
     def __str__(self) -> str:
@@ -303,16 +303,21 @@ def serve(handle: int) -> None:
                 work = work or pickle.loads(packed)
                 for item in pickle.loads(chunk):
                     found.append(work(item))
-                answer = pickle.dumps((found, None, ""))
+                answer = answer_of(found)
             except Exception as error:
-                answer = _packed(found, error)
+                answer = answer_of(found, error)
             connection.send_bytes(answer)
     if hasattr(work, "close"):
         work.close()
 
 
-def _packed(found: list[Any], error: Exception) -> bytes:
-    """The answer that ends in an error, as text where it cannot travel."""
+def answer_of(found: list[Any], error: Exception | None = None) -> bytes:
+    """A worker's answer: results, the error that ended them, and its traceback.
+
+    Called where the error is handled. An error that cannot travel goes as text.
+    """
+    if error is None:
+        return pickle.dumps((found, None, ""))
     trace = traceback.format_exc()
     try:
         answer = pickle.dumps((found, error, trace))

@@ -60,14 +60,6 @@ def open_writer(policy: Policy, how: Running) -> PolicyWriter:
     return Writer(policy, device=how.device, dtype=getattr(torch, dtype), batch_size=how.batch_size)
 
 
-def windows_at_once(policy: Policy) -> int:
-    """Windows of prompts that a policy is given at a time.
-
-    Two for a server, so that it has work while a window waits for its last reply.
-    """
-    return 2 if policy.backend == "openai" else 1
-
-
 def check_writers(
     writers: Iterable[PolicyWriter], prompts: Iterable[Record], *, strict: bool = True
 ) -> None:

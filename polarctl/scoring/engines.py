@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING, Any
 
 from polarctl import console
-from polarctl.errors import MissingError, UsageError
+from polarctl.errors import UsageError
 from polarctl.model import devices, reward_model
+from polarctl.parallel.ray_pool import Placement, placement_of
 from polarctl.scoring.options import EngineConfig, ServedConfig
 from polarctl.scoring.scorer import ModelScorer, Scorer, load_scorer
 from polarctl.storage import manifest
@@ -98,28 +100,15 @@ def is_chat(path: str, style: str) -> bool:
     return is_chat_classifier(path)
 
 
-def processes(config: EngineConfig) -> list[dict[str, str]]:
-    """Environment variables of each process of `--gpus N`; none for one process.
+def placement(config: EngineConfig) -> Placement | None:
+    """Workers of `--ray`, with as many GPUs each as one engine takes; None without it.
 
     Raises:
-        MissingError: Fewer GPUs than processes.
-        UsageError: A device for one process only.
+        UsageError: See `polarctl.parallel.ray_pool.placement_of`.
     """
-    if config.gpus == 1:
-        return []
-    if config.device not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"`--device {config.device}` is one GPU, --gpus {config.gpus} takes more")
-    import torch
-
-    if config.device == "cpu":
-        threads = max(1, torch.get_num_threads() // config.gpus)
-        return [{"OMP_NUM_THREADS": str(threads)}] * config.gpus
-    found = torch.cuda.device_count()
-    if found < config.gpus:
-        raise MissingError(
-            f"`--gpus {config.gpus}`: {found} GPUs found", hint="--device cpu for processes on it"
-        )
-    return [{"CUDA_VISIBLE_DEVICES": name} for name in _visible(found)[: config.gpus]]
+    options = options_of(config)
+    sizes = (options.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline"))
+    return placement_of(config, gpus=math.prod(n if isinstance(n, int) else 1 for n in sizes))
 
 
 def windows_at_once(config: EngineConfig) -> int:
@@ -128,7 +117,7 @@ def windows_at_once(config: EngineConfig) -> int:
     Three for a server, so that it has work while a window waits for its last reply; two on a GPU,
     where one is tokenized while the other is computed; one on a CPU, where both want its cores.
     """
-    if config.backend == "principle" or config.gpus > 1:
+    if config.backend == "principle" or config.gpus > 1 or config.ray is not None:
         return 1
     if config.server is not None:
         return 3
@@ -137,14 +126,6 @@ def windows_at_once(config: EngineConfig) -> int:
     import torch
 
     return 2 if torch.cuda.is_available() else 1
-
-
-def _visible(found: int) -> list[str]:
-    """Names of the GPUs as CUDA takes them: numbers, or what the user has left visible."""
-    import os
-
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return given.split(",") if given else list(map(str, range(found)))
 
 
 def open_served(config: ServedConfig, model: str) -> Scorer:

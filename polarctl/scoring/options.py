@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import typer
 
-from polarctl.config import Common, Device, Dtype, Needs
+from polarctl.config import Common, Device, Dtype, Needs, Ray, RayResource
 
 WINDOW_ROWS = 512  # records that are scored together: a reward's last digit depends on it
 
@@ -82,7 +82,7 @@ class ServedConfig(Common):
 class EngineConfig(ScoreConfig, ServedConfig):
     """Options that say which engine computes the rewards, and what it is shown."""
 
-    NEUTRAL: ClassVar[frozenset[str]] = ServedConfig.NEUTRAL | {"gpus"}
+    NEUTRAL: ClassVar[frozenset[str]] = ServedConfig.NEUTRAL | {"gpus", "ray", "ray_resource"}
     NEEDS = [
         Needs("batch_tokens prompt_style", _here, "--backend hf, without --server"),
         Needs(
@@ -92,10 +92,11 @@ class EngineConfig(ScoreConfig, ServedConfig):
         ),
         Needs(
             "device",
-            lambda c: c.server is None and (c.backend != "vllm" or c.gpus > 1),
+            lambda c: c.server is None and (c.backend != "vllm" or c.gpus > 1 or c.ray),
             "an engine of this process; vLLM takes the GPUs of CUDA_VISIBLE_DEVICES",
         ),
-        Needs("dtype gpus", lambda c: c.server is None, "engines of this machine, not --server"),
+        Needs("dtype gpus ray", lambda c: c.server is None, "engines of our own, not --server"),
+        Needs("ray_resource", lambda c: c.ray is not None, "--ray"),
         Needs("engine_option", lambda c: c.backend == "vllm", "--backend vllm"),
         Needs(
             "server_model concurrency server_deadline", lambda c: c.server is not None, "--server"
@@ -124,8 +125,15 @@ class EngineConfig(ScoreConfig, ServedConfig):
         ),
     ] = "hf"
     gpus: Annotated[
-        int, typer.Option(min=1, help="Processes, one for each GPU; a record stays in one.")
+        int,
+        typer.Option(
+            min=1,
+            help="Processes, one for each GPU; a record stays in one. With --ray: workers, by "
+            "default as many as the cluster has room for.",
+        ),
     ] = 1
+    ray: Ray = None
+    ray_resource: RayResource = ()
     engine_option: Annotated[
         tuple[str, ...],
         typer.Option(

@@ -155,13 +155,7 @@ class ScoreWork:
         from polarctl.parallel.pool import NUMBER
 
         if NUMBER in os.environ:  # one of several processes; the first says what it chose
-            voice = self._voice
-            console.configure(
-                quiet=voice["quiet"],
-                verbose=voice["verbose"],
-                color=voice["color"],
-                json_lines=voice["json"],
-            )
+            console.speak_as(self._voice)
         if self.principle:
             self._engine = engines.open_judge(self.config)
         else:

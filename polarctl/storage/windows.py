@@ -9,6 +9,7 @@ from typing import Any
 from polarctl import console
 from polarctl.config import Common, resolved, shard_of, shown
 from polarctl.errors import RecordError, UsageError
+from polarctl.parallel import ray_pool
 from polarctl.parallel.pool import in_order, in_threads
 from polarctl.records import Record
 from polarctl.storage.read import OnBad, Reader, Window, expand, stdin_is_missing
@@ -64,6 +65,7 @@ def map_windows(
     size: int,
     title: str,
     environments: Sequence[Mapping[str, str]] = (),
+    placement: ray_pool.Placement | None = None,
     threads: int = 1,
     counted: bool = False,
 ) -> None:
@@ -73,11 +75,12 @@ def map_windows(
         out: Where the records go.
         reader: Where they come from.
         work: From the records of a window to what is known of them; picklable where there are
-            `environments`.
+            `environments` or a `placement`.
         take: From that to the records that are written; runs here, in order.
         size: Rows of a window.
         title: For the progress bar.
         environments: See `polarctl.parallel.pool.in_order`; the windows are dealt to the processes.
+        placement: See `polarctl.parallel.ray_pool.in_order`, in place of `environments`.
         threads: Windows that are worked on at a time in this process.
         counted: Count the rows first, so that the time left can be said: for slow work.
     """
@@ -95,16 +98,19 @@ def map_windows(
             held.clear()
             yield window.records
 
+    task, hint = f"computes for `{title}`", "the same command goes on where this one stopped"
     if threads > 1:
         found = in_threads(windows(), work, threads=threads)
+    elif placement is not None:
+        found = ray_pool.in_order(windows(), work, placement=placement, task=task, hint=hint)
     else:
         found = in_order(
             windows(),
             work,
             environments=environments,
             ahead=2 * len(environments),
-            task=f"computes for `{title}`",
-            hint="the same command goes on where this one stopped",
+            task=task,
+            hint=hint,
         )
     total = reader.total() if counted else None
     with console.progress(title, total) as bar:
