@@ -113,5 +113,12 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "pool": [
         {"policy": "base-large", "model": "models/base-large", "kind": "base"},
         {"policy": "small-sft", "model": "models/small-sft", "temperature": 0.8, "samples": 4},
+        {
+            "policy": "hosted",
+            "model": "large-instruct",
+            "kind": "chat",
+            "backend": "openai",
+            "url": "http://127.0.0.1:8000",
+        },
     ],
 }

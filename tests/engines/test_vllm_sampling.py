@@ -67,14 +67,14 @@ def server(model):
         child.wait(60)
 
 
-def sample(folder, pool, *more):
+def sample(folder, pool):
     """Trajectories by (policy, prompt, sample), the manifest's counts, and what was said."""
     prompts, lines, out = folder / "prompts.jsonl", folder / "pool.jsonl", folder / "out.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
     lines.write_text("".join(json.dumps(row) + "\n" for row in pool))
     command = ["sample", prompts, "--pool", lines, "-o", out, "--rejects", folder / "bad.jsonl"]
     done = subprocess.run(
-        [sys.executable, "-m", "polarctl", *command, "--max-new-tokens", "24", "--no-clean", *more],
+        [sys.executable, "-m", "polarctl", *command, "--max-new-tokens", "24", "--no-clean"],
         env=ENVIRONMENT,
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -104,7 +104,9 @@ def of(policy, rows, *, whole=True):
     }
 
 
-def test_greedy_texts_are_those_of_transformers_from_all_backends(model, server, tmp_path):
+def test_all_backends_write_the_greedy_texts_of_transformers_and_samples_differ(
+    model, server, tmp_path
+):
     common = {"top_k": 1, "samples": 1}
     here = {"model": str(model), "dtype": "float32", **common}
     there = {"model": "lm", "backend": "openai", "url": server, **common}
@@ -114,6 +116,9 @@ def test_greedy_texts_are_those_of_transformers_from_all_backends(model, server,
             {"policy": "base", "kind": "base", **here},
             {"policy": "chat", "kind": "chat", **here},
             {"policy": "offline", "kind": "base", "backend": "vllm", "engine": ENGINE, **here},
+            # Another engine, after the end of the first.
+            {**here, "policy": "drawn", "kind": "base", "backend": "vllm", "engine": ENGINE}
+            | {"top_k": 50, "samples": 4},
             {"policy": "served-base", "kind": "base", **there},
             {"policy": "served-chat", "kind": "chat", **there},
         ],
@@ -124,21 +129,14 @@ def test_greedy_texts_are_those_of_transformers_from_all_backends(model, server,
     assert of("offline", rows) == base
     for name, own in (("served-base", "base"), ("served-chat", "chat")):
         assert of(name, rows, whole=False) == of(own, rows, whole=False)
+    drawn = of("drawn", rows)
+    assert len(drawn) == 14 * 4 and len(set(drawn.values())) > 50  # each has its own seed
+    assert {end for _, end, _ in drawn.values()} == {"stop", "length"}
     bad = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
-    assert len(bad) == 5 and {row["record"]["id"] for row in bad} == {"long"}
+    assert len(bad) == 6 and {row["record"]["id"] for row in bad} == {"long"}
     assert counts["writers"]["served-chat"]["served_by"] == "vllm"
     assert counts["policies"]["served-base"]["prompt_tokens"] > 14 * 5
     assert "vLLM starts for policy `offline`" in said
-
-
-def test_each_sample_has_its_own_seed_and_an_engine_ends_with_its_policy(model, tmp_path):
-    line = {"model": str(model), "kind": "base", "backend": "vllm", "dtype": "float32"}
-    pool = [{"policy": name, "engine": ENGINE, **line} for name in ("one", "two")]
-    rows, counts, _ = sample(tmp_path, pool, "--samples", "4", "--limit", "6")
-    texts = [row["output"] for row in rows.values()]
-    assert len(texts) == counts["records"] and len(texts) > 40
-    assert len(set(texts)) > 40  # of at most 48: two policies, six prompts, four samples
-    assert all(row["num_tokens"] <= 24 for row in rows.values())
 
 
 def test_what_vllm_refuses_is_one_line(model, tmp_path):

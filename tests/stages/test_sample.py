@@ -336,6 +336,39 @@ def test_a_bad_pool_is_one_line_with_its_place(
     assert said in error and error.startswith("polarctl: ") and "Traceback" not in error
 
 
+def test_a_dry_run_looks_at_every_policy_and_counts_without_weights(
+    tmp_path, tiny_lm, tiny_chat_lm, capfd
+):
+    import shutil
+
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_lm, bare, ignore=lambda *_: ["model.safetensors"])
+    pool = tmp_path / "pool.yaml"
+    pool.write_text(
+        f"- {{policy: a, model: {bare}, dtype: bfloat16, max_new_tokens: 500}}\n"
+        f"- {{policy: b, model: {tiny_chat_lm}, samples: 3, max_new_tokens: 10}}\n"
+    )
+    asked = [*QUESTIONS[:5], {"prompt": "Why?", "wrapper": "sft"}]
+    path = write_jsonl(tmp_path / "p.jsonl", asked)
+    out = tmp_path / "out.jsonl"
+    command = ["sample", path, "--pool", str(pool), "-o", str(out), "--dry-run", "--json"]
+    assert cli.run(command) == 0
+    assert not out.exists()
+    said = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    plan = next(entry for entry in said if "tokens" in entry)
+    # a: 5 prompts x 2 in a context of 128; b: 6 prompts x 3 of 10 tokens.
+    assert (plan["passes"], plan["samples"], plan["tokens"]) == (2, 10 + 18, 10 * 128 + 18 * 10)
+    shape = next(entry["message"] for entry in said if "LlamaForCausalLM" in entry["message"])
+    # V 290, H 32, F 64, 2 layers: embedding and head 2 V H; a layer q, o 2 H H, k, v 2 H H/2,
+    # MLP 3 H F, two norms 2 H; the last norm H.
+    count = 2 * 290 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32) + 32
+    assert f"{count:,} weights: " in shape and "in bfloat16, context 128" in shape
+    config = json.loads((bare / "config.json").read_text())
+    (bare / "config.json").write_text(json.dumps({**config, "model_type": "t5"}))
+    assert cli.run(command) == 4
+    assert "pool.yaml:1: " in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
