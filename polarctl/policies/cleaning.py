@@ -89,8 +89,8 @@ _NO = (
     r"|shouldn't|must not|not|don't|decline to|decline)"
     r" (?:(?:feel comfortable|in good conscience|be able to|directly|really|currently|to)\s)*"
     r"(?:assist|help(?! but| the way| it| my)|provid|answer|fulfil|compl[yei]|respond|discuss"
-    r"|do (?:that|this)|continu|engag|creat|generat|writ|rewrit|shar|support|giv|offer|participat|satisf|process|recommend"
-    r"|endors|predict|determin|role-?play|promot|encourag)",
+    r"|do (?:that|this)|continu|engag|creat|generat|writ|rewrit|shar|support|giv|offer"
+    r"|participat|satisf|process|recommend|endors|predict|determin|role-?play|promot|encourag)",
     r"(?:很?抱歉|对不起|對不起|不好意思|作为一个?(?:人工智能|AI|语言模型)|我(?=无法|不能)).{0,40}"
     r"(?:无法|無法|不能|不便|没办法).{0,12}(?:提供|回答|协助|協助|帮助|幫助|满足|生成|讨论|完成|处理)",
     r"(?:申し訳|すみません|ごめんなさい|恐れ入り).{0,60}(?:できません|できかね|しかねます)",
