@@ -194,7 +194,7 @@ def hub(folder: Path) -> Iterator[dict[str, str]]:
 ELSEWHERE = ("vllm-serve", "vllm-client", "vllm-offline", "rounds", "evaluate", "your-data")
 
 # What these show, quicker tests show too.
-SLOW = ("guide", "pipeline")
+SLOW = ("guide", "pipeline", "corpus")
 
 # Name in `<!-- test: NAME -->` to a function that prepares the folder; one that is a context holds
 # something open meanwhile and gives environment variables.
@@ -209,6 +209,7 @@ FIXTURES: dict[str, Callable[[Path], Any]] = {
     "library": library,
     "official": official,
     "pipeline": pipeline,
+    "corpus": library,
     "plan": training,
     "validate": training,
     "processes": training,

@@ -85,10 +85,12 @@ _NO = (
     r"Unfortunately)?[\s,.!;:\u2014-]*(?:but )?"
     r"(?:as an? (?:AI|artificial|large|language)[^.,]*, *)?"
     r"(?:but )?(?:I|we)(?:'m|'re| am| are| can| must| will| do| have to)?\s*"
-    r"(?:cannot|can't|could not|couldn't|not able to|unable to|won't|not|don't|decline to|decline)"
+    r"(?:cannot|can't|could not|couldn't|not able to|unable to|won't|should not"
+    r"|shouldn't|must not|not|don't|decline to|decline)"
     r" (?:(?:feel comfortable|in good conscience|be able to|directly|really|currently|to)\s)*"
-    r"(?:assist|help(?! but)|provide|answer|fulfil|comply|respond|discuss|do (?:that|this)|continue"
-    r"|engage|create|generate|write|share|support|complete|give|offer|participate|satisfy|process)",
+    r"(?:assist|help(?! but| the way| it| my)|provid|answer|fulfil|compl[yei]|respond|discuss"
+    r"|do (?:that|this)|continu|engag|creat|generat|writ|rewrit|shar|support|giv|offer"
+    r"|participat|satisf|process|recommend|endors|predict|determin|role-?play|promot|encourag)",
     r"(?:很?抱歉|对不起|對不起|不好意思|作为一个?(?:人工智能|AI|语言模型)|我(?=无法|不能)).{0,40}"
     r"(?:无法|無法|不能|不便|没办法).{0,12}(?:提供|回答|协助|協助|帮助|幫助|满足|生成|讨论|完成|处理)",
     r"(?:申し訳|すみません|ごめんなさい|恐れ入り).{0,60}(?:できません|できかね|しかねます)",

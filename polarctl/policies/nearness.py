@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from polarctl.errors import RecordError
@@ -125,29 +125,28 @@ def distance_of(named: str | None) -> tuple[Distance | None, list[str]]:
 
 
 def weights(
-    first: str, others: Sequence[str], even: Mapping[str, float], distance: Distance | None
+    first: str, others: Sequence[str], even: list[float], distance: Distance | None
 ) -> list[float]:
     """Weights of the other policies as the rejected one.
 
     Args:
         first: The reference's policy.
         others: The others.
-        even: The weights without nearness.
+        even: Their weights without nearness.
         distance: Half of the weight goes by it: to the nearest, half as much to the next, and so
             on. Policies of which it knows nothing have no part in that half. None: all is even.
     """
-    found = [even[name] for name in others]
     if distance is None:
-        return found
+        return even
     known = [(far, name) for name in others if (far := distance(first, name)) is not None]
     if not known:
-        return found
+        return even
     ranks = {far: rank for rank, far in enumerate(sorted({far for far, _ in known}))}
     hard = {name: 0.5 ** ranks[far] for far, name in known}
-    scale = HARD_SHARE / sum(hard.values())
+    total, scale = sum(even), HARD_SHARE / sum(hard.values())
     return [
-        (1 - HARD_SHARE) * share / sum(found) + scale * hard.get(name, 0.0)
-        for share, name in zip(found, others, strict=True)
+        (1 - HARD_SHARE) * share / total + scale * hard.get(name, 0.0)
+        for share, name in zip(even, others, strict=True)
     ]
 
 

@@ -144,7 +144,7 @@ class Pairing:
                 and (first, b) not in closed
             ]
             if seconds:
-                even = {b: 1 / self._second[b] for b in seconds}
+                even = [1 / self._second[b] for b in seconds]
                 weights = nearness.weights(first, seconds, even, self.distance)
                 return first, rng.choices(seconds, weights)[0]
             firsts.remove(first)
@@ -210,9 +210,8 @@ class Pairing:
             rng.shuffle(others)
         else:
             names = sorted({name for name, _ in others})
-            even = dict.fromkeys(names, 1.0)
-            found_weights = nearness.weights(a, names, even, self.distance)
-            weight = dict(zip(names, found_weights, strict=True))
+            weights = nearness.weights(a, names, [1.0] * len(names), self.distance)
+            weight = dict(zip(names, weights, strict=True))
             others = nearness.shuffled([(weight[x[0]], x) for x in others], rng.random)
         ours = [(a, k) for k in samples[:2]]
         seen = [_plain(group.outputs[a][k]) for k in samples[:2]]
