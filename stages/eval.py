@@ -415,7 +415,7 @@ def _fit_laws(config: Config) -> None:
         console.note(f"eval scaling: {len(runs)} runs are good")
         return
     laws = [scaling.law_of(runs, axis) for axis in scaling.AXES]
-    for line in scaling_report.not_fitted(laws):
+    for line in scaling_report.doubts(laws):
         console.warn(line)
     tables = [scaling_report.law_table(laws), scaling_report.prediction_table(laws)]
     for table in tables:

@@ -101,3 +101,25 @@ def test_the_gsm8k_study_makes_triples_of_solutions_that_nobody_ranked():
         kept, _, result = row["rejected"].partition("\nA: ")
         assert row["chosen"].startswith(kept) and result not in ("", str(i + 1))
     assert triples == list(gsm8k.made(rows))  # the same again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", ["world", "text"])
+def test_the_scaling_study_runs_from_policies_to_laws_and_resumes(tmp_path, world):
+    command = [sys.executable, str(STUDIES / "scaling.py"), "--smallest", "--only", world]
+    for _ in range(2):  # the second time everything is there
+        result = subprocess.run(
+            [*command, "-o", str(tmp_path)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+        assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / world / "laws" / "scaling.json").read_bytes())
+    # Three sizes, two numbers of steps: the weights of three layers are 39 w^2 and some norms.
+    sizes = sorted({run["parameters"] for run in found["runs"]})
+    assert len(found["runs"]) == 6 and len(sizes) == 3
+    for width, size in zip((16, 32, 48), sizes, strict=True):
+        assert 39 * width**2 < size < 42 * width**2
+    assert {run["triples"] for run in found["runs"]} == {16, 32}
+    assert found["laws"]["N"]["fits"]

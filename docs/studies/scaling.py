@@ -57,13 +57,12 @@ class Sizes:
     held_out: float = 0.06
     runs: tuple[str, ...] = ("a", "b", "c", "d")
     zoo_steps: tuple[tuple[int, ...], tuple[int, ...]] = ((140, 200), (60, 120))
-    parts: tuple[str, ...] = ("asyncio", "email", "encodings", "unittest", "xml")
-    text_steps: tuple[tuple[int, ...], tuple[int, ...]] = ((50, 100), (40,))
-    new_tokens: int = 16
+    parts: tuple[str, ...] = ("email", "encodings", "unittest", "xml")
+    text_steps: tuple[tuple[int, ...], tuple[int, ...]] = ((100,), (60, 150))
+    new_tokens: int = 24
 
 
-# Texts are longer: fewer triples of them take as long.
-TEXT = Sizes(batch=16, steps=(50, 120, 300), prompts=600, triples=12, held_out=0.12)
+TEXT = Sizes(steps=(150, 400, 1000), prompts=1000, triples=36, held_out=0.03)
 
 SMALLEST = Sizes(
     widths=(16, 32, 48),
@@ -258,7 +257,13 @@ class TextStudy(Study):
 
     def lengths(self) -> tuple[str, ...]:
         """How long a continuation is; cleaning is for sentences, and this is code."""
-        return ("--max-new-tokens", str(self.sizes.new_tokens), "--no-clean")
+        return (
+            "--prefix-tokens",
+            "12",
+            "--max-new-tokens",
+            str(self.sizes.new_tokens),
+            "--no-clean",
+        )
 
 
 WORLDS = {"world": (Study, Sizes()), "text": (TextStudy, TEXT)}

@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 
 from polarctl.evaluation.page import Document, Image, Section, Table, render_html, render_markdown
-from polarctl.evaluation.scaling import AXES, PAPER, Fit, ScalingLaw, TrainedRun
+from polarctl.evaluation.scaling import AXES, CONSTANT, PAPER, Fit, ScalingLaw, TrainedRun
 from polarctl.storage import atomic, replace
 
 JSON, PAGE, MARKDOWN = "scaling.json", "scaling.html", "scaling.md"
@@ -29,6 +29,7 @@ _POINTS = {
 }
 _LOSS = "held-out loss L"
 _LINE = 60  # points of a drawn law
+_UNLIKE = 1.5  # amounts of data that differ by more are not the same
 
 
 def law_table(laws: Sequence[ScalingLaw]) -> Table:
@@ -36,6 +37,8 @@ def law_table(laws: Sequence[ScalingLaw]) -> Table:
     rows = []
     for law in laws:
         for form, fit in law.fits.items():
+            if form == CONSTANT and not fit.constant:
+                continue  # it has found none, and is the power law again
             rows.append(
                 [
                     f"{formula(law.axis, fit)}" + (" (preferred)" if form == law.form else ""),
@@ -66,11 +69,10 @@ def prediction_table(laws: Sequence[ScalingLaw]) -> Table | None:
         [
             law.axis,
             found.run,
-            f"{found.points} runs, {found.form}",
-            f"{found.beyond:.1f}",
-            f"{found.value:.4f} [{found.interval[0]:.4f}, {found.interval[1]:.4f}]",
-            f"{found.measured:.4f}",
             f"{100 * found.error:+.1f} %",
+            f"{found.measured:.4f}",
+            f"{found.value:.4f} [{found.interval[0]:.4f}, {found.interval[1]:.4f}]",
+            f"{found.points} runs, {found.form}, {found.beyond:.1f} x",
         ]
         for law in laws
         if (found := law.prediction) is not None
@@ -78,9 +80,10 @@ def prediction_table(laws: Sequence[ScalingLaw]) -> Table | None:
     if not rows:
         return None
     return Table(
-        ("law in", "held-out run", "fitted to", "times beyond", "predicted", "measured", "error"),
+        ("in", "held-out run", "error", "measured", "predicted", "by"),
         rows,
-        "the largest run, predicted by the smaller ones, with 95 % prediction intervals",
+        "the largest run, predicted by the smaller ones, with 95 % prediction intervals; how many "
+        "times it is beyond them",
     )
 
 
@@ -112,14 +115,24 @@ def run_table(runs: Sequence[TrainedRun], laws: Sequence[ScalingLaw]) -> Table:
     return Table((*heads, *(f"residual in {axis}" for axis in AXES)), rows, "runs")
 
 
-def not_fitted(laws: Sequence[ScalingLaw]) -> list[str]:
-    """Why an axis has no law, a sentence each."""
-    return [
-        f"no law in {law.axis}: its points ({_POINTS[law.axis]}) are {len(law.points)}, and 3 are "
-        "needed"
-        for law in laws
-        if not law.fits
-    ]
+def doubts(laws: Sequence[ScalingLaw]) -> list[str]:
+    """What a reader should know before the figures, a sentence each."""
+    found = []
+    for law in laws:
+        if not law.fits:
+            found.append(
+                f"no law in {law.axis}: its points ({_POINTS[law.axis]}) are {len(law.points)}, "
+                "and 3 are needed"
+            )
+        elif law.fits[law.form].b >= 0:
+            found.append(f"the loss does not fall with {law.axis}: this is no scaling law")
+        data = [run.tokens for run in law.points]
+        if law.fits and law.axis == "N" and max(data) > _UNLIKE * min(data):
+            found.append(
+                f"the points of the law in N have from {min(data):.3g} to {max(data):.3g} tokens: "
+                "train every size on as much"
+            )
+    return found
 
 
 def as_json(runs: Sequence[TrainedRun], laws: Sequence[ScalingLaw]) -> dict[str, Any]:
@@ -171,7 +184,7 @@ def write(folder: str, runs: Sequence[TrainedRun], laws: Sequence[ScalingLaw]) -
                 "L is the last held-out loss of a run. Fitted by least squares in ln L. AIC "
                 "prefers a law with L_inf only where it explains enough more for its further "
                 "parameter.",
-                *not_fitted(laws),
+                *doubts(laws),
             ],
             table=law_table(laws),
         )
@@ -213,7 +226,9 @@ def plot(runs: Sequence[TrainedRun], law: ScalingLaw) -> bytes:
     if law.prediction is not None:
         clouds["largest run, predicted"] = [(law.points[-1].at(axis), law.prediction.value)]
     lines: Mapping[str, list[tuple[float, float]]] = {
-        formula(axis, fit): [(x, fit.loss(x)) for x in grid] for fit in law.fits.values()
+        formula(axis, fit): [(x, fit.loss(x)) for x in grid]
+        for form, fit in law.fits.items()
+        if form != CONSTANT or fit.constant
     }
     if axis in PAPER:
         a, b = PAPER[axis]

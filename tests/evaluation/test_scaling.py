@@ -272,6 +272,18 @@ def test_runs_of_one_size_have_no_law_in_n(tmp_path, capfd):
     assert not (tmp_path / "laws/scaling-N.png").exists()
 
 
+def test_sizes_on_unlike_data_and_a_loss_that_rises_are_said(tmp_path, capfd):
+    rising = [plant(tmp_path / f"a{i}", 1000 * 4**i, 4000, 0.5 + 0.05 * i) for i in range(3)]
+    assert "the loss does not fall with N" in laws(capfd, *rising)
+    less = [plant(tmp_path / f"b{i}", 1000 * 4**i, 9000 - 4000 * i, 0.5 - i / 9) for i in range(3)]
+    assert "in N have from 1e+03 to 9e+03 tokens" in laws(capfd, *less)
+    alike = [plant(tmp_path / f"c{i}", 1000 * 4**i, 4000, 0.5 - 0.05 * i) for i in range(3)]
+    said = laws(capfd, *alike)
+    assert "does not fall" not in said and "train every size" not in said
+    # The constant that is asked for is not there: one row for each of N and C.
+    assert said.count("L = ") == 2
+
+
 def test_bad_runs_are_named(tmp_path, capfd):
     good = [plant(tmp_path / name, 1000 * n, 4000, 0.6 / n) for n, name in enumerate("abc", 1)]
 
