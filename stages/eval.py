@@ -149,6 +149,7 @@ def run(config: Config) -> None:
         return
     from polarctl import console
     from polarctl.errors import UsageError
+    from polarctl.evaluation import heading
     from polarctl.evaluation import report as eval_report
     from polarctl.evaluation.cases import (
         Cases,
@@ -255,7 +256,9 @@ def run(config: Config) -> None:
         out.counts["leaks"] = cases.leaks
         if config.report:
             source = ", ".join(paths) if paths != ["-"] else "standard input"
-            eval_report.write(config.report, report, cases.margins, source, cases.worst_first())
+            head = heading.facts(paths, reader.rows, config.model)
+            worst = cases.worst_first()
+            eval_report.write(config.report, report, cases.margins, source, worst, head)
             console.note(f"report: {config.report}/report.html")
     for part in eval_report.tables(report):
         console.show(terminal_table(part))
