@@ -107,6 +107,7 @@ def write(path: Path, drawing: bytes) -> None:
 def _png(figure: Any) -> Drawing:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+    figure.set_layout_engine("none")  # all has its place: laying out again takes as long
     drawing = Drawing(buffer.getvalue())
     drawing.figure = figure
     return drawing
