@@ -41,6 +41,7 @@ SCORERS = {
     "length": "longer wins",
     "overlap": "word overlap (F1)",
     "numbers": "number overlap (F1)",
+    "embedding": "embedding similarity",
 }
 
 
