@@ -66,7 +66,7 @@ def run(config: Config) -> None:
     """Compare the files."""
     from polarctl import console
     from polarctl.errors import RecordError, UsageError
-    from polarctl.evaluation import comparison
+    from polarctl.evaluation import comparison, heading
     from polarctl.evaluation.cases import check_by, require_rewards
     from polarctl.evaluation.page import terminal_table
     from polarctl.evaluation.paired import Sheet, matched
@@ -117,7 +117,7 @@ def run(config: Config) -> None:
                 out.commit(out.units + 1)
         out.counts["comparison"] = report
         if config.report:
-            comparison.write(config.report, report)
+            comparison.write(config.report, report, heading.facts(paths, report["items"]))
             console.note(f"report: {config.report}/report.html")
     for part in comparison.tables(report):
         console.show(terminal_table(part))

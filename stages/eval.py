@@ -73,11 +73,12 @@ class Config(ScoreConfig):
             "`--reference-from generate`",
         ),
         Needs(
-            "benchmark shard manifest rejects trained_on",
+            "benchmark shard manifest rejects trained_on embedding",
             lambda c: not _is_run(c),
             "scored files, not for `eval run NAME`",
         ),
-        Needs("no_reference batch_tokens device dtype", lambda c: c.model is not None, "--model"),
+        Needs("no_reference batch_tokens dtype", lambda c: c.model is not None, "--model"),
+        Needs("device", lambda c: bool(c.model or c.embedding), "--model or --embedding"),
     ]
     # Checks of the figures, not a part of them.
     NEUTRAL: ClassVar[frozenset[str]] = frozenset({"min_accuracy", "baseline"})
@@ -132,6 +133,14 @@ class Config(ScoreConfig):
             "is new in them, prompts or policies.",
         ),
     ] = ()
+    embedding: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="One more baseline: similarity to the reference by the mean hidden state of this "
+            "model of transformers.",
+        ),
+    ] = None
     no_text: Annotated[
         bool,
         typer.Option("--no-text", help="In verdicts, a hash and the length of each text alone."),
@@ -168,6 +177,7 @@ def run(config: Config) -> None:
         return
     from polarctl import console
     from polarctl.errors import UsageError
+    from polarctl.evaluation import heading
     from polarctl.evaluation import report as eval_report
     from polarctl.evaluation.cases import (
         Cases,
@@ -214,6 +224,8 @@ def run(config: Config) -> None:
     if config.report:
         replacing.check_report(config.report, eval_report.FILES)
     identity = {"model_identity": manifest.folder_identity(config.model)} if config.model else {}
+    if config.embedding:
+        identity["embedding"] = manifest.folder_identity(config.embedding)
     cases, by = Cases(), "subset" if suite else "category"
     if known:
         identity["trained_on"] = str(read.sizes(known))
@@ -233,6 +245,11 @@ def run(config: Config) -> None:
             batch_tokens=config.batch_tokens,
             no_reference=config.no_reference,
         )
+        embedder = None
+        if config.embedding is not None:
+            from polarctl.evaluation.embedding import Embedder
+
+            embedder = Embedder(config.embedding, config.device)
         cuts = Cuts()
         reader = windows.reader_of(config, paths, None, on_bad=out.reject, verify=look)
 
@@ -245,10 +262,13 @@ def run(config: Config) -> None:
                     Record(fields, old.where)
                     for old, (fields, _) in zip(window, scored, strict=True)
                 ]
-            for record in window:
+            near = embedder.similarities(window) if embedder else [None] * len(window)
+            for record, values in zip(window, near, strict=True):
                 if suite is not None:
                     suite.add(record, rewards_of(record), labels_of(record))
-                yield from verdicts(record, config.by or by, cases, text=not config.no_text)
+                more = {} if values is None else {"embedding": values}
+                plain = not config.no_text
+                yield from verdicts(record, config.by or by, cases, text=plain, more=more)
 
         for window in reader.windows(WINDOW_ROWS):
             for verdict in work(window.records):
@@ -274,7 +294,9 @@ def run(config: Config) -> None:
         out.counts["leaks"] = cases.leaks
         if config.report:
             source = ", ".join(paths) if paths != ["-"] else "standard input"
-            eval_report.write(config.report, report, cases.margins, source, cases.worst_first())
+            head = heading.facts(paths, reader.rows, config.model)
+            worst = cases.worst_first()
+            eval_report.write(config.report, report, cases.margins, source, worst, head)
             console.note(f"report: {config.report}/report.html")
     for part in eval_report.tables(report):
         console.show(terminal_table(part))

@@ -112,7 +112,7 @@ def run(config: Config) -> None:
     """Label every answer, and report."""
     from polarctl import console
     from polarctl.errors import RecordError
-    from polarctl.evaluation import policy_report
+    from polarctl.evaluation import heading, policy_report
     from polarctl.evaluation.page import terminal_table
     from polarctl.evaluation.policy_figures import Samples, summary
     from polarctl.storage import read, windows
@@ -147,7 +147,8 @@ def run(config: Config) -> None:
             out.counts.update({"answers": len(samples.values), "unknown": unknown})
             if config.report:
                 source = ", ".join(paths) if paths != ["-"] else "standard input"
-                policy_report.write(config.report, report, source)
+                head = heading.facts(paths, out.counts["records"])
+                policy_report.write(config.report, report, source, head)
                 console.note(f"report: {config.report}/report.html")
     for part in policy_report.tables(report):
         console.show(terminal_table(part))

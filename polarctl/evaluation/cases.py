@@ -16,6 +16,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from heapq import heappush, heapreplace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from polarctl.errors import RecordError, UsageError
@@ -181,7 +182,12 @@ def check_by(name: str | None, fields: set[str]) -> None:
 
 
 def verdicts(
-    record: Record, by: str, cases: Cases, *, text: bool = True
+    record: Record,
+    by: str,
+    cases: Cases,
+    *,
+    text: bool = True,
+    more: Mapping[str, Sequence[float]] = MappingProxyType({}),
 ) -> Iterator[dict[str, Any]]:
     """The verdicts of one scored record, added to the cases on the way.
 
@@ -190,6 +196,7 @@ def verdicts(
         by: Field that holds the category.
         cases: Where to count them.
         text: Whether verdicts hold the texts; else each text's hash and length.
+        more: Further baselines: name to a score for every candidate.
     """
     rewards = rewards_of(record)
     labels = labels_of(record)
@@ -201,7 +208,7 @@ def verdicts(
         if not group:
             return
     outputs = [content_text(output) for output in outputs_of(record)]
-    scores = _baselines(record, outputs)
+    scores = _baselines(record, outputs) | {name: list(s) for name, s in more.items()}
     cluster, category = prompt_id(record), record.get(by)
     reference = content_text(record.get("reference", "")).split()
     cases.references[origin(record)] += 1

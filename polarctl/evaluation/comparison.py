@@ -149,7 +149,7 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
     ]
 
 
-def document(report: Mapping[str, Any]) -> Document:
+def document(report: Mapping[str, Any], facts: Sequence[tuple[str, str]] = ()) -> Document:
     """The comparison as a page."""
     (table,) = tables(report)
     left = [
@@ -165,14 +165,15 @@ def document(report: Mapping[str, Any]) -> Document:
             Section("Accuracy", table=table),
             Section("Left out", table=Table(heads, left, "items that are in no figure")),
         ],
+        facts,
     )
 
 
-def write(folder: str, report: Mapping[str, Any]) -> None:
+def write(folder: str, report: Mapping[str, Any], facts: Sequence[tuple[str, str]] = ()) -> None:
     """Write report.json, report.html and report.md into a folder."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    page = document(report)
+    page = document(report, facts)
     atomic.write(target / "report.html", render_html(page).encode())
     atomic.write(target / "report.md", render_markdown(page).encode())
     options = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS

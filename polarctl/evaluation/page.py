@@ -106,23 +106,24 @@ class Section:
 
 @dataclass(frozen=True)
 class Document:
-    """A title, a line below it, and the sections."""
+    """A title, a line below it, the sections; what it is of, by which command, and when."""
 
     title: str
     subtitle: str
     sections: Sequence[Section]
+    facts: Sequence[tuple[str, str]] = ()
 
 
 _CSS = """
 :root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --line: #d1d9e0;
   --paper: #fff; --shade: #f6f8fa; --mark: #ffdf9e; }
-@media (prefers-color-scheme: dark) {
+@media screen and (prefers-color-scheme: dark) {
   :root { --ink: #e6edf3; --soft: #9aa4af; --line: #3d444d; --paper: #0d1117; --shade: #161b22;
     --mark: #6b4a00; }
-  img { filter: invert(.93) hue-rotate(180deg); }
+  img { filter: invert(.93) hue-rotate(180deg); mix-blend-mode: lighten; }
 }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 50rem; background: var(--paper);
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 60rem; background: var(--paper);
   color: var(--ink); font: 1rem/1.55 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { margin: 0; font-size: 1.7rem; line-height: 1.25; }
 h3 { margin: 2rem 0 .5rem; font-size: 1.05rem; }
@@ -134,6 +135,10 @@ h2 { margin: 2.5rem 0 .75rem; padding-bottom: .3rem; border-bottom: 1px solid va
   font-size: 1.25rem; }
 p { margin: .75rem 0; white-space: pre-line; }
 .subtitle { margin: .4rem 0 0; color: var(--soft); }
+dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .15rem .9rem;
+  margin: 1rem 0 0; font-size: .92rem; }
+dt { color: var(--soft); }
+dd { margin: 0; font-family: ui-monospace, monospace; font-size: .85rem; line-height: 1.75; }
 figure { margin: 1rem 0; }
 .scroll { overflow-x: auto; }
 table { min-width: 100%; border-collapse: collapse; font-size: .92rem; }
@@ -251,7 +256,9 @@ def render_html(report: Document) -> str:
         "</head>",
         "<body>",
         f"<header><h1>{_escape(report.title)}</h1>",
-        f'<p class="subtitle">{_escape(report.subtitle)}</p></header>',
+        f'<p class="subtitle">{_escape(report.subtitle)}</p>',
+        *_facts(report.facts),
+        "</header>",
         "<main>",
     ]
     for section in report.sections:
@@ -259,9 +266,18 @@ def render_html(report: Document) -> str:
     return "\n".join([*lines, "</main>", "</body>", "</html>", ""])
 
 
+def _facts(facts: Sequence[tuple[str, str]]) -> list[str]:
+    if not facts:
+        return []
+    pairs = (f"<dt>{_escape(name)}</dt><dd>{_escape(text)}</dd>" for name, text in facts)
+    return ["<dl>", *pairs, "</dl>"]
+
+
 def render_markdown(report: Document) -> str:
     """The report as GitHub's Markdown: headings, paragraphs and tables, for a pull request."""
     lines = [f"# {_flat(report.title)}", "", _flat(report.subtitle), ""]
+    lines += [f"* {_flat(name)}: {_flat(text)}" for name, text in report.facts]
+    lines += [""] if report.facts else []
     for section in report.sections:
         if section.level > 2 or not (section.paragraphs or section.table):
             continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,7 @@ from polarctl.evaluation.policy_figures import words
 from polarctl.storage import atomic
 
 FILES = (
-    "pass_at_k.png",
-    "best_of_n.png",
-    "wins.png",
+    *(f"{name}.{kind}" for name in ("pass_at_k", "best_of_n", "wins") for kind in ("png", "svg")),
     "report.html",
     "report.json",
     "report.md",
@@ -80,15 +78,18 @@ def _share(figure: Mapping[str, Any] | None) -> str:
     return format_interval(interval_of(figure)) if figure else "n/a"
 
 
-def write(folder: str, report: Mapping[str, Any], source: str) -> None:
+def write(
+    folder: str, report: Mapping[str, Any], source: str, facts: Sequence[tuple[str, str]] = ()
+) -> None:
     """Write report.json, report.html, report.md and the plots into a folder.
 
     Args:
         folder: Where; made if missing.
         report: Of `policy_figures.summary`, with `truth`: what says what is right.
         source: What was rated, in words.
+        facts: For its head; see `polarctl.evaluation.heading`.
     """
-    from polarctl.evaluation import plots
+    from polarctl.evaluation import plots, policy_plots
 
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
@@ -101,12 +102,12 @@ def write(folder: str, report: Mapping[str, Any], source: str) -> None:
         }
         if lines:
             xlabel = "samples drawn (k)" if key == "pass_at_k" else "samples drawn (n)"
-            images[key] = plots.share_curves(lines, xlabel=xlabel, title=title)
+            images[key] = policy_plots.share_curves(lines, xlabel=xlabel, title=title)
     names = list(report["policies"])
     if report.get("wins"):
         cells = {(w["policy"], w["other"]): w["value"] for w in report["wins"]}
         cells |= {(b, a): 1 - value for (a, b), value in cells.items()}
-        images["wins"] = plots.heat_map(
+        images["wins"] = policy_plots.heat_map(
             names, cells, title="Win rate of the row", labels=("policy", "against", "win rate (%)")
         )
     sections = []
@@ -114,9 +115,9 @@ def write(folder: str, report: Mapping[str, Any], source: str) -> None:
         said = sentences(report) if key == "accuracy" else []
         shown = [Image(images[key], heading)] if key in images else []
         sections.append(Section(heading, said, table=table, images=shown))
-    page = Document("Policies", source, sections)
+    page = Document("Policies", source, sections, facts)
     for key, picture in images.items():
-        atomic.write(target / f"{key}.png", picture)
+        plots.write(target / f"{key}.png", picture)
     atomic.write(target / "report.html", render_html(page).encode())
     atomic.write(target / "report.md", render_markdown(page).encode())
     options = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS

@@ -26,11 +26,11 @@ from polarctl.model.template import content_text
 from polarctl.storage import atomic
 
 FILES = (
-    "margins.png",
-    "accuracy.png",
-    "calibration.png",
-    "policies.png",
-    "distance.png",
+    *(
+        f"{name}.{kind}"
+        for name in ("margins", "accuracy", "calibration", "policies", "distance")
+        for kind in ("png", "svg")
+    ),
     "report.html",
     "report.json",
     "report.md",
@@ -41,6 +41,7 @@ SCORERS = {
     "length": "longer wins",
     "overlap": "word overlap (F1)",
     "numbers": "number overlap (F1)",
+    "embedding": "embedding similarity",
 }
 
 
@@ -57,7 +58,7 @@ def table(report: Mapping[str, Any]) -> Table:
 
 
 def _row(label: str, figures: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    cases = str(next(iter(figures.values()))["n"])
+    cases = f"{next(iter(figures.values()))['n']:,}"
     told = (format_interval(interval_of(figures[name])) for name in names)
     return [label, cases, *told, "50.0 %"]
 
@@ -89,7 +90,7 @@ def bias_table(report: Mapping[str, Any]) -> Table | None:
     def number(name: str) -> str:
         return f"{bias[name]['n']:,}" if name in bias else "0"
 
-    cases = str(report["overall"]["model"]["n"])
+    cases = f"{report['overall']['model']['n']:,}"
     longer = {"longer_is_worse": "accuracy, the worse is longer"}
     longer["longer_is_better"] = "accuracy, the better is longer"
     rows = [[text, number(name), _share(bias.get(name))] for name, text in longer.items()]
@@ -165,11 +166,13 @@ def discrimination_table(report: Mapping[str, Any]) -> Table | None:
 
 def _discrimination(found: Mapping[str, Any]) -> tuple[list[Section], dict[str, bytes]]:
     """What the page says of pairs of policies, and its plots by file name."""
-    from polarctl.evaluation import plots
+    from polarctl.evaluation import policy_plots
 
     cells = {(c["policy"], c["rejected_policy"]): c["accuracy"] for c in found["matrix"]}
     names = found["policies"]
-    pictures = {"policies.png": plots.heat_map(names, cells, title="Accuracy by pair of policies")}
+    pictures = {
+        "policies.png": policy_plots.heat_map(names, cells, title="Accuracy by pair of policies")
+    }
     worst = sorted(found["matrix"], key=lambda cell: (cell["accuracy"], -cell["n"]))[:_PAIRS]
     rows = [
         [
@@ -187,7 +190,7 @@ def _discrimination(found: Mapping[str, Any]) -> tuple[list[Section], dict[str, 
     sections = [Section("Pairs of policies", table=Table(heads, rows, told), images=heat)]
     distance = found.get("distance")
     if distance is not None:
-        picture = plots.accuracy_by_distance(
+        picture = policy_plots.accuracy_by_distance(
             distance["pairs"], distance["bins"], title="Are distant policies told apart better?"
         )
         pictures["distance.png"] = picture
@@ -261,8 +264,9 @@ def write(
     margins: Sequence[float],
     source: str,
     worst: Sequence[Mapping[str, Any]] = (),
+    facts: Sequence[tuple[str, str]] = (),
 ) -> None:
-    """Write report.json, report.html, report.md and the plots as PNG into a folder.
+    """Write report.json, report.html, report.md and the plots as PNG and SVG into a folder.
 
     Args:
         folder: Where; made if missing.
@@ -270,6 +274,7 @@ def write(
         margins: The margins behind it.
         source: What was evaluated, in words.
         worst: Verdicts of the cases to show, the worst first.
+        facts: For its head; see `polarctl.evaluation.heading`.
     """
     from polarctl.evaluation import plots
 
@@ -300,14 +305,14 @@ def write(
         curve = plots.reliability(
             report["calibration"]["bins"], title="Is the model right as often as it is sure?"
         )
-        atomic.write(target / "calibration.png", curve)
+        plots.write(target / "calibration.png", curve)
         image = Image(curve, "Accuracy against confidence")
         sections.append(Section("Length and calibration", table=part, images=[image]))
     if (part := discrimination_table(report)) is not None:
         more, pictures = _discrimination(report["discrimination"])
         sections[1:1] = [Section("Policy discrimination", table=part), *more]
         for name, picture in pictures.items():
-            atomic.write(target / name, picture)
+            plots.write(target / name, picture)
     if worst:
         told = f"The {len(worst)} cases with the lowest margins, of all that the model has wrong."
         sections.append(Section("Worst cases", [told]))
@@ -315,9 +320,9 @@ def write(
     if report["skipped"]:
         skipped = [[reason, str(number)] for reason, number in report["skipped"].items()]
         sections.append(Section("Left out", table=Table(("reason", "records"), skipped)))
-    document = Document(report["metric"].capitalize(), source, sections)
-    atomic.write(target / "margins.png", histogram)
-    atomic.write(target / "accuracy.png", bars)
+    document = Document(report["metric"].capitalize(), source, sections, facts)
+    plots.write(target / "margins.png", histogram)
+    plots.write(target / "accuracy.png", bars)
     atomic.write(target / "report.html", render_html(document).encode())
     atomic.write(target / "report.md", render_markdown(document).encode())
     options = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS

@@ -57,9 +57,7 @@ def test_accuracy_margins_and_baselines(scored, tmp_path, capfd):
     assert {p.name for p in folder.iterdir()} == {
         "report.html",
         "report.json",
-        "margins.png",
-        "accuracy.png",
-        "calibration.png",
+        *(f"{name}.{k}" for name in ("margins", "accuracy", "calibration") for k in ("png", "svg")),
         "report.md",
     }
     table = capfd.readouterr().err

@@ -1,12 +1,13 @@
 """`polarctl eval run NAME`: a whole benchmark in one command, with a model of random weights."""
 
 import json
+import re
 from statistics import fmean
 
 import pytest
 from tiny import build_lm
 
-from polarctl import RewardModel
+from polarctl import RewardModel, __version__
 from polarctl.cli import run
 from polarctl.evaluation.suites import SUITES
 from polarctl.records import Record, Report, check
@@ -52,6 +53,12 @@ def test_a_benchmark_in_one_command_goes_on_and_is_checked_each_time(
     expected = {**suite.result(0), "references": {"field": 8}}
     assert report["benchmark"] == json.loads(json.dumps(expected))
     assert report["benchmark"]["rows"] == 8 and report["benchmark"]["missing"] == []
+    head = (folder / "report" / "report.md").read_text().partition("\n## ")[0].replace("\\", "")
+    assert f"* model: {tiny_rm}\n" in head  # from the manifest of the scores
+    assert f"* data: {folder}/scores.jsonl: 8 records\n" in head
+    assert f"* command: polarctl eval {folder}/scores.jsonl --benchmark rm-bench" in head
+    assert f"* versions: polarctl {__version__}, Python" in head
+    assert re.search(r"\* date: 20\d\d-\d\d-\d\d \d\d:\d\d UTC\n", head)
     times = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.jsonl")}
     (folder / "verdicts.jsonl").unlink()
     (folder / "verdicts.jsonl.manifest.json").unlink()
