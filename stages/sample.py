@@ -12,6 +12,7 @@ polarctl sample prompts.jsonl --pool pool.jsonl | polarctl pair - -o triples.jso
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
@@ -223,12 +224,14 @@ def policies_of(config: Config) -> list[Policy]:
 
 def run(config: Config) -> None:
     """Sample every prompt from every policy, one policy loaded at a time."""
+    from polarctl.parallel import ray_pool
     from polarctl.policies.prompts import Prompts, prompt_in
     from polarctl.storage import manifest, read, replace, windows
     from polarctl.storage.paths import check_paths
     from polarctl.storage.write import Output
 
     paths = windows.inputs_of("sample", config)
+    ray_pool.placement_of(config)  # refused before anything is read
     policies = policies_of(config)
     verify = prompt_in(config.text_field)
     if config.dry_run:
@@ -299,12 +302,15 @@ def _sample(config: Config, policies: list[Policy], prompts: Prompts, out: Outpu
     made = workers.units(config, jobs(), workers.UnitWork(partial(_open, config=config), work))
     with closing(made), console.progress("sample", total, "samples") as bar:
         done += sum(len(prompts.windows[n]) * left[0].samples for n in range(begun))
+        start, tokens = time.monotonic(), 0
         for (policy, _), unit in zip(jobs(), made, strict=True):
             tally = tallies.setdefault(policy.name, dict.fromkeys(OUTCOMES, 0))
             _take(unit, out, tally, rejects=config.rejects is not None)
             out.commit(out.units + 1)
             done += unit.prompts * policy.samples
-            bar.update(done, policy.name)
+            tokens += sum(record["num_tokens"] for record in unit.records)
+            rate = tokens / max(time.monotonic() - start, 1e-9)  # of this run, loading included
+            bar.update(done, f"{policy.name}, {rate:,.0f} tokens/s")
 
 
 def _look_at(policy: Policy) -> Writer:

@@ -262,6 +262,9 @@ SAMPLE: dict[str, Case | Seen] = {
     "batch_size": Seen("stages/test_sample.py", "--batch-size"),
     "device": swap(SAMPLE_BASE, "--device cpu", "--device cuda:99", "status"),
     "dtype": add(SAMPLE_BASE, "--dtype float8", "status"),
+    "gpus": add(SAMPLE_BASE.replace("--device cpu", ""), "--gpus 99", "status"),
+    "ray": add(SAMPLE_BASE, "--ray 127.0.0.1:9", "status"),
+    "ray_resource": add(SAMPLE_BASE + " --ray 127.0.0.1:9", "--ray-resource GPU", "status"),
 }
 
 PAIR_BASE = "pair trajectories.jsonl -o out.jsonl -q"
@@ -297,6 +300,8 @@ SCORE: dict[str, Case | Seen] = {
     "dtype": add(SCORE_BASE, "--dtype bfloat16"),
     "backend": add(SCORE_BASE, "--backend nothing", "status"),
     "gpus": add(SCORE_BASE.replace("--device cpu", ""), "--gpus 99", "status"),
+    "ray": add(SCORE_BASE, "--ray 127.0.0.1:9", "status"),
+    "ray_resource": add(SCORE_BASE + " --ray 127.0.0.1:9", "--ray-resource GPU", "status"),
     "engine_option": Seen("engines/test_vllm.py", '"--engine-option"'),
     "server": Case(SCORE_BASE, NO_SERVER + " --server-deadline 0.1", "status"),
     "server_type": add(NO_SERVER + " --server-deadline 0.1", "--server-type nothing", "status"),
