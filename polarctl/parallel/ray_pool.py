@@ -289,7 +289,7 @@ def drive(handle: int) -> None:
         link.fail(error)
     except (EOFError, ConnectionError):  # the parent has what it wanted, or is gone
         pass
-    os._exit(0)  # Ray ends what belongs to a driver that is gone
+    _end()
 
 
 class _Link:
@@ -308,7 +308,13 @@ class _Link:
         """Have the parent raise an error; ends this process."""
         with contextlib.suppress(OSError):
             self.tell("failed", error)
-        os._exit(0)
+        _end()
+
+
+def _end() -> NoReturn:
+    """End this process, and a cluster that it has started; Ray ends its workers on others."""
+    os.killpg(0, signal.SIGKILL)
+    os._exit(1)  # never reached
 
 
 def _join(address: str) -> None:

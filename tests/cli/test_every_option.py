@@ -263,8 +263,8 @@ SAMPLE: dict[str, Case | Seen] = {
     "device": swap(SAMPLE_BASE, "--device cpu", "--device cuda:99", "status"),
     "dtype": add(SAMPLE_BASE, "--dtype float8", "status"),
     "gpus": add(SAMPLE_BASE.replace("--device cpu", ""), "--gpus 99", "status"),
-    "ray": add(SAMPLE_BASE, "--ray 127.0.0.1:9", "status"),
-    "ray_resource": add(SAMPLE_BASE + " --ray 127.0.0.1:9", "--ray-resource GPU", "status"),
+    "ray": Seen("parallel/test_ray_pool.py", '"--ray", cluster.address'),
+    "ray_resource": Seen("parallel/test_ray_pool.py", "ray_resource="),
 }
 
 PAIR_BASE = "pair trajectories.jsonl -o out.jsonl -q"
@@ -300,8 +300,8 @@ SCORE: dict[str, Case | Seen] = {
     "dtype": add(SCORE_BASE, "--dtype bfloat16"),
     "backend": add(SCORE_BASE, "--backend nothing", "status"),
     "gpus": add(SCORE_BASE.replace("--device cpu", ""), "--gpus 99", "status"),
-    "ray": add(SCORE_BASE, "--ray 127.0.0.1:9", "status"),
-    "ray_resource": add(SCORE_BASE + " --ray 127.0.0.1:9", "--ray-resource GPU", "status"),
+    "ray": Seen("parallel/test_ray_pool.py", '"--ray", cluster.address'),
+    "ray_resource": Seen("parallel/test_ray_pool.py", "ray_resource="),
     "engine_option": Seen("engines/test_vllm.py", '"--engine-option"'),
     "server": Case(SCORE_BASE, NO_SERVER + " --server-deadline 0.1", "status"),
     "server_type": add(NO_SERVER + " --server-deadline 0.1", "--server-type nothing", "status"),
@@ -473,6 +473,7 @@ REFUSED = {
         "force": "sample prompts.jsonl -m lm --force",
         "policy": "sample prompts.jsonl --pool pool.jsonl --policy me",
         "tokenizer": "sample prompts.jsonl -m lm --tokenizer lm",
+        "ray_resource": "sample prompts.jsonl -m lm --ray-resource GPU=1",
     },
     "pair": {
         "resume": "pair trajectories.jsonl --no-resume",
@@ -512,6 +513,8 @@ REFUSED = {
         "device": "score candidates.jsonl -m rm --backend vllm --device cuda:1",
         "dtype": SERVER + " --dtype float32",
         "gpus": SERVER + " --gpus 2",
+        "ray": SERVER + " --ray auto",
+        "ray_resource": "score candidates.jsonl -m rm --ray-resource GPU=1",
         "engine_option": "score candidates.jsonl -m rm --engine-option a=1",
         "server_model": "score candidates.jsonl -m rm --server-model x",
         "concurrency": "score candidates.jsonl -m rm --concurrency 2",
