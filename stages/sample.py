@@ -12,6 +12,7 @@ polarctl sample prompts.jsonl --pool pool.jsonl | polarctl pair - -o triples.jso
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -264,12 +265,14 @@ def _check_needed(config: Config, backends: set[str]) -> None:
 
 def run(config: Config) -> None:
     """Sample every prompt from every policy, one policy loaded at a time."""
+    from polarctl.parallel import ray_pool
     from polarctl.policies.prompts import Prompts, prompt_in
     from polarctl.storage import manifest, read, replace, windows
     from polarctl.storage.paths import check_paths
     from polarctl.storage.write import Output
 
     paths = windows.inputs_of("sample", config)
+    ray_pool.placement_of(config)  # refused before anything is read
     policies = policies_of(config)
     verify = prompt_in(config.text_field)
     if config.dry_run:
@@ -415,6 +418,7 @@ def _sample(config: Config, policies: list[Policy], prompts: Prompts, out: Outpu
     )
     made = workers.units(config, ((policy, prompts.window(n)) for policy, n in jobs), work)
     with closing(made), console.progress("sample", total, "samples") as bar:
+        start, tokens = time.monotonic(), 0
         for (policy, _), unit in zip(jobs, made, strict=True):
             _same(facts.get(policy.name), unit.facts, policy)
             facts[policy.name] = unit.facts
@@ -422,7 +426,9 @@ def _sample(config: Config, policies: list[Policy], prompts: Prompts, out: Outpu
             _take(unit, out, tally, rejects=config.rejects is not None)
             out.commit(out.units + 1)
             done += unit.prompts * policy.samples
-            bar.update(done, policy.name)
+            tokens += sum(record["num_tokens"] for record in unit.records)
+            rate = tokens / max(time.monotonic() - start, 1e-9)  # of this run, loading included
+            bar.update(done, f"{policy.name}, {rate:,.0f} tokens/s")
 
 
 def _open(policy: Policy, config: Config) -> PolicyWriter:

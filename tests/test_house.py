@@ -35,11 +35,15 @@ LOOSE = {
 # They give the other stages' commands as a user would: through the command line.
 UPWARD = {("stages.quickstart", "cli"), ("stages.eval", "cli")}
 
-HEAVY = {"torch", "transformers", "accelerate", "trl", "vllm", "deepspeed", "peft", "datasets"}
+HEAVY = set("torch transformers accelerate trl vllm deepspeed peft datasets ray".split())
 # Help must come at once: nothing of these is needed for it.
 NOT_FOR_HELP = HEAVY | {"numpy", "matplotlib", "pydantic", "msgspec", "orjson", "yaml", "rich"}
 # One file, or one for scoring and one for sampling, knows such a package.
-ONLY_IN = {"vllm": ("scoring.vllm", "policies.vllm_writer"), "trl": ("rl.methods",)}
+ONLY_IN = {
+    "vllm": ("scoring.vllm", "policies.vllm_writer"),
+    "trl": ("rl.methods",),
+    "ray": ("parallel.ray_pool",),
+}
 
 
 def sources() -> list[tuple[str, Path]]:

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import pickle
+import re
 import signal
 import socket
 import subprocess
@@ -40,6 +41,7 @@ _LOST_S = 20.0  # without an answer of the head before the cluster counts as los
 _PLACE_S = 60.0  # without any worker before the user is told
 _END_S = 60.0  # for the workers to give back what they hold
 _MOST_LOSSES = 4  # workers that the same item may take with it
+_HEAD = re.compile(r"[^/@]+:\d+")
 _BEGIN = """import json, sys
 sys.path[:] = json.loads(sys.argv[1])
 from polarctl.parallel.ray_pool import drive
@@ -85,10 +87,16 @@ def placement_of(config: Any, *, gpus: float = 1) -> Placement | None:
         gpus: That a worker takes if the options do not say it.
 
     Raises:
-        UsageError: A resource that is not of the form KEY=AMOUNT, or one device for all workers.
+        UsageError: No such form of address, a resource that is not of the form KEY=AMOUNT, or one
+            device for all workers.
     """
     if config.ray is None:
         return None
+    if config.ray not in ("auto", "local") and not _HEAD.fullmatch(config.ray):
+        raise UsageError(
+            f"`--ray {config.ray}`: not auto, local or HOST:PORT",
+            hint="run on a machine of the cluster with --ray auto, or by `ray job submit`",
+        )
     if config.device not in ("auto", "cpu", "cuda"):
         raise UsageError(
             f"`--device {config.device}` is one GPU of this machine, and --ray gives each worker "
@@ -281,7 +289,7 @@ def drive(handle: int) -> None:
         link.fail(error)
     except (EOFError, ConnectionError):  # the parent has what it wanted, or is gone
         pass
-    os._exit(0)  # Ray ends what belongs to a driver that is gone
+    _end()
 
 
 class _Link:
@@ -300,7 +308,13 @@ class _Link:
         """Have the parent raise an error; ends this process."""
         with contextlib.suppress(OSError):
             self.tell("failed", error)
-        os._exit(0)
+        _end()
+
+
+def _end() -> NoReturn:
+    """End this process, and a cluster that it has started; Ray ends its workers on others."""
+    os.killpg(0, signal.SIGKILL)
+    os._exit(1)  # never reached
 
 
 def _join(address: str) -> None:

@@ -26,7 +26,7 @@ def check(config: EngineConfig) -> None:
         from polarctl.parallel.http_client import check_url
 
         check_url(config.server)
-    options_of(config)
+    placement(config)
 
 
 def options_of(config: EngineConfig) -> dict[str, Any]:

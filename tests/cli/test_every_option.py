@@ -264,6 +264,9 @@ SAMPLE: dict[str, Case | Seen] = {
     "server_deadline": Seen("stages/test_sample_served.py", "--server-deadline"),
     "device": swap(SAMPLE_BASE, "--device cpu", "--device cuda:99", "status"),
     "dtype": add(SAMPLE_BASE, "--dtype float8", "status"),
+    "gpus": add(SAMPLE_BASE.replace("--device cpu", ""), "--gpus 99", "status"),
+    "ray": Seen("parallel/test_ray_pool.py", '"--ray", cluster.address'),
+    "ray_resource": Seen("parallel/test_ray_pool.py", "ray_resource="),
 }
 
 PAIR_BASE = "pair trajectories.jsonl -o out.jsonl -q"
@@ -303,6 +306,8 @@ SCORE: dict[str, Case | Seen] = {
     "dtype": add(SCORE_BASE, "--dtype bfloat16"),
     "backend": add(SCORE_BASE, "--backend nothing", "status"),
     "gpus": add(SCORE_BASE.replace("--device cpu", ""), "--gpus 99", "status"),
+    "ray": Seen("parallel/test_ray_pool.py", '"--ray", cluster.address'),
+    "ray_resource": Seen("parallel/test_ray_pool.py", "ray_resource="),
     "engine_option": Seen("engines/test_vllm.py", '"--engine-option"'),
     "server": Case(SCORE_BASE, NO_SERVER + " --server-deadline 0.1", "status"),
     "server_type": add(NO_SERVER + " --server-deadline 0.1", "--server-type nothing", "status"),
@@ -504,6 +509,7 @@ REFUSED = {
         "tokenizer": "sample prompts.jsonl -m lm --tokenizer lm",
         "concurrency": "sample prompts.jsonl -m lm --concurrency 2",
         "server_deadline": "sample prompts.jsonl -m lm --server-deadline 2",
+        "ray_resource": "sample prompts.jsonl -m lm --ray-resource GPU=1",
     },
     "pair": {
         "resume": "pair trajectories.jsonl --no-resume",
@@ -546,6 +552,8 @@ REFUSED = {
         "device": "score candidates.jsonl -m rm --backend vllm --device cuda:1",
         "dtype": SERVER + " --dtype float32",
         "gpus": SERVER + " --gpus 2",
+        "ray": SERVER + " --ray auto",
+        "ray_resource": "score candidates.jsonl -m rm --ray-resource GPU=1",
         "engine_option": "score candidates.jsonl -m rm --engine-option a=1",
         "server_model": "score candidates.jsonl -m rm --server-model x",
         "concurrency": "score candidates.jsonl -m rm --concurrency 2",

@@ -17,6 +17,7 @@ from tiny import build_lm, build_tokenizer
 from polarctl import cli
 from polarctl.policies.prompts import cut_to_prefixes
 from polarctl.records import Record, Trajectory, check, prompt_id
+from polarctl.stages import sample as stage
 
 PROGRAM = str(Path(sys.executable).parent / "polarctl")
 QUESTIONS = [{"prompt": f"What is the sum of {n} and {n * 7 % 31}?"} for n in range(40)]
@@ -183,6 +184,19 @@ def test_a_pipe_carries_the_bytes_of_the_file(tmp_path, prompts, pool):
 
 
 # -- prefixes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_bytes_of_one(tmp_path, prompts, pool, monkeypatch):
+    monkeypatch.setattr(stage, "WINDOW_ROWS", 4)
+    made = []
+    for gpus in ("1", "2"):
+        out = tmp_path / f"{gpus}.jsonl"
+        arguments = [prompts, "--pool", pool, "-o", str(out), "--gpus", gpus, "--device", "cpu"]
+        assert sample(*arguments, "--rejects", str(tmp_path / f"bad-{gpus}.jsonl")) == 0
+        counts = json.loads(Path(f"{out}.manifest.json").read_bytes())["counts"]
+        made.append((out.read_bytes(), (tmp_path / f"bad-{gpus}.jsonl").read_bytes(), counts))
+    assert made[0] == made[1] and len(made[0][0]) > 1000
 
 
 def test_prefix_lengths_are_uniform_and_true_prefixes():
