@@ -344,7 +344,7 @@ def log_log(
     numbers = [z for line in (*clouds.values(), *lines.values()) for point in line for z in point]
     if not any(clouds.values()) or not all(math.isfinite(z) and z > 0 for z in numbers):
         raise ValueError("points on logarithmic axes must be finite and above 0")
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     looks = (("o", "#AAAAAA", 22), ("o", BLUE, 36), ("*", VERMILLION, 130))
     with _styled():
@@ -362,6 +362,11 @@ def log_log(
             names.append(name)
         axes.set_xscale("log")
         axes.set_yscale("log")
+        rights = [x for line in clouds.values() for x, _ in line]
+        wide = max(rights) > 1e3 * min(rights)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0e}".replace("e+", "e")))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         # A loss spans less than a decade: plain numbers, where powers of ten would leave none.
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.3g}"))

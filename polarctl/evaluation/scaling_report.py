@@ -82,8 +82,7 @@ def prediction_table(laws: Sequence[ScalingLaw]) -> Table | None:
     return Table(
         ("in", "held-out run", "error", "measured", "predicted", "by"),
         rows,
-        "the largest run, predicted by the smaller ones, with 95 % prediction intervals; how many "
-        "times it is beyond them",
+        "the largest run, predicted by the smaller ones; 95 % prediction intervals",
     )
 
 
