@@ -19,6 +19,7 @@ class Browser:
     """A browser with one page."""
 
     def __init__(self):
+        assert PROGRAM, "Chromium is not there: apt-get install chromium"
         self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         read, self.to = os.pipe()
         self.back, write = os.pipe()
