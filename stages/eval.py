@@ -173,7 +173,10 @@ def run(config: Config) -> None:
         _run_benchmark(config)
         return
     if _is_scaling(config):
-        _fit_laws(config)
+        from polarctl.evaluation import scaling_report
+
+        folder = None if config.output == "-" else config.output
+        scaling_report.fit_runs(config.input[1:], folder, dry_run=config.dry_run)
         return
     from polarctl import console
     from polarctl.errors import UsageError
@@ -415,37 +418,6 @@ def _add_references(folder: Path, source: str | None) -> None:
     console.note(f"{reference_source.WORDS[source]}: {number:,} rows")
     if without:
         console.warn(f"{without:,} rows are left out: they have no such reference")
-
-
-def _fit_laws(config: Config) -> None:
-    """Fit scaling laws to the runs that are named, and report them."""
-    from polarctl import console
-    from polarctl.evaluation import scaling, scaling_report
-    from polarctl.evaluation.page import terminal_table
-    from polarctl.evaluation.scaling_runs import read_runs
-
-    folder = None if config.output == "-" else config.output
-    if folder:
-        scaling_report.check_folder(folder)
-    runs = read_runs(config.input[1:])
-    if len({run.held_out for run in runs}) > 1:
-        console.warn(
-            "the runs were not measured on the same held-out triples (input, --val-fraction, "
-            "--seed or --limit differ): their losses are compared as they are"
-        )
-    if config.dry_run:
-        console.note(f"eval scaling: {len(runs)} runs are good")
-        return
-    laws = [scaling.law_of(runs, axis) for axis in scaling.AXES]
-    for line in scaling_report.doubts(laws):
-        console.warn(line)
-    tables = [scaling_report.law_table(laws), scaling_report.prediction_table(laws)]
-    for table in tables:
-        if table is not None and table.rows:
-            console.show(terminal_table(table))
-    if folder:
-        scaling_report.write(folder, runs, laws)
-        console.note(f"report: {folder}/{scaling_report.PAGE}")
 
 
 def _baseline(config: Config) -> dict[str, Any] | None:

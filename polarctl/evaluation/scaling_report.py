@@ -10,8 +10,18 @@ from typing import Any
 
 import orjson
 
-from polarctl.evaluation.page import Document, Image, Section, Table, render_html, render_markdown
-from polarctl.evaluation.scaling import AXES, CONSTANT, PAPER, Fit, ScalingLaw, TrainedRun
+from polarctl import console
+from polarctl.evaluation.page import (
+    Document,
+    Image,
+    Section,
+    Table,
+    render_html,
+    render_markdown,
+    terminal_table,
+)
+from polarctl.evaluation.scaling import AXES, CONSTANT, PAPER, Fit, ScalingLaw, TrainedRun, law_of
+from polarctl.evaluation.scaling_runs import read_runs
 from polarctl.storage import atomic, replace
 
 JSON, PAGE, MARKDOWN = "scaling.json", "scaling.html", "scaling.md"
@@ -30,6 +40,39 @@ _POINTS = {
 _LOSS = "held-out loss L"
 _LINE = 60  # points of a drawn law
 _UNLIKE = 1.5  # amounts of data that differ by more are not the same
+
+
+def fit_runs(names: Sequence[str], folder: str | None, *, dry_run: bool = False) -> None:
+    """Fit scaling laws to training runs, show them, and write them to a folder if there is one.
+
+    Args:
+        names: Folders of the runs, or globs.
+        folder: Where the report goes, or None.
+        dry_run: Only check the runs.
+
+    Raises:
+        UsageError: A run cannot be used, or the folder holds files of others.
+    """
+    if folder:
+        check_folder(folder)
+    runs = read_runs(names)
+    if len({run.held_out for run in runs}) > 1:
+        console.warn(
+            "the runs were not measured on the same held-out triples (input, --val-fraction, "
+            "--seed or --limit differ): their losses are compared as they are"
+        )
+    if dry_run:
+        console.note(f"eval scaling: {len(runs)} runs are good")
+        return
+    laws = [law_of(runs, axis) for axis in AXES]
+    for line in doubts(laws):
+        console.warn(line)
+    for table in (law_table(laws), prediction_table(laws)):
+        if table is not None and table.rows:
+            console.show(terminal_table(table))
+    if folder:
+        write(folder, runs, laws)
+        console.note(f"report: {folder}/{PAGE}")
 
 
 def law_table(laws: Sequence[ScalingLaw]) -> Table:
