@@ -642,6 +642,7 @@ REFUSED = {
                 "by": "--by reward",
                 "best_of_n": "--best-of-n",
                 "join": "--join id",
+                "dedup": "--dedup exact",
                 "subset": "--subset a",
                 "source_split": "--source-split a",
                 "map": "--map a=b",
