@@ -9,6 +9,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+@pytest.fixture(autouse=True)
+def own_choices():
+    """A choice is said once in a run; what another test has said counts for none."""
+    from polarctl import console
+
+    before = console.snapshot()
+    console.restore({**before, "choices": {}})
+    yield
+    console.restore(before)
+
+
 @pytest.fixture(scope="session")
 def tiny_lm(tmp_path_factory):
     """Folder of a tiny random base LM with its tokenizer."""
