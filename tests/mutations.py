@@ -54,8 +54,8 @@ FAULTS = [
     Fault(
         "a resume with another input of the same size is accepted",
         "polarctl/storage/read.py",
-        "        elif passed == done and digest is not None and digest != now:",
-        "        elif False:",
+        "        if passed == done and digest is not None and digest != now:",
+        "        if False:",
         "tests/storage/test_write.py::test_a_resume_with_another_input_is_refused",
     ),
     Fault(
