@@ -450,9 +450,9 @@ SLOW = """
     from polarctl import cli
     from polarctl.storage.read import Reader
     real = Reader.parse
-    def parse(self, where, line):
+    def parse(self, *given, **more):
         time.sleep(0.0004)
-        return real(self, where, line)
+        return real(self, *given, **more)
     Reader.parse = parse
     sys.exit(cli.run(sys.argv[1:]))
 """
@@ -481,6 +481,7 @@ def test_two_runs_never_share_a_rejects_file(tmp_path, capfd):
 
     first = slow(shard(0))
     while not bad.exists():
+        assert first.poll() is None, first.communicate()[1]
         time.sleep(0.005)
     start = time.monotonic()
     assert run(shard(1)) == 2
