@@ -107,6 +107,12 @@ RayResource = Annotated[
         "or CPU=1 with --device cpu.",
     ),
 ]
+ServerDeadline = Annotated[
+    float, typer.Option(min=0, help="Seconds without a good reply before giving up.")
+]
+TestShare = Annotated[
+    float, typer.Option(min=0, max=1, help="Share of the prompts in the test part.")
+]
 Nnodes = Annotated[
     int,
     typer.Option(min=1, help="Machines; MASTER_ADDR, MASTER_PORT and NODE_RANK say the rest."),

@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from polarctl.config import Common, Needs
+from polarctl.config import Common, Needs, TestShare
 
 if TYPE_CHECKING:
     from polarctl.formats.duplicates import Duplicates
@@ -148,9 +148,7 @@ class Config(Common):
         Literal["train", "test"] | None,
         typer.Option(help="Keep this part of the prompts, chosen by their text and the seed."),
     ] = None
-    test_share: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the prompts in the test part.")
-    ] = 0.2
+    test_share: TestShare = 0.2
     dedup: Annotated[
         str | None,
         typer.Option(

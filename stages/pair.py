@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from polarctl.config import Common, Needs
+from polarctl.config import Common, Needs, TestShare
 
 if TYPE_CHECKING:
     from polarctl.policies.by_prompt import Groups
@@ -52,12 +52,7 @@ class Config(Common):
 
     NEEDS = [
         Needs(
-            "policies exclude_policies require",
-            lambda c: not c.from_rollouts,
-            "samples of several policies, not for --from-rollouts",
-        ),
-        Needs(
-            "max_similarity hard_by",
+            "policies exclude_policies require max_similarity hard_by",
             lambda c: not c.from_rollouts,
             "samples of several policies, not for --from-rollouts",
         ),
@@ -111,9 +106,7 @@ class Config(Common):
         Literal["train", "test"] | None,
         typer.Option(help="Keep this part of the prompts, the same as of `convert --split`."),
     ] = None
-    test_share: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the prompts in the test part.")
-    ] = 0.2
+    test_share: TestShare = 0.2
     max_similarity: Annotated[
         float,
         typer.Option(

@@ -92,6 +92,7 @@ def _check(record: Any) -> None:
 def _count(record: Any, samples: Any) -> None:
     from polarctl.errors import RecordError
     from polarctl.evaluation.discrimination import prompt_key
+    from polarctl.records import prompt_id
 
     group = "candidates" in record
     rewards = record.get("rewards") if group else [record.get("reward")]
@@ -102,7 +103,7 @@ def _count(record: Any, samples: Any) -> None:
             raise RecordError(f"`label` {label}: is not from 0 to 1", where=record.where)
         samples.add(
             answer["name" if group else "policy"],
-            prompt_key(record),
+            prompt_key(prompt_id(record)),
             None if label is None else float(label),
             None if reward is None else float(reward),
         )

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from polarctl.config import Common, Device, Dtype, Needs, Ray, RayResource
+from polarctl.config import Common, Device, Dtype, Needs, Ray, RayResource, ServerDeadline
 
 if TYPE_CHECKING:
     from polarctl.policies.backends import Running
@@ -94,9 +94,7 @@ class Config(Common):
     concurrency: Annotated[
         int, typer.Option(min=1, help="Requests to a policy's server under way at most.")
     ] = 16
-    server_deadline: Annotated[
-        float, typer.Option(min=0, help="Seconds without a good reply before giving up.")
-    ] = 300.0
+    server_deadline: ServerDeadline = 300.0
     device: Device = "auto"
     dtype: Dtype = "auto"
     gpus: Annotated[
@@ -408,18 +406,21 @@ def _sample(config: Config, policies: list[Policy], prompts: Prompts, out: Outpu
     left, begun = policies[finished:], out.done - finished * units
     opened = (backends.open_writer(policy, backends.Running()) for policy in left)
     backends.check_writers(opened, prompts, strict=not config.rejects)
-    jobs = [(policy, n) for i, policy in enumerate(left) for n in range(0 if i else begun, units)]
     total = len(prompts) * sum(policy.samples for policy in policies)
     done = len(prompts) * sum(policy.samples for policy in policies[:finished])
     done += sum(len(prompts.window(n)) * left[0].samples for n in range(begun))
 
+    def jobs() -> Iterator[tuple[Policy, int]]:
+        for number, policy in enumerate(left):
+            yield from ((policy, window) for window in range(0 if number else begun, units))
+
     work = workers.UnitWork(
         partial(_open, config=config), partial(unit_of, seed=config.seed, clean=config.clean)
     )
-    made = workers.units(config, ((policy, prompts.window(n)) for policy, n in jobs), work)
+    made = workers.units(config, ((policy, prompts.window(n)) for policy, n in jobs()), work)
     with closing(made), console.progress("sample", total, "samples") as bar:
         start, tokens = time.monotonic(), 0
-        for (policy, _), unit in zip(jobs, made, strict=True):
+        for (policy, _), unit in zip(jobs(), made, strict=True):
             _same(facts.get(policy.name), unit.facts, policy)
             facts[policy.name] = unit.facts
             tally = tallies.setdefault(policy.name, dict.fromkeys(OUTCOMES, 0))

@@ -213,7 +213,7 @@ def verdicts(
     reference = content_text(record.get("reference", "")).split()
     cases.references[origin(record)] += 1
     cases.leaks += bool(reference) and any(text.split() == reference for text in outputs)
-    key = prompt_key(record)
+    key = prompt_key(cluster)
     if group:
         _best(cases, key, labels, {MODEL: rewards, **scores}, decided=bool(pairs))
         if pairs and len(labels) > 2:

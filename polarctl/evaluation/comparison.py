@@ -8,8 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from polarctl.evaluation.cases import estimate, interval_of, labels_of, text_mark
 from polarctl.evaluation.metrics import pairs_of_group
 from polarctl.evaluation.page import (
@@ -17,12 +15,10 @@ from polarctl.evaluation.page import (
     Section,
     Table,
     format_interval,
-    render_html,
-    render_markdown,
+    write_report,
 )
 from polarctl.evaluation.paired import Key, Sheet, difference, unmatched, words
 from polarctl.records import Record, outputs_of
-from polarctl.storage import atomic
 
 FILES = ("report.html", "report.json", "report.md")
 
@@ -173,8 +169,4 @@ def write(folder: str, report: Mapping[str, Any], facts: Sequence[tuple[str, str
     """Write report.json, report.html and report.md into a folder."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    page = document(report, facts)
-    atomic.write(target / "report.html", render_html(page).encode())
-    atomic.write(target / "report.md", render_markdown(page).encode())
-    options = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS
-    atomic.write(target / "report.json", orjson.dumps(dict(report), option=options))
+    write_report(document(report, facts), report, target)

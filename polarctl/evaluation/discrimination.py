@@ -28,10 +28,10 @@ PARTS = {
 BINS = 5
 
 
-def prompt_key(record: Mapping[str, Any]) -> int:
-    """64 bits of a hash of the prompt's identity."""
-    name = prompt_id(dict(record)).encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")
+def prompt_key(name: str) -> int:
+    """64 bits of a hash of a prompt's identity (`records.prompt_id`)."""
+    data = name.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 
 @dataclass
@@ -42,14 +42,14 @@ class TrainedOn:
     policies: frozenset[str]
 
     @classmethod
-    def read(cls, records: Iterable[Mapping[str, Any]]) -> TrainedOn:
+    def read(cls, records: Iterable[dict[str, Any]]) -> TrainedOn:
         """From its triples; 8 bytes a record are kept."""
         import numpy as np
 
         keys: array[int] = array("Q")
         policies: set[Any] = set()
         for record in records:
-            keys.append(prompt_key(record))
+            keys.append(prompt_key(prompt_id(record)))
             policies |= {record.get("policy"), record.get("rejected_policy")}
         return cls(np.unique(np.asarray(keys, dtype=np.uint64)), frozenset(policies - {None}))
 

@@ -81,10 +81,10 @@ def kind_shown(record: Mapping[str, Any]) -> str:
     return "disagreement" if isinstance(record.get("correct"), dict) else kind_of(dict(record))
 
 
-def identity(record: Mapping[str, Any]) -> str:
+def identity(record: dict[str, Any]) -> str:
     """The record's `id`, else the hash of its prompt; empty without both."""
     if "prompt" in record or record.get("id"):
-        return prompt_id(dict(record))
+        return prompt_id(record)
     return ""
 
 

@@ -11,12 +11,16 @@ from __future__ import annotations
 import base64
 import html
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from pathlib import Path
 from typing import Any
 
+import orjson
+
 from polarctl.evaluation.metrics import Interval
+from polarctl.storage import atomic
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -271,6 +275,23 @@ def _facts(facts: Sequence[tuple[str, str]]) -> list[str]:
         return []
     pairs = (f"<dt>{_escape(name)}</dt><dd>{_escape(text)}</dd>" for name, text in facts)
     return ["<dl>", *pairs, "</dl>"]
+
+
+def write_report(
+    page: Document, figures: Mapping[str, Any], folder: Path, name: str = "report"
+) -> None:
+    """Write a report's NAME.html, NAME.md and NAME.json.
+
+    Args:
+        page: The report for readers.
+        figures: The same for machines.
+        folder: Where to; it exists.
+        name: NAME.
+    """
+    atomic.write(folder / f"{name}.html", render_html(page).encode())
+    atomic.write(folder / f"{name}.md", render_markdown(page).encode())
+    options = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS
+    atomic.write(folder / f"{name}.json", orjson.dumps(dict(figures), option=options))
 
 
 def render_markdown(report: Document) -> str:

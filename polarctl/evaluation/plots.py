@@ -22,6 +22,7 @@ from types import MappingProxyType
 from typing import Any
 
 from polarctl.evaluation.metrics import Interval
+from polarctl.storage import atomic
 
 Line = Sequence[tuple[float, float]]
 
@@ -58,7 +59,7 @@ _STYLE: dict[str, Any] = {
 
 
 @contextmanager
-def _styled(more: Mapping[str, Any] = MappingProxyType({})) -> Iterator[None]:
+def styled(more: Mapping[str, Any] = MappingProxyType({})) -> Iterator[None]:
     """Our style on matplotlib's own defaults, put back afterwards."""
     import matplotlib
 
@@ -71,7 +72,8 @@ def _styled(more: Mapping[str, Any] = MappingProxyType({})) -> Iterator[None]:
         yield
 
 
-def _figure(height_in: float) -> tuple[Any, Any]:
+def new_figure(height_in: float) -> tuple[Any, Any]:
+    """A figure of our width and one pair of axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(_WIDTH_IN, height_in), dpi=_DPI, layout="constrained")
@@ -90,21 +92,19 @@ class Drawing(bytes):
     def svg(self) -> bytes:
         """The same drawing as SVG, with letters as outlines: it needs no font."""
         buffer = io.BytesIO()
-        with _styled({"svg.hashsalt": "polarctl"}):
+        with styled({"svg.hashsalt": "polarctl"}):
             self.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
         return buffer.getvalue()
 
 
-def write(path: Path, drawing: bytes) -> None:
+def write(path: Path, drawing: Drawing) -> None:
     """Write a drawing as PNG, and as SVG beside it."""
-    from polarctl.storage import atomic
-
     atomic.write(path, drawing)
-    if isinstance(drawing, Drawing):
-        atomic.write(path.with_suffix(".svg"), drawing.svg())
+    atomic.write(path.with_suffix(".svg"), drawing.svg())
 
 
-def _png(figure: Any) -> Drawing:
+def drawing_of(figure: Any) -> Drawing:
+    """A finished figure as PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
     figure.set_layout_engine("none")  # all has its place: laying out again takes as long
@@ -113,34 +113,39 @@ def _png(figure: Any) -> Drawing:
     return drawing
 
 
-def _wrapped(text: str, width: int, lines: int = 3) -> str:
+def wrapped(text: str, width: int, lines: int = 3) -> str:
     """At most `lines` lines of `width` characters; what does not fit ends in an ellipsis."""
     kept = textwrap.wrap(text, width, max_lines=lines, placeholder=" …", break_on_hyphens=True)
     return "\n".join(kept) or " "
 
 
-def _columns(names: Sequence[str]) -> int:
+def legend_columns(names: Sequence[str]) -> int:
     """Legend columns that fit the width: all in one line, or as many as the longest name allows."""
     widths = [len(name) + 8 for name in names]
     return len(names) if sum(widths) <= 100 else max(1, 100 // max(widths))
 
 
-def _head(figure: Any, title: str, handles: Sequence[Any], names: Sequence[str]) -> None:
+def legend_rows(names: Sequence[str]) -> int:
+    """Rows of the legend, each 0.19 inches high."""
+    return math.ceil(len(names) / legend_columns(names))
+
+
+def add_head(figure: Any, title: str, handles: Sequence[Any], names: Sequence[str]) -> None:
     """Title and legend above the axes; as one block, so that they cannot overlap."""
-    labels = [_wrapped(name, 80, lines=1) for name in names]
+    labels = [wrapped(name, 80, lines=1) for name in names]
     figure.legend(
         handles,
         labels,
-        title=_wrapped(title, 80) if title else None,
+        title=wrapped(title, 80) if title else None,
         title_fontproperties={"size": 11, "weight": "bold"},
         alignment="left",
         loc="outside upper left",
-        ncols=_columns(labels),
+        ncols=legend_columns(labels),
         borderaxespad=0.3,
     )
 
 
-def margin_histogram(margins: Sequence[float], *, title: str = "") -> bytes:
+def margin_histogram(margins: Sequence[float], *, title: str = "") -> Drawing:
     """Histogram of reward margins, chosen minus rejected; bars split exactly at zero.
 
     A margin of zero counts as wrong. Margins more than three
@@ -165,8 +170,8 @@ def margin_histogram(margins: Sequence[float], *, title: str = "") -> bytes:
     span = float(np.ptp(np.append(values, 0.0))) or 1.0
     step = span / max(10, min(40, 2 * round(len(values) ** 0.5)))
 
-    with _styled():
-        figure, axes = _figure(3.4)
+    with styled():
+        figure, axes = new_figure(3.4)
         bars, names = [], []
         sides = ((BLUE, 1, "chosen scored higher"), (VERMILLION, -1, "tied or lower"))
         for colour, sign, label in sides:
@@ -186,8 +191,8 @@ def margin_histogram(margins: Sequence[float], *, title: str = "") -> bytes:
         axes.set_ylabel("pairs")
         axes.yaxis.get_major_locator().set_params(integer=True)
         axes.grid(axis="y")
-        _head(figure, title, bars, names)
-        return _png(figure)
+        add_head(figure, title, bars, names)
+        return drawing_of(figure)
 
 
 def accuracy_bars(
@@ -195,7 +200,7 @@ def accuracy_bars(
     *,
     title: str = "",
     chance: float | None = 0.5,
-) -> bytes:
+) -> Drawing:
     """Horizontal bars of accuracy with error bars: a row per category, a bar per judge.
 
     Judges ("model", "longer wins") get their colour by first appearance; a row may lack some.
@@ -210,12 +215,12 @@ def accuracy_bars(
     shown, labels = rows[:MAX_ROWS], []
     for category, judged in shown:
         cases = max((interval.n for interval in judged.values()), default=0)
-        labels.append(f"{_wrapped(category, 30)}\nn = {cases:,}")
+        labels.append(f"{wrapped(category, 30)}\nn = {cases:,}")
     # Each row is as tall as its bars or its label, whichever needs more (inches).
     heights = [max(0.19 * len(names), 0.17 * (label.count("\n") + 1)) + 0.16 for label in labels]
 
-    with _styled():
-        figure, axes = _figure(sum(heights) + (1.25 if title else 1.0))
+    with styled():
+        figure, axes = new_figure(sum(heights) + (1.25 if title else 1.0))
         handles: dict[str, Any] = {}
         centres, top = [], 0.0
         for (_, judged), height in zip(shown, heights, strict=True):
@@ -243,11 +248,11 @@ def accuracy_bars(
         note = f"\n{more:,} more categories are not drawn" if more else ""
         axes.set_xlabel(f"accuracy (%) with its confidence interval{note}")
         drawn = [name for name in names if name in handles]
-        _head(figure, title, [handles[name] for name in drawn], drawn)
-        return _png(figure)
+        add_head(figure, title, [handles[name] for name in drawn], drawn)
+        return drawing_of(figure)
 
 
-def reliability(bins: Sequence[Mapping[str, float]], *, title: str = "") -> bytes:
+def reliability(bins: Sequence[Mapping[str, float]], *, title: str = "") -> Drawing:
     """Accuracy against confidence, a point per bin, the larger the more cases.
 
     On the dashed diagonal a model is right as often as it is sure.
@@ -262,8 +267,8 @@ def reliability(bins: Sequence[Mapping[str, float]], *, title: str = "") -> byte
     if not bins:
         raise ValueError("no bins to plot")
     most = max(entry["n"] for entry in bins)
-    with _styled():
-        figure, axes = _figure(3.6)
+    with styled():
+        figure, axes = new_figure(3.6)
         (ideal,) = axes.plot([0.5, 1], [0.5, 1], color=INK, linestyle=(0, (4, 3)), linewidth=1)
         confidence = [entry["confidence"] for entry in bins]
         accuracy = [entry["accuracy"] for entry in bins]
@@ -275,11 +280,11 @@ def reliability(bins: Sequence[Mapping[str, float]], *, title: str = "") -> byte
         axes.set_xlabel("confidence: sigmoid of the margin's size")
         axes.set_ylabel("accuracy")
         axes.grid()
-        _head(figure, title, [line, ideal], ["model", "as sure as right"])
-        return _png(figure)
+        add_head(figure, title, [line, ideal], ["model", "as sure as right"])
+        return drawing_of(figure)
 
 
-def curves(series: Mapping[str, Line], *, xlabel: str, ylabel: str, title: str = "") -> bytes:
+def curves(series: Mapping[str, Line], *, xlabel: str, ylabel: str, title: str = "") -> Drawing:
     """Lines over a common axis (loss, reward, KL per step), one per name, in the order given.
 
     Points that are infinite or NaN leave a gap. One series has no legend; up to 30 points get a
@@ -290,19 +295,19 @@ def curves(series: Mapping[str, Line], *, xlabel: str, ylabel: str, title: str =
     """
     if not any(math.isfinite(x) and math.isfinite(y) for line in series.values() for x, y in line):
         raise ValueError("no finite points to plot")
-    with _styled():
-        figure, axes = _figure(3.2 + 0.19 * math.ceil(len(series) / _columns(list(series))))
+    with styled():
+        figure, axes = new_figure(3.2 + 0.19 * legend_rows(list(series)))
         lines = _lines(axes, series)
-        axes.set_xlabel(_wrapped(xlabel, 75))
-        axes.set_ylabel(_wrapped(ylabel, 40))
+        axes.set_xlabel(wrapped(xlabel, 75))
+        axes.set_ylabel(wrapped(ylabel, 40))
         if len(series) > 1:
-            _head(figure, title, lines, list(series))
+            add_head(figure, title, lines, list(series))
         elif title:
-            axes.set_title(_wrapped(title, 75))
-        return _png(figure)
+            axes.set_title(wrapped(title, 75))
+        return drawing_of(figure)
 
 
-def stacked_curves(panels: Mapping[str, Mapping[str, Line]], *, xlabel: str) -> bytes:
+def stacked_curves(panels: Mapping[str, Mapping[str, Line]], *, xlabel: str) -> Drawing:
     """Panels one above the other over a common axis: title to `curves`' series.
 
     Raises:
@@ -313,22 +318,22 @@ def stacked_curves(panels: Mapping[str, Mapping[str, Line]], *, xlabel: str) -> 
     for series in panels.values():
         if not any(math.isfinite(y) for line in series.values() for _, y in line):
             raise ValueError("no finite points to plot")
-    with _styled():
+    with styled():
         figure = Figure(figsize=(_WIDTH_IN, 2.4 * len(panels)), dpi=_DPI, layout="constrained")
         several = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
         for axes, (title, series) in zip(several, panels.items(), strict=True):
             lines = _lines(axes, series)
-            axes.set_title(_wrapped(title, 75))
+            axes.set_title(wrapped(title, 75))
             if len(series) > 1:
-                names = [_wrapped(name, 40, lines=1) for name in series]
+                names = [wrapped(name, 40, lines=1) for name in series]
                 axes.legend(lines, names, loc="best")
-        several[-1].set_xlabel(_wrapped(xlabel, 75))
-        return _png(figure)
+        several[-1].set_xlabel(wrapped(xlabel, 75))
+        return drawing_of(figure)
 
 
 def log_log(
     clouds: Mapping[str, Line], lines: Mapping[str, Line], *, xlabel: str, ylabel: str, title: str
-) -> bytes:
+) -> Drawing:
     """Points and lines on two logarithmic axes; the first cloud is faint, the last one a star.
 
     Args:
@@ -347,8 +352,8 @@ def log_log(
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     looks = (("o", "#AAAAAA", 22), ("o", BLUE, 36), ("*", VERMILLION, 130))
-    with _styled():
-        figure, axes = _figure(3.9)
+    with styled():
+        figure, axes = new_figure(3.9)
         handles, names = [], []
         for (name, points), (marker, colour, size) in zip(clouds.items(), looks, strict=False):
             if points:
@@ -373,10 +378,10 @@ def log_log(
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.minorticks_off()
         axes.grid()
-        axes.set_xlabel(_wrapped(xlabel, 75))
-        axes.set_ylabel(_wrapped(ylabel, 40))
-        _head(figure, title, handles, names)
-        return _png(figure)
+        axes.set_xlabel(wrapped(xlabel, 75))
+        axes.set_ylabel(wrapped(ylabel, 40))
+        add_head(figure, title, handles, names)
+        return drawing_of(figure)
 
 
 def _lines(axes: Any, series: Mapping[str, Line]) -> list[Any]:

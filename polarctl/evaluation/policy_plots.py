@@ -16,18 +16,19 @@ from polarctl.evaluation.plots import (
     PALETTE,
     SKY,
     VERMILLION,
-    _columns,
-    _figure,
-    _head,
-    _png,
-    _styled,
-    _wrapped,
+    Drawing,
+    add_head,
+    drawing_of,
+    legend_rows,
+    new_figure,
+    styled,
+    wrapped,
 )
 
 
 def share_curves(
     series: Mapping[str, Sequence[tuple[int, Interval]]], *, xlabel: str, title: str = ""
-) -> bytes:
+) -> Drawing:
     """Shares in percent over 1, 2, 4, ... on a logarithmic axis, with their intervals.
 
     Args:
@@ -41,8 +42,8 @@ def share_curves(
     places = sorted({x for points in series.values() for x, _ in points})
     if not places:
         raise ValueError("no points to plot")
-    with _styled():
-        figure, axes = _figure(3.4 + 0.19 * math.ceil(len(series) / _columns(list(series))))
+    with styled():
+        figure, axes = new_figure(3.4 + 0.19 * legend_rows(list(series)))
         lines = []
         for i, points in enumerate(series.values()):
             colour, xs = PALETTE[i % len(PALETTE)], [x for x, _ in points]
@@ -57,11 +58,11 @@ def share_curves(
         axes.set_xscale("log", base=2)
         axes.set_xticks(places, [str(x) for x in places])
         axes.minorticks_off()
-        axes.set_xlabel(_wrapped(xlabel, 75))
+        axes.set_xlabel(wrapped(xlabel, 75))
         axes.set_ylabel("share (%), 95 % interval")
         axes.grid()
-        _head(figure, title, lines, list(series))
-        return _png(figure)
+        add_head(figure, title, lines, list(series))
+        return drawing_of(figure)
 
 
 def heat_map(
@@ -74,7 +75,7 @@ def heat_map(
         "policy of rejected",
         "accuracy (%)",
     ),
-) -> bytes:
+) -> Drawing:
     """Shares as colours, a row and a column per name: white is one half, grey is no value.
 
     Args:
@@ -92,17 +93,17 @@ def heat_map(
 
     values = np.array([[cells.get((row, name), math.nan) for name in names] for row in names])
     size = min(6.2, max(2.4, 0.42 * len(names)))
-    with _styled():
+    with styled():
         from matplotlib.colors import LinearSegmentedColormap
 
         # Grey lies behind: a cell without a value is not drawn.
         colours = LinearSegmentedColormap.from_list("", [VERMILLION, "#ffffff", BLUE])
-        figure, axes = _figure(size + 1.4)
+        figure, axes = new_figure(size + 1.4)
         axes.set_facecolor("#c8c8c8")
         drawn = axes.imshow(100 * values, cmap=colours, vmin=0, vmax=100)
         step = max(1, math.ceil(len(names) / 40))
         ticks = range(0, len(names), step)
-        shown = [_wrapped(names[i], 22, lines=1) for i in ticks]
+        shown = [wrapped(names[i], 22, lines=1) for i in ticks]
         small = 8.5 if len(names) <= 20 else 6
         axes.set_xticks(ticks, shown, rotation=90, fontsize=small)
         axes.set_yticks(ticks, shown, fontsize=small)
@@ -119,13 +120,13 @@ def heat_map(
                     )  # fmt: skip
         figure.colorbar(drawn, ax=axes, label=labels[2], shrink=0.8)
         if title:
-            axes.set_title(_wrapped(title, 60))
-        return _png(figure)
+            axes.set_title(wrapped(title, 60))
+        return drawing_of(figure)
 
 
 def accuracy_by_distance(
     pairs: Sequence[Mapping[str, float]], bins: Sequence[Mapping[str, float]], *, title: str = ""
-) -> bytes:
+) -> Drawing:
     """Accuracy against distance: a point per pair of policies, and the means of bins.
 
     Args:
@@ -139,8 +140,8 @@ def accuracy_by_distance(
     if not pairs:
         raise ValueError("no pairs to plot")
     most = max(entry["n"] for entry in pairs)
-    with _styled():
-        figure, axes = _figure(3.6)
+    with styled():
+        figure, axes = new_figure(3.6)
         points = axes.scatter(
             [entry["distance"] for entry in pairs],
             [100 * entry["accuracy"] for entry in pairs],
@@ -161,5 +162,5 @@ def accuracy_by_distance(
         axes.set_xlabel("distance of the two policies: how much less their texts overlap (F1)")
         axes.set_ylabel("accuracy (%)")
         axes.grid()
-        _head(figure, title, [points, line], ["a pair of policies", "cases in bins, 95 %"])
-        return _png(figure)
+        add_head(figure, title, [points, line], ["a pair of policies", "cases in bins, 95 %"])
+        return drawing_of(figure)

@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from polarctl.evaluation.cases import interval_of
 from polarctl.evaluation.page import (
     Document,
@@ -16,11 +14,9 @@ from polarctl.evaluation.page import (
     Section,
     Table,
     format_interval,
-    render_html,
-    render_markdown,
+    write_report,
 )
 from polarctl.evaluation.policy_figures import words
-from polarctl.storage import atomic
 
 FILES = (
     *(f"{name}.{kind}" for name in ("pass_at_k", "best_of_n", "wins") for kind in ("png", "svg")),
@@ -118,7 +114,4 @@ def write(
     page = Document("Policies", source, sections, facts)
     for key, picture in images.items():
         plots.write(target / f"{key}.png", picture)
-    atomic.write(target / "report.html", render_html(page).encode())
-    atomic.write(target / "report.md", render_markdown(page).encode())
-    options = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS
-    atomic.write(target / "report.json", orjson.dumps(dict(report), option=options))
+    write_report(page, report, target)

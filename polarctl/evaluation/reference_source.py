@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import orjson
+
 from polarctl.errors import RecordError
 from polarctl.model.template import content_text
 from polarctl.records import Record, prompt_id
+from polarctl.storage import atomic
 
 FROM = "reference_from"
 OTHER_CORRECT, GENERATE = "other-correct", "generate"
@@ -57,11 +60,9 @@ def other_correct(records: Iterable[Record]) -> Iterator[Record | None]:
         yield Record({**rest, "references": references, FROM: OTHER_CORRECT}, record.where)
 
 
-def generated(
-    records: Iterable[Record], trajectories: Iterable[Mapping[str, Any]]
-) -> Iterator[Record | None]:
+def generated(records: Iterable[Record], trajectories: Iterable[Record]) -> Iterator[Record | None]:
     """Each record with what a policy wrote for its prompt; None where it wrote nothing."""
-    written = {prompt_id(dict(made)): made for made in trajectories}
+    written = {prompt_id(made): made for made in trajectories}
     for record in records:
         made = written.get(prompt_id(record))
         if made is None or not content_text(made["output"]).strip():
@@ -81,10 +82,6 @@ def write(path: str, records: Iterable[Record | None], why: str) -> tuple[int, i
     Raises:
         RecordError: There is none.
     """
-    import orjson
-
-    from polarctl.storage import atomic
-
     lines, without = [], 0
     for record in records:
         if record is None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import orjson
+from typing import TYPE_CHECKING, Any
 
 from polarctl.evaluation.cases import interval_of
 from polarctl.evaluation.page import (
@@ -18,12 +16,13 @@ from polarctl.evaluation.page import (
     Table,
     difference,
     format_interval,
-    render_html,
-    render_markdown,
+    write_report,
 )
 from polarctl.evaluation.reference_source import WORDS
 from polarctl.model.template import content_text
-from polarctl.storage import atomic
+
+if TYPE_CHECKING:
+    from polarctl.evaluation.plots import Drawing
 
 FILES = (
     *(
@@ -164,7 +163,7 @@ def discrimination_table(report: Mapping[str, Any]) -> Table | None:
     return Table(("cases with", "cases", "accuracy", "loss"), rows, told + "knows nothing")
 
 
-def _discrimination(found: Mapping[str, Any]) -> tuple[list[Section], dict[str, bytes]]:
+def _discrimination(found: Mapping[str, Any]) -> tuple[list[Section], dict[str, Drawing]]:
     """What the page says of pairs of policies, and its plots by file name."""
     from polarctl.evaluation import policy_plots
 
@@ -323,7 +322,4 @@ def write(
     document = Document(report["metric"].capitalize(), source, sections, facts)
     plots.write(target / "margins.png", histogram)
     plots.write(target / "accuracy.png", bars)
-    atomic.write(target / "report.html", render_html(document).encode())
-    atomic.write(target / "report.md", render_markdown(document).encode())
-    options = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS
-    atomic.write(target / "report.json", orjson.dumps(dict(report), option=options))
+    write_report(document, report, target)

@@ -16,15 +16,15 @@ from polarctl.evaluation.page import (
     Image,
     Section,
     Table,
-    render_html,
-    render_markdown,
     terminal_table,
+    write_report,
 )
 from polarctl.evaluation.scaling import AXES, CONSTANT, PAPER, Fit, ScalingLaw, TrainedRun, law_of
 from polarctl.evaluation.scaling_runs import read_runs
 from polarctl.storage import atomic, replace
 
-JSON, PAGE, MARKDOWN = "scaling.json", "scaling.html", "scaling.md"
+NAME = "scaling"
+JSON, PAGE, MARKDOWN = f"{NAME}.json", f"{NAME}.html", f"{NAME}.md"
 PLOTS = {axis: f"scaling-{axis}.png" for axis in AXES}
 FILES = (JSON, PAGE, MARKDOWN, *PLOTS.values())
 _AXIS = {
@@ -246,10 +246,7 @@ def write(folder: str, runs: Sequence[TrainedRun], laws: Sequence[ScalingLaw]) -
             (target / PLOTS[law.axis]).unlink(missing_ok=True)
     sections.append(Section("Runs", table=run_table(runs, laws)))
     page = Document("Scaling laws", f"{len(runs)} runs", sections)
-    atomic.write(target / PAGE, render_html(page).encode())
-    atomic.write(target / MARKDOWN, render_markdown(page).encode())
-    options = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS
-    atomic.write(target / JSON, orjson.dumps(as_json(runs, laws), option=options))
+    write_report(page, as_json(runs, laws), target, NAME)
 
 
 def plot(runs: Sequence[TrainedRun], law: ScalingLaw) -> bytes:

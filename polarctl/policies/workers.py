@@ -60,7 +60,7 @@ class UnitWork:
 
     def close(self) -> None:
         """Give back the policy that is loaded."""
-        if hasattr(self._writer, "close"):
+        if self._writer is not None:
             self._writer.close()
         self._writer = self._policy = None
 

@@ -158,7 +158,7 @@ def curves(entries: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
         "Share of different words and pairs of words in a rollout": ["distinct_1", "distinct_2"],
     }
     shown = {title: _points(entries, keys) for title, keys in panels.items()}
-    images = {}
+    images: dict[str, bytes] = {}
     if any(shown.values()):
         shown = {title: series for title, series in shown.items() if series}
         images["curves.png"] = plots.stacked_curves(shown, xlabel="step")

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import typer
 
-from polarctl.config import Common, Device, Dtype, Needs, Ray, RayResource
+from polarctl.config import Common, Device, Dtype, Needs, Ray, RayResource, ServerDeadline
 
 WINDOW_ROWS = 512  # records that are scored together: a reward's last digit depends on it
 
@@ -73,9 +73,7 @@ class ServedConfig(Common):
     concurrency: Annotated[
         int, typer.Option(min=1, help="Requests to the server under way at most.")
     ] = 16
-    server_deadline: Annotated[
-        float, typer.Option(min=0, help="Seconds without a good reply before giving up.")
-    ] = 300.0
+    server_deadline: ServerDeadline = 300.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -329,9 +329,8 @@ def score_records(
     used = [_comparisons(r, *parts) for r, parts in zip(records, asked, strict=True)]
     items, cut_off = [], []
     for record, (references, outputs), pairs in zip(records, asked, used, strict=True):
-        cuts = _cut_off(record)
+        cuts, wrapper = _cut_off(record), record.get("wrapper", "sft")
         for i, k in pairs:
-            wrapper = record.get("wrapper", "sft")
             items.append(Item(record["prompt"], references[i], outputs[k], wrapper))
             cut_off.append(cuts[k])
     scored = iter(score_answers(items, scorer, answers, cut_off))

@@ -1,29 +1,20 @@
 """vLLM for real, on the CPU: its rewards are those of transformers, offline and over HTTP."""
 
 import json
-import os
 import random
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
 import torch
+from engines.vllm_server import ENVIRONMENT, vllm_server
 
 BIN = Path(sys.executable).parent
-ENVIRONMENT = {
-    **os.environ,
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-}
 ENGINE = ["--engine-option", "enforce_eager=true"]
 WORDS = "the sea was calm that day and nobody spoke of a storm".split()
 
@@ -125,32 +116,8 @@ def test_the_offline_engine_reads_the_published_folder_and_its_prefix_cache(
 @pytest.fixture(scope="module")
 def server(rm):
     """The address of vLLM's server."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # `vllm serve` asks for the version of the package `vllm`, which its CPU build is not.
-    program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", rm]
-    command = [*program, "--runner", "pooling", "--dtype", "float32"]
-    child = subprocess.Popen(
-        [*command, "--port", str(port), "--enforce-eager", "--served-model-name", "rm"],
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(240):
-            assert child.poll() is None, child.stderr.read()[-3000:]
-            try:
-                urllib.request.urlopen(address + "/health", timeout=2)
-                break
-            except (urllib.error.URLError, OSError):
-                time.sleep(1)
+    with vllm_server(rm, "rm", "--runner", "pooling") as address:
         yield address
-    finally:
-        child.terminate()
-        child.wait(60)
 
 
 def close(rewards):

@@ -1,25 +1,14 @@
 """`sample` through vLLM for real, on the CPU: offline and behind its server."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
+from engines.vllm_server import ENVIRONMENT, vllm_server
 from tiny import build_lm
 
-ENVIRONMENT = {
-    **os.environ,
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-}
 PROMPTS = [
     *({"prompt": f"The sum of {n} and {n * 7} is"} for n in range(12)),
     {"prompt": [{"role": "user", "content": "What is the capital of France?"}]},
@@ -39,32 +28,8 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(model):
     """The address of vLLM's server."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # `vllm serve` asks for the version of the package `vllm`, which its CPU build is not.
-    program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
-    child = subprocess.Popen(
-        [*program, "--dtype", "float32", "--port", str(port), "--enforce-eager"]
-        + ["--served-model-name", "lm"],
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(400):
-            assert child.poll() is None, child.stderr.read()[-3000:]
-            try:
-                urllib.request.urlopen(address + "/health", timeout=2)
-                break
-            except (urllib.error.URLError, OSError):
-                time.sleep(1)
+    with vllm_server(model, "lm") as address:
         yield address
-    finally:
-        child.terminate()
-        child.wait(60)
 
 
 def sample(folder, pool):
