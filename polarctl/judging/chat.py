@@ -74,7 +74,7 @@ class ChatServer:
             pause_s=pause_s,
             hint="is the judge's server up, and does it speak OpenAI's chat API?",
         )
-        self._reply_name: str | None = None
+        self._named = served.ReplyName(self.url)
         self._served: dict[str, Any] | None = None
         self._checked = 0
 
@@ -98,7 +98,8 @@ class ChatServer:
             ]
         )
         if self._served is not None and self._checked != self.remote.again:
-            self._check(self._served)
+            before = self._served
+            served.refuse_another(self.url, before, self.served())
         return found
 
     def served(self) -> dict[str, Any]:
@@ -119,7 +120,7 @@ class ChatServer:
         self._served = {
             "served_by": "chat",
             "served_model": self.model,
-            "served_as": self._reply_name and console.plain(self._reply_name),
+            "served_as": self._named.name and console.plain(self._named.name),
             **served.fields(row),
         }
         return self._served
@@ -127,15 +128,6 @@ class ChatServer:
     def close(self) -> None:
         """Give the connections back; say how often the judge had to be asked again."""
         self.remote.close()
-
-    def _check(self, before: dict[str, Any]) -> None:
-        """After faults: is it still the same judge? The server may have been started anew."""
-        field = served.unlike(before, now := self.served())
-        if field is not None:
-            raise PolarctlError(
-                f"{self.url}: serves another judge than at the start: `{field}` was "
-                f"{before.get(field)!r} and is now {now.get(field)!r}"
-            )
 
     def _request(self, messages: Any, tokens: int, read: Any, **more: Any) -> Request[Any]:
         body = {
@@ -154,11 +146,11 @@ class ChatServer:
         ):
             return Failure(f"the judge cannot take the question: {said}")
         value = self._value(answer)
-        self._same_name(value.get("model"))
+        self._named.check(value)
         return _reply(value)
 
     def _read_name(self, answer: Answer) -> None:
-        self._same_name(self._value(answer).get("model"))
+        self._named.check(self._value(answer))
 
     def _value(self, answer: Answer) -> dict[str, Any]:
         """The decoded body of a good answer."""
@@ -177,21 +169,6 @@ class ChatServer:
             raise Fault("an answer that is no chat completion")
         refuse_errors(value)
         return value
-
-    def _same_name(self, name: Any) -> None:
-        """All answers name the same model, if any. It may be another name than was asked for."""
-        if name is None:
-            return
-        if not isinstance(name, str):
-            raise Fault("an answer whose `model` is no text")
-        first = self._reply_name or name
-        if name != first:
-            raise PolarctlError(
-                f"the judge at {self.url}: an answer is by the model `{console.plain(name, 100)}`, "
-                f"the ones before by `{console.plain(first, 100)}`",
-                hint="one model behind one address, from the first answer to the last",
-            )
-        self._reply_name = first
 
 
 def _reply(value: dict[str, Any]) -> Reply | Failure:

@@ -69,7 +69,7 @@ class Placement:
     def options(self) -> dict[str, Any]:
         """The resources as options of an actor."""
         names = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
-        own = {name: amount for name, amount in self.resources.items() if name not in names}
+        own = {name: n for name, n in self.resources.items() if name not in names}
         known = {names[name]: n for name, n in self.resources.items() if name in names}
         return {"num_cpus": 1, **known, "resources": own}
 
@@ -82,9 +82,7 @@ class Placement:
 def placement_of(config: Any, *, gpus: float = 1) -> Placement | None:
     """What the options `ray`, `ray_resource`, `gpus` and `device` of a stage ask for, if any.
 
-    Args:
-        config: The options.
-        gpus: That a worker takes if the options do not say it.
+    A worker takes `gpus` GPUs if they do not say it.
 
     Raises:
         UsageError: No such form of address, a resource that is not of the form KEY=AMOUNT, or one
@@ -117,6 +115,12 @@ def placement_of(config: Any, *, gpus: float = 1) -> Placement | None:
         resources["GPU"] = gpus
     workers = config.gpus if config.gpus > 1 or "gpus" in config.given else None
     return Placement(config.ray, workers, resources or {"CPU": 1})
+
+
+def gpus_of(engine: Mapping[str, Any], *kinds: str) -> int:
+    """GPUs that one vLLM engine takes: the product of its `KIND_parallel_size` options."""
+    sizes = (engine.get(f"{kind}_parallel_size") for kind in kinds)
+    return math.prod(size for size in sizes if isinstance(size, int))
 
 
 def in_order(
@@ -263,11 +267,7 @@ def _named(address: str) -> str:
 
 
 def drive(handle: int) -> None:
-    """Be Ray's driver until all is done or the parent is gone.
-
-    Args:
-        handle: File descriptor of the socket to it.
-    """
+    """Be Ray's driver until all is done or the parent, at a socket's descriptor, is gone."""
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent ends this process
         signal.signal(number, signal.SIG_IGN)
     link = _Link(Connection(handle))
@@ -487,7 +487,7 @@ class _Actor:
                 self.work = self.work or pickle.loads(self.packed)
                 found.append(self.work(pickle.loads(item)))
                 answer = answer_of(found)
-            except Exception as error:
+            except Exception as error:  # of any kind: the parent raises it in the item's turn
                 answer = answer_of([], error)
         return pickle.dumps((said.getvalue(), answer))
 

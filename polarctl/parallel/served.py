@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from polarctl import console
 from polarctl.config import Common
-from polarctl.errors import MissingError
+from polarctl.errors import MissingError, PolarctlError
 from polarctl.parallel.http_client import Answer, Fault, Remote, Request, refuse_errors
 
 PROBE = "served_probe"
@@ -54,6 +54,61 @@ def unlike(before: dict[str, Any], now: dict[str, Any]) -> str | None:
         if one != other:
             return name
     return None
+
+
+def refuse_another(url: str, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Compare what a server says of its model with what it said at the start.
+
+    After faults it may have been started anew, with another model.
+
+    Raises:
+        PolarctlError: It is another model.
+    """
+    name = unlike(before, now)
+    if name is not None:
+        raise PolarctlError(
+            f"{url}: serves another model than at the start: `{name}` was "
+            f"{before.get(name)!r} and is now {now.get(name)!r}",
+            hint="serve the first one; the same command goes on from here",
+        )
+
+
+class ReplyName:
+    """The model that the replies of a server name: always the same, if any.
+
+    Args:
+        url: The server, for messages.
+        allowed: Names that it may be; none: whatever the first reply says, since servers may name
+            a model otherwise than they are asked for it.
+
+    Attributes:
+        name: The name, once a reply has said it.
+    """
+
+    def __init__(self, url: str, allowed: Collection[str] = ()):
+        self._url, self._allowed = url, allowed
+        self.name: str | None = None
+
+    def check(self, reply: dict[str, Any]) -> None:
+        """Look at a reply.
+
+        Raises:
+            Fault: Its `model` is no text.
+            PolarctlError: It names another model.
+        """
+        name = reply.get("model")
+        if name is None:
+            return
+        if not isinstance(name, str):
+            raise Fault("a reply whose `model` is no text")
+        hint = "one model behind one address, from the first reply to the last"
+        said = f"{self._url}: a reply is by the model `{console.plain(name, 100)}`"
+        if self.name not in (None, name):
+            first = console.plain(str(self.name), 100)
+            raise PolarctlError(f"{said}, the ones before by `{first}`", hint=hint)
+        if self._allowed and name not in self._allowed:
+            raise PolarctlError(f"{said}, which it does not list", hint=hint)
+        self.name = name
 
 
 def _close(one: float, other: float) -> bool:

@@ -75,7 +75,7 @@ class ServedWriter:
             pause_s=pause_s,
             hint="vllm serve MODEL, and its address as `url`",
         )
-        self._reply_name: str | None = None
+        self._named = served.ReplyName(self._root)
         self._thinks = False
         try:
             self._row = self._listed()
@@ -142,14 +142,7 @@ class ServedWriter:
     def _check(self) -> None:
         """After faults: is it still the same model? The server may have been started anew."""
         again = self.remote.again
-        before, now = served.fields(self._row), served.fields(self._listed())
-        name = served.unlike(before, now)
-        if name is not None:
-            raise PolarctlError(
-                f"{self._root}: serves another model than at the start: `{name}` was "
-                f"{before.get(name)!r} and is now {now.get(name)!r}",
-                hint="serve the first one; the same command goes on from here",
-            )
+        served.refuse_another(self._root, served.fields(self._row), served.fields(self._listed()))
         self._checked = again
 
     def _body(self, prompt: Any, seed: int) -> dict[str, Any]:
@@ -195,7 +188,7 @@ class ServedWriter:
         refuse_errors(value)
         if not isinstance(value, dict):
             raise Fault("a reply that is no completion")
-        self._same_name(value.get("model"))
+        self._named.check(value)
         return self._continuation(value)
 
     def _continuation(self, value: dict[str, Any]) -> Continuation | Unfit:
@@ -222,21 +215,6 @@ class ServedWriter:
         tokens = max(0, written - 1) if self._vllm and end == "stop" else written
         usage = {"prompt_tokens": read, "completion_tokens": written}
         return Continuation(text or "", reason, tokens, usage)
-
-    def _same_name(self, name: Any) -> None:
-        """All replies name the same model, if any. It may be another name than was asked for."""
-        if name is None:
-            return
-        if not isinstance(name, str):
-            raise Fault("a reply whose `model` is no text")
-        first = self._reply_name or name
-        if name != first:
-            raise PolarctlError(
-                f"{self._root}: a reply is by the model `{console.plain(name, 100)}`, the ones "
-                f"before by `{console.plain(first, 100)}`",
-                hint="one model behind one name, from the first reply to the last",
-            )
-        self._reply_name = first
 
 
 def _counts(usage: Any) -> tuple[int, int]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import os
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
@@ -115,7 +114,4 @@ def _on_ray(config: Any, jobs: Iterable[Job], work: UnitWork) -> Generator[Any, 
 
 def _gpus_of(policy: Policy) -> int:
     """GPUs that the policy's engine takes."""
-    sizes = (
-        policy.engine.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline", "data")
-    )
-    return math.prod(size if isinstance(size, int) else 1 for size in sizes)
+    return ray_pool.gpus_of(policy.engine, "tensor", "pipeline", "data")

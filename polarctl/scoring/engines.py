@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import TYPE_CHECKING, Any
 
 from polarctl import console
 from polarctl.errors import UsageError
 from polarctl.model import devices, reward_model
-from polarctl.parallel.ray_pool import Placement, placement_of
+from polarctl.parallel.ray_pool import Placement, gpus_of, placement_of
 from polarctl.scoring.options import EngineConfig, ServedConfig
 from polarctl.scoring.scorer import ModelScorer, Scorer, load_scorer
 from polarctl.storage import manifest
@@ -106,9 +105,7 @@ def placement(config: EngineConfig) -> Placement | None:
     Raises:
         UsageError: See `polarctl.parallel.ray_pool.placement_of`.
     """
-    options = options_of(config)
-    sizes = (options.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline"))
-    return placement_of(config, gpus=math.prod(n if isinstance(n, int) else 1 for n in sizes))
+    return placement_of(config, gpus=gpus_of(options_of(config), "tensor", "pipeline"))
 
 
 def windows_at_once(config: EngineConfig) -> int:

@@ -78,10 +78,10 @@ class ServerScorer:
             hint="vllm serve DIR --runner pooling, and --server URL",
         )
         self._names: set[str] = set()
-        self._reply_name: str | None = None
         try:
             row = self._row(kind, name)
             self.kind, self.name = self._known(kind, name, row)
+            self._named = served.ReplyName(self.url, {self.name, *self._names})
             probe = self._probe()
             self._refuse_sigmoid(probe)
         except BaseException:
@@ -168,7 +168,7 @@ class ServerScorer:
         reply = answer.value()
         rewards = rewards_in(self.kind, reply, count)
         if isinstance(reply, dict):
-            self._same_name(reply.get("model"))
+            self._named.check(reply)
         return rewards
 
     # -- who is there -----------------------------------------------------------------------------
@@ -235,27 +235,6 @@ class ServerScorer:
             served.PROBE: [float(f"{value:.6g}") for value in probe],
         }
 
-    def _same_name(self, name: Any) -> None:
-        """A reply that names a model names the one that was asked for.
-
-        Raises:
-            Fault: That is not a name.
-            PolarctlError: It names another.
-        """
-        if name is None:
-            return
-        if not isinstance(name, str):
-            raise Fault("a reply whose `model` is no text")
-        first = self._reply_name or name
-        if name != first or name not in {self.name, *self._names}:
-            wanted = first if name != first else self.name
-            raise PolarctlError(
-                f"{self.url}: a reply is by the model `{console.plain(name, 100)}`, and "
-                f"`{console.plain(wanted, 100)}` was asked",
-                hint="one model behind one address, from the first reply to the last",
-            )
-        self._reply_name = first
-
     def _check(self) -> None:
         """After faults: is it still the same model? The server may have been started anew.
 
@@ -265,13 +244,7 @@ class ServerScorer:
         again = self.remote.again
         row = self._row(self.kind, self.name)
         now = self._identity(row, self._probe())
-        field = served.unlike(self._served, now)
-        if field is not None:
-            raise PolarctlError(
-                f"{self.url}: serves another model than at the start: `{field}` was "
-                f"{self._served.get(field)!r} and is now {now.get(field)!r}",
-                hint="serve the first one; the same command goes on from here",
-            )
+        served.refuse_another(self.url, self._served, now)
         self._checked = again
 
 

@@ -174,6 +174,7 @@ def kill_after(arguments, seconds, **more):
         return None
 
 
+@pytest.mark.slow
 def test_a_killed_force_leaves_the_old_file_or_the_new(tmp_path):
     source = triples(tmp_path / "t.jsonl", 20_000)
     out, link = tmp_path / "o.jsonl", tmp_path / "link.jsonl"
@@ -340,7 +341,8 @@ def test_force_replaces_a_converted_checkpoint_and_a_parquet_file(reward_model, 
 # -- stopped by hand, or by a full disk ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gpus", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("gpus", [1, 2])
 def test_ctrl_c_saves_the_step_in_hand(gpus, tiny_lm, tmp_path):
     data, out, whole = triples(tmp_path / "t.jsonl"), tmp_path / "rm", tmp_path / "whole"
     more = ["--max-steps", "40", "--save-steps", "1000"]

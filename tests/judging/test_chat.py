@@ -200,7 +200,7 @@ def test_a_judge_started_anew_as_another_ends_the_run(server):
     assert isinstance(ask(asker)[0], Reply)  # the same one is back
     server.faults = [(503, b"")]
     server.models = [{"id": "judge", "root": "/models/b", "owned_by": "vllm"}]
-    with pytest.raises(PolarctlError, match="another judge than at the start: `served_root`"):
+    with pytest.raises(PolarctlError, match="another model than at the start: `served_root`"):
         ask(asker)
 
 

@@ -101,6 +101,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.wfile.write(data)
 
 
+@pytest.mark.slow
 def test_a_hub_that_answers_is_asked_again_and_its_cache_serves_without_it(tiny_rm, tmp_path):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.daemon_threads = True

@@ -194,6 +194,7 @@ def test_a_run_whose_best_policy_is_gone_does_not_go_on(
         held.write_bytes(b"".join(held.read_bytes().splitlines(keepends=True)[:-1]))
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(finished, tiny_lm, prompts, held, tmp_path):
     folder = tmp_path / "two"
     options = ["--gpus", "2", "--max-steps", "1"]

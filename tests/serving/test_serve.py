@@ -289,6 +289,7 @@ def test_a_published_checkpoint_is_served_without_its_code(tmp_path):
     assert not canary.exists()
 
 
+@pytest.mark.slow
 def test_the_list_of_models_tells_weights_of_the_same_name_apart(tiny_rm, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(tiny_rm, other)

@@ -45,6 +45,7 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+@pytest.mark.slow
 def test_pipes_and_files_give_the_same_bytes(place):
     bash(
         """

@@ -152,6 +152,7 @@ def test_a_damaged_checkpoint_is_passed_over(triples, tiny_lm, finished, tmp_pat
     assert sha256(out) == sha256(finished)
 
 
+@pytest.mark.slow
 def test_a_pipe_trains_the_model_of_a_file(triples, tiny_lm, tmp_path):
     outputs = []
     for name, text in (("a", None), ("b", triples.read_text())):

@@ -57,15 +57,16 @@ def test_base_policies_are_asked_for_completions_and_chat_policies_for_answers(t
     seed = seeding.derive(0, "sample", "b", prompt_id(asked[0]), 1) % 2**31
     common = {"model": "m", "max_tokens": 9, "temperature": 1.0}
     base = {**common, "prompt": "Once upon a time", "top_p": 0.9, "seed": seed}
-    assert ("/v1/completions", base) in server.bodies
-    chats = [body for path, body in server.bodies if path == "/v1/chat/completions"]
+    sent = list(zip(server.paths, server.bodies, strict=True))
+    assert ("/v1/completions", base) in sent
+    chats = [body for path, body in sent if path == "/v1/chat/completions"]
     messages = [body["messages"] for body in chats]
     assert messages.count([{"role": "user", "content": "Once upon a time"}]) == 2
     assert messages.count(asked[1]["prompt"]) == 2
     assert {**chats[0], "seed": 0, "messages": 0} == {
         **common, "top_k": 50, "user": "me", "seed": 0, "messages": 0,
     }  # fmt: skip
-    assert len({body["seed"] for _, body in server.bodies}) == 8
+    assert len({body["seed"] for body in server.bodies}) == 8
     made = read_jsonl(tmp_path / "out.jsonl")
     for record in made:
         check(record, Trajectory)
@@ -88,7 +89,7 @@ def test_a_server_of_vllm_counts_the_end_and_has_defaults_of_its_own(tmp_path, s
     server.models = [{"id": "m", "owned_by": "vllm", "max_model_len": 7, "root": "x"}]
     lines = [{"policy": "p", "model": "m", "kind": "base", "top_k": 0}]
     assert run(tmp_path, server.url, "--no-clean", lines=lines) == 0
-    _, body = server.bodies[0]
+    body = server.bodies[0]
     assert (body["max_tokens"], body["top_k"], body["repetition_penalty"]) == (7, 0, 1.0)
     ends = {(r["finish_reason"], r["num_tokens"]) for r in read_jsonl(tmp_path / "out.jsonl")}
     assert ends == {("length", 2), ("stop", 1)}

@@ -116,6 +116,7 @@ def test_two_processes_write_the_bytes_of_one(many, tiny_rm, by_one, tmp_path, m
     assert "rewards: 2,099, mean " in said and "speed: 2,099 records in " in said
 
 
+@pytest.mark.slow
 def test_a_killed_run_of_two_processes_goes_on_with_one(many, tiny_rm, by_one, tmp_path):
     arguments = [sys.executable, "-m", "polarctl", *command(many, tiny_rm, tmp_path, "--gpus", "2")]
     child = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)

@@ -262,6 +262,7 @@ def test_bfloat16_computes_in_half_and_keeps_whole_weights(triples, tiny_lm, tmp
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(triples, tiny_lm, tmp_path):
     """Through the program: it starts the processes and passes on what the first one prints."""
     import subprocess

@@ -99,7 +99,7 @@ def test_one_pair_can_be_overfitted_either_way(tiny_lm, swap):
     assert (right > wrong) is not swap
 
 
-@pytest.mark.parametrize("negatives", [1, 3])
+@pytest.mark.parametrize("negatives", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_how_a_batch_is_cut_and_shared_does_not_change_the_steps(tiny_lm, negatives):
     found = []
     for budget, shared in ((1, True), (60, True), (100_000, True), (1, False), (200, False)):
