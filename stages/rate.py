@@ -76,10 +76,10 @@ def _answers(record: Any) -> list[Any]:
 def _check(record: Any) -> None:
     """Raise RecordError for what holds no answers of named policies."""
     from polarctl.errors import RecordError
-    from polarctl.records import Candidate, Trajectory, check
+    from polarctl.records import Score, Trajectory, check
 
+    check({"reference": "", **record}, Score)
     if "candidates" in record:
-        check({"reference": "", **record}, Candidate)
         if any(not candidate.get("name") for candidate in record["candidates"]):
             raise RecordError("a candidate has no `name`: which policy wrote it")
         rewards = record.get("rewards")
@@ -87,10 +87,13 @@ def _check(record: Any) -> None:
             raise RecordError("not as many `rewards` as candidates")
     else:
         check(record, Trajectory)
+    for answer in _answers(record):
+        label = answer.get("label")
+        if label is not None and not 0 <= label <= 1:
+            raise RecordError(f"`label` {label}: is not from 0 to 1")
 
 
 def _count(record: Any, samples: Any) -> None:
-    from polarctl.errors import RecordError
     from polarctl.evaluation.discrimination import prompt_key
     from polarctl.records import prompt_id
 
@@ -99,8 +102,6 @@ def _count(record: Any, samples: Any) -> None:
     answers = _answers(record)
     for answer, reward in zip(answers, rewards or [None] * len(answers), strict=True):
         label = answer.get("label")
-        if label is not None and not 0 <= label <= 1:
-            raise RecordError(f"`label` {label}: is not from 0 to 1", where=record.where)
         samples.add(
             answer["name" if group else "policy"],
             prompt_key(prompt_id(record)),

@@ -25,7 +25,10 @@ GROWTH = 512 << 20  # bytes that a process may take beyond those after its first
 WARM = 8
 LONGEST_MESSAGE = 2000
 # What is said of an input as a whole: none of its rows is at fault.
-OF_ALL = re.compile(r"records are bad|nothing to compare in|no triple could be made from")
+OF_ALL = re.compile(
+    r"records are bad|nothing to compare in|no triple could be made from|no answers to rate"
+    r"|no record has (a margin|the id)|no item in common"
+)
 
 TEXTS = (
     ["", " ", "\n", "a", "é", "\u2028", "\x00", "\ud800", "😀", "0", "null", "\\", '"', "x" * 5000]
@@ -65,6 +68,17 @@ TEMPLATES = {
             "best": 1,
         },
     ],
+    "rated": [
+        {"prompt": "Who?", "policy": "a", "output": "me", "label": 1},
+        {"prompt": "Who?", "policy": "b", "output": "you", "label": 0, "reward": 0.5},
+        {"prompt": "Who?", "policy": "a", "output": "I", "accept": ["I", "me"], "sample": 1},
+        {
+            "prompt": "Who?",
+            "candidates": [{"name": "a", "output": "I"}, {"name": "b", "output": "you"}],
+            "accept": ["I"],
+            "rewards": [1.5, -0.5],
+        },
+    ],
     "foreign": [
         {"prompt": "Who?", "chosen": "me", "rejected": "you"},
         {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I"}]},
@@ -97,6 +111,9 @@ def rows_of(stage, draw):
         "validate": [*TEMPLATES],
         "convert": ["foreign", "foreign", "triple", "candidate", "scored"],
         "eval": ["scored"],
+        "compare": ["scored"],
+        "rate": ["rated", "rated", "candidate", "scored"],
+        "show": [*TEMPLATES],
         "score": ["triple", "candidate"],
         "sample": ["prompt"],
         "rft": ["answered"],
@@ -207,7 +224,20 @@ def command_of(stage, path, folder, draw, model):
         base = [stage, path, "-m", model, "-o", folder / "run", "--dry-run", "-q"]
         more = ["--method", "sft"] if stage == "rft" else []
         return [*base, *more, "--device", "cpu"], None, None
+    if stage == "show":
+        more = draw.choice([[], ["--worst", "2"], ["--id", "1"]])
+        return [stage, path, *more], None, None
     command = [stage, path, "-o", out, "-q"]
+    if stage == "compare":
+        other = folder / f"other{''.join(path.suffixes)}"
+        other.write_bytes(path.read_bytes())
+        if draw.random() < 0.3:
+            other = folder / "other.jsonl"
+            rows = draw.choices(TEMPLATES["scored"], k=3)
+            other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return [stage, path, other, "-o", out, "-q"], None, None
+    if stage == "rate" and draw.random() < 0.5:
+        command += ["--verifier", draw.choice(["exact:accept", "gsm8k", "regex:me"])]
     if stage == "convert":
         command += ["--to", draw.choice(TARGETS)]
         if draw.random() < 0.2:

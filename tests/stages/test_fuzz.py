@@ -16,7 +16,15 @@ from faults import SEED, count, report
 
 ROOT = Path(__file__).parents[2]
 # Cases without and with the full counts.
-RECORDS = {"validate": (60, 2500), "convert": (60, 3000), "pair": (40, 1500), "eval": (40, 1500)}
+RECORDS = {
+    "validate": (60, 2500),
+    "convert": (60, 3000),
+    "pair": (40, 1500),
+    "eval": (40, 1500),
+    "compare": (40, 500),
+    "rate": (40, 500),
+    "show": (40, 500),
+}
 MODELS = {
     "score": (15, 600),
     "sample": (10, 300),
