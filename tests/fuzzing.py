@@ -6,7 +6,9 @@ runs the cases from FIRST on and prints a JSON line for each that failed, then o
 case depends on the seed, the stage and its number alone. `--show` prints a case's input instead.
 """
 
+import csv
 import gzip
+import io
 import json
 import math
 import os
@@ -19,7 +21,9 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
+import pyarrow
 import zstandard
+from pyarrow import parquet
 
 GROWTH = 512 << 20  # bytes that a process may take beyond those after its first cases
 WARM = 8
@@ -44,6 +48,20 @@ VALUES = (
 )
 # What JSON text may hold that Python's own `json.dumps` would not write.
 RAW = ["1e400", "NaN", "-Infinity", "9" * 30, "9" * 5000, '"\\ud800"', "[" * 200 + "]" * 200]
+
+CELLS = [
+    "",
+    "null",
+    "true",
+    "7",
+    "1e999",
+    "{}",
+    "[{",
+    '[{"role": "user"}]',
+    "\x00",
+    '"',
+    "9" * 5000,
+]
 
 PAIR = {"prompt": "Who?", "reference": "me", "chosen": "it is me", "rejected": "you"}
 TEMPLATES = {
@@ -181,9 +199,48 @@ def text_of(row, draw):
     return data
 
 
+def table_of(rows, draw):
+    """Rows as one JSON array, as CSV or as Parquet, and the ending of the file's name."""
+    way = draw.random()
+    if way < 0.5:
+        comma = draw.choice([b","] * 6 + [b",\n", b"", b",,"])
+        data = b"[" + comma.join(text_of(row, draw) for row in rows) + b"]"
+        if draw.random() < 0.1:
+            levels = draw.choice([100, 130, 2000, 100_000])
+            data = data[:-1] + comma + b"[" * levels + b"]" * levels + b"]"
+        return data, ".json"
+    rows = [row if isinstance(row, dict) else {"prompt": row} for row in rows]
+    if way < 0.8:
+        names = draw.sample([*rows[0], "label", "prompt"], k=draw.randint(1, len(rows[0])))
+        text = io.StringIO()
+        writer = csv.writer(text)
+        writer.writerow(names)
+        for row in rows:
+            cells = (row.get(name, draw.choice(CELLS)) for name in names)
+            cells = (cell if isinstance(cell, str) else json.dumps(cell) for cell in cells)
+            writer.writerow(draw.choice([*cells, ""] if draw.random() < 0.05 else [[*cells]]))
+        return text.getvalue().encode("utf-8", "surrogatepass"), ".csv"
+    texts = {name: [json.dumps(row.get(name)) for row in rows] for name in rows[0]}
+    sink = io.BytesIO()
+    parquet.write_table(pyarrow.table(texts), sink)
+    data = bytearray(sink.getvalue())
+    for _ in range(draw.choice([0, 0, 1, 3])):
+        data[draw.randrange(4, len(data))] ^= 1 << draw.randrange(8)
+    return bytes(data), ".parquet"
+
+
 def make(stage, seed, number):
     """The bytes of a case and the ending of its file's name."""
     draw = random.Random(f"{seed} {stage} {number}")
+    if stage == "tables":
+        rows = rows_of("convert", draw)
+        for _ in range(draw.choice([0, 1, 1, 2])):
+            place = draw.randrange(len(rows))
+            rows[place] = damaged(rows[place], draw)
+        data, suffix = table_of(rows, draw)
+        if draw.random() < 0.1:
+            data = data[: draw.randint(0, len(data))]
+        return data, suffix, draw
     kind = draw.random()
     if kind < 0.1:
         data = draw.randbytes(draw.randint(0, 200))
@@ -238,7 +295,8 @@ def command_of(stage, path, folder, draw, model):
         return [stage, path, other, "-o", out, "-q"], None, None
     if stage == "rate" and draw.random() < 0.5:
         command += ["--verifier", draw.choice(["exact:accept", "gsm8k", "regex:me"])]
-    if stage == "convert":
+    if stage in ("convert", "tables"):
+        command[0] = "convert"
         command += ["--to", draw.choice(TARGETS)]
         if draw.random() < 0.2:
             command += ["--by", "reward"]

@@ -199,7 +199,9 @@ class _Text:
 
 def _array(path: str) -> Iterator[tuple[str, bytes]]:
     """The entries of a file that is one JSON array, each with the line that it begins in."""
-    name, decoder = reading.place_of(path), json.JSONDecoder()
+    name = reading.place_of(path)
+    # It only says where a value ends. Numbers of thousands of digits are the parser's to refuse.
+    decoder = json.JSONDecoder(parse_int=str, parse_float=str)
     with open_bytes(path) as stream:
         text = _Text(stream)
         try:
@@ -227,6 +229,8 @@ def _end_of_value(text: _Text, decoder: json.JSONDecoder, name: str) -> int:
     while True:
         try:
             return decoder.raw_decode(text.text, text.at)[1]
+        except RecursionError:
+            said = reading.DEEP
         except json.JSONDecodeError as error:
             if len(text.text) - text.at > reading.MAX_LINE_BYTES:
                 size = reading.MAX_LINE_BYTES >> 20
@@ -282,7 +286,9 @@ def _cell(column: str, text: str) -> Any:
             value = orjson.loads(text)
         except orjson.JSONDecodeError:
             return text
-        if isinstance(value, int | float) or all(isinstance(entry, dict) for entry in value):
+        if isinstance(value, int | float):
+            return value
+        if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
             return value
     return text
 
@@ -299,7 +305,8 @@ def _parquet(path: str) -> Iterator[tuple[str, bytes]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{name}:{number}", _line(row, f"{name}:{number}")
-    except (pyarrow.ArrowException, OSError) as error:
+    # A time beyond year 9999 or a text that is not UTF-8 is found when a row is made of it.
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise RecordError(f"no Parquet: {console.plain(str(error))}", where=name) from None
 
 

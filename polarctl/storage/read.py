@@ -31,7 +31,7 @@ from polarctl.storage.compression import open_bytes
 MAX_LINE_BYTES = 64 << 20
 MAX_WINDOW_BYTES = 64 << 20
 MAX_DEPTH = 128  # orjson writes 254 levels, and what a stage writes wraps a record into some more
-_DEEP = f"nested deeper than {MAX_DEPTH} levels"
+DEEP = f"nested deeper than {MAX_DEPTH} levels"
 _CONVERT = "`polarctl convert` reads it"
 _HOW = "polarctl convert FILE -o FILE.jsonl"
 STDIN = "<stdin>"  # in messages; a file of this name is a copy of it
@@ -331,7 +331,7 @@ def _keys(value: dict[str, Any] | list[Any], levels: int) -> int:
         RecordError: It is nested deeper than `levels`.
     """
     if not levels:
-        raise RecordError(_DEEP)
+        raise RecordError(DEEP)
     keys = len(value) if type(value) is dict else 0
     items: Any = value.values() if type(value) is dict else value
     for item in items:
@@ -398,7 +398,7 @@ def _problem(line: bytes, error: orjson.JSONDecodeError) -> str:
     except UnicodeDecodeError as wrong:
         return str(wrong).replace("'utf-8' codec", "is not UTF-8:")
     if "depth" in str(error):  # "depth limit" in orjson of today, "recursion depth" in 3.10
-        return _DEEP
+        return DEEP
     return f"no JSON: {error}"
 
 

@@ -182,6 +182,7 @@ def test_an_array_is_read_entry_by_entry_with_its_lines(monkeypatch):
         ('[{"a": 1},\n', "a.json:2: no JSON array: Expecting value"),
         ('[{"a": 1}', "no JSON array: expected `,` or `]`, it ends too early"),
         (b'[{"a": "\xff"}]', "a.json: is not UTF-8"),
+        ("[1,\n" + "[" * 100_000 + "]" * 100_000 + "]", "a.json:2: nested deeper than 128 levels"),
     ],
 )
 def test_a_broken_array_says_where(text, message):
@@ -196,6 +197,13 @@ def test_an_entry_that_is_no_object_is_one_bad_row(capfd):
     assert cli.run(["convert", "a.json"]) == 3
     assert "a.json:8: not a JSON object" in capfd.readouterr().err
     assert len(converted("a.json", "--rejects", "bad.jsonl")) == 2
+
+
+def test_a_number_of_thousands_of_digits_is_one_bad_row(capfd):
+    put("a.json", f'[{{"prompt": {"9" * 5000}}}, {json.dumps(ROWS[1])}]')
+    assert cli.run(["convert", "a.json"]) == 3
+    assert "a.json:1: no JSON: number is infinity" in capfd.readouterr().err
+    assert len(converted("a.json", "--rejects", "bad.jsonl")) == 1
 
 
 def test_an_array_of_any_size_takes_no_memory():
@@ -225,9 +233,10 @@ def test_cells_are_texts_but_for_labels_and_messages():
             "output": "[1, 2]",
         }
     ]
-    assert rows_of(put("b.csv", "label,margin\n0.5,2\nhigh,x\n")) == [
+    assert rows_of(put("b.csv", "label,margin\n0.5,2\nhigh,x\nnull,{}\n")) == [
         {"label": 0.5, "margin": 2},
         {"label": "high", "margin": "x"},
+        {"label": "null", "margin": "{}"},
     ]
     assert places(put("c.csv", 'a,b\n1,"x\ny"\n\n2,z\n')) == ["c.csv:2", "c.csv:5"]
 
@@ -250,6 +259,11 @@ def test_a_broken_table_says_where(text, message):
 def test_a_column_that_no_record_can_hold_is_named():
     with pytest.raises(RecordError, match=r"a.parquet:1: .* a column holds bytes"):
         rows_of(table_file("a.parquet", [{"prompt": "Q", "image": b"\x00"}]))
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    late = pyarrow.array([2**60], pyarrow.timestamp("ms"))  # beyond the years that Python has
+    parquet.write_table(pyarrow.table({"prompt": ["Q"], "time": late}), "late.parquet")
+    with pytest.raises(RecordError, match=r"late.parquet: no Parquet"):
+        rows_of("late.parquet")
     put("b.parquet", b"PAR1 and nothing more")
     with pytest.raises(RecordError, match="b.parquet: no Parquet"):
         rows_of("b.parquet")

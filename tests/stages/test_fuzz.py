@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 RECORDS = {
     "validate": (60, 2500),
     "convert": (60, 3000),
+    "tables": (60, 1000),
     "pair": (40, 1500),
     "eval": (40, 1500),
     "compare": (40, 500),
