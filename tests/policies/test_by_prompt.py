@@ -136,8 +136,7 @@ def test_a_full_disk_is_one_line(tmp_path):
     process = pair(
         tmp_path / "t.jsonl",
         tmp_path / "out.jsonl",
-        "from polarctl.policies import by_prompt;"
-        "by_prompt._TABLES = by_prompt._TABLES.replace(f'-{64 << 10}', '-16')",
+        "from polarctl.policies import by_prompt; by_prompt._CACHE_MIB = 1 / 64",
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)),
     )
     _, errors = process.communicate(timeout=120)

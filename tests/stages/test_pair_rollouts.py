@@ -35,6 +35,7 @@ def labels(records, name="check", **options):
     rollouts = Rollouts(name, by_step=options.get("rule") == "rank")
     for record in records:
         rollouts.add(Record(dict(record)))
+    rollouts.finish()
     labelling = Labelling(**options)
     return list(pair(rollouts, labelling)), labelling
 
