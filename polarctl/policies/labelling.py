@@ -27,16 +27,11 @@ from typing import Any
 
 from polarctl import seeding
 from polarctl.errors import RecordError
-from polarctl.model.template import content_text
+from polarctl.model.template import content_text, plain_text
 from polarctl.policies.by_prompt import ByPrompt, digest_of
 from polarctl.records import Record, prompt_id
 
 _SOURCES = ("a right rollout", "another accepted text", "the reference")
-
-
-def plain(text: Any) -> str:
-    """What is compared: the words of a text, whatever the space between them."""
-    return " ".join(content_text(text).split())
 
 
 def numbers_of(record: Record) -> dict[str, float]:
@@ -104,7 +99,7 @@ class RolloutGroup:
         else:
             new = Written(record["output"], record["policy"], number, number)
             texts = self.parts.setdefault(part, {})
-            texts.setdefault(plain(record["output"]), new).meet(new)
+            texts.setdefault(plain_text(record["output"]), new).meet(new)
 
 
 class Rollouts(ByPrompt[RolloutGroup]):
@@ -226,7 +221,7 @@ class Labelling:
         texts = {name: text for part in group.parts.values() for name, text in part.items()}
         if not texts:
             return self._none("without a label")
-        copy = plain(group.reference)
+        copy = plain_text(group.reference)
         # A text that got labels of both kinds says nothing, nor does a wrong copy of the reference.
         wrong = sorted(n for n, w in texts.items() if w.highest < self.threshold and n != copy)
         right = sorted(n for n, w in texts.items() if w.lowest >= self.threshold and n != copy)
@@ -235,7 +230,7 @@ class Labelling:
         )
         if not wrong:
             return self._none("without a wrong rollout")
-        accepted = {plain(text): text for text in group.accept}
+        accepted = {plain_text(text): text for text in group.accept}
         accepted = {name: text for name, text in accepted.items() if name != copy}
         chosen: list[tuple[Any, str | None]]
         if right:
@@ -269,7 +264,7 @@ class Labelling:
     def _by_rank(self, group: RolloutGroup) -> Iterator[dict[str, Any]]:
         if not group.parts:
             return self._none("without a label")
-        copy, seen = plain(group.reference), set()
+        copy, seen = plain_text(group.reference), set()
         pairs = []
         for _, texts in sorted(group.parts.items()):
             order = sorted((w.highest, name) for name, w in texts.items() if name != copy)
