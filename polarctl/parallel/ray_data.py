@@ -7,6 +7,7 @@ on their disks. Ray's driver and this process hold a block of results at a time.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import math
 import pickle
@@ -118,6 +119,7 @@ def _serve(
     partitions = max(cpus, math.ceil(size / _PARTITION_BYTES))
     machines = sum(node["Alive"] for node in ray.nodes())
     link.tell("ready", (cpus, machines, partitions))
+    _check_machines(address)
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
         rows = ray.data.from_items(
@@ -128,6 +130,7 @@ def _serve(
             .map_groups(partial(_group, group), batch_format="pyarrow")
             .materialize()
         )
+        _check_machines(address)  # some may have come later
         while True:
             what, function = pickle.loads(asked.get())
             work = _merged if what == "notes" else _made
@@ -147,6 +150,49 @@ def _serve(
         cause = getattr(error, "cause", None) or error
         why = first_line(cause.__cause__ or cause)
         link.fail(PolarctlError(f"the work on {named(address)} failed: {why}", hint=_HINT))
+
+
+def _check_machines(address: str) -> None:
+    """Refuse machines that would not bring the same rows together.
+
+    Ray Data hashes a key with polars where there is polars, else with pandas: rows of one key would
+    go to two places, and nobody would see it.
+
+    Raises:
+        MissingError: Their packages differ.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    found = ray.get(
+        [
+            ray.remote(_versions)
+            .options(
+                num_cpus=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
+            )
+            .remote()
+            for node in ray.nodes()
+            if node["Alive"] and node["Resources"].get("CPU")
+        ]
+    )
+    for package in found[0]:
+        there = sorted({versions[package] for versions in found})
+        if len(there) > 1:
+            raise MissingError(
+                f"machines of {named(address)} differ in {package}: {', '.join(there)}",
+                hint="every machine needs the same packages",
+            )
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("polarctl", "ray", "pyarrow", "pandas", "polars"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "none"
+    return found
 
 
 def _listen(link: Link, asked: queue.Queue[bytes]) -> None:
