@@ -27,7 +27,7 @@ _BLOCK_BYTES = 16 << 20
 _HINT = "the same command goes on where this one stopped"
 
 
-class Row(NamedTuple):
+class Keyed(NamedTuple):
     """What travels.
 
     Attributes:
@@ -65,8 +65,8 @@ class Grouped:
         address: str,
         parts: Sequence[Any],
         size: int,
-        read: Callable[[Any], Iterable[Row]],
-        group: Callable[[list[Row]], Iterable[Row]],
+        read: Callable[[Any], Iterable[Keyed]],
+        group: Callable[[list[Keyed]], Iterable[Keyed]],
     ):
         for package in ("ray", "pyarrow", "pandas"):
             if importlib.util.find_spec(package) is None:
@@ -103,13 +103,14 @@ def _serve(
     address: str,
     parts: list[bytes],
     size: int,
-    read: Callable[[Any], Iterable[Row]],
-    group: Callable[[list[Row]], Iterable[Row]],
+    read: Callable[[Any], Iterable[Keyed]],
+    group: Callable[[list[Keyed]], Iterable[Keyed]],
     link: Link,
 ) -> None:
     """Group, then answer what is asked."""
     import ray
     import ray.data
+    from ray.exceptions import RayError
 
     asked: queue.Queue[bytes] = queue.Queue()
     threading.Thread(target=_listen, args=(link, asked), daemon=True).start()
@@ -144,12 +145,9 @@ def _serve(
                 if table.num_rows:
                     link.tell("done", table["body"].to_pylist())
             link.tell("done", None)
-    except (PolarctlError, EOFError, ConnectionError):
-        raise
-    except Exception as error:  # of a function, or of Ray
-        cause = getattr(error, "cause", None) or error
-        why = first_line(cause.__cause__ or cause)
-        link.fail(PolarctlError(f"the work on {named(address)} failed: {why}", hint=_HINT))
+    except RayError as error:  # a task's too, whatever it has raised
+        why = first_line(getattr(error, "cause", None) or error)
+        raise PolarctlError(f"the work on {named(address)} failed: {why}", hint=_HINT) from None
 
 
 def _check_machines(address: str) -> None:
@@ -207,9 +205,9 @@ def _listen(link: Link, asked: queue.Queue[bytes]) -> None:
 # -- on the machines ------------------------------------------------------------------------------
 
 
-def _tables(rows: Iterable[Row]) -> Iterator[Any]:
+def _tables(rows: Iterable[Keyed]) -> Iterator[Any]:
     """Rows as tables of about 16 MiB."""
-    held: list[Row] = []
+    held: list[Keyed] = []
     size = 0
     for row in rows:
         held.append(row)
@@ -220,11 +218,11 @@ def _tables(rows: Iterable[Row]) -> Iterator[Any]:
     yield _table(held)
 
 
-def _table(rows: list[Row]) -> Any:
+def _table(rows: list[Keyed]) -> Any:
     import pyarrow as pa
 
     kinds = pa.int64(), pa.int64(), pa.large_binary(), pa.large_binary()
-    names = Row._fields
+    names = Keyed._fields
     return pa.table(
         {
             name: pa.array([row[place] for row in rows], kinds[place])
@@ -233,14 +231,14 @@ def _table(rows: list[Row]) -> Any:
     )
 
 
-def _read(read: Callable[[Any], Iterable[Row]], table: Any) -> Iterator[Any]:
+def _read(read: Callable[[Any], Iterable[Keyed]], table: Any) -> Iterator[Any]:
     for part in table["part"].to_pylist():
         yield from _tables(read(pickle.loads(part)))
 
 
-def _group(group: Callable[[list[Row]], Iterable[Row]], table: Any) -> Iterator[Any]:
-    columns = (table[name].to_pylist() for name in Row._fields)
-    rows = sorted(map(Row._make, zip(*columns, strict=True)), key=itemgetter(1))
+def _group(group: Callable[[list[Keyed]], Iterable[Keyed]], table: Any) -> Iterator[Any]:
+    columns = (table[name].to_pylist() for name in Keyed._fields)
+    rows = sorted(map(Keyed._make, zip(*columns, strict=True)), key=itemgetter(1))
     ready = [row for row in rows if row.body is None]
     rest = [row for row in rows if row.body is not None]
     yield from _tables([*ready, *(group(rest) if rest else ())])
@@ -255,7 +253,7 @@ def _merged(merge: Callable[[Iterable[bytes]], bytes], table: Any) -> Any:
 
 def _made(make: Callable[[bytes], bytes | None], table: Any) -> Iterator[Any]:
     found = (
-        Row(0, order, made, None)
+        Keyed(0, order, made, None)
         for order, body in zip(table["order"].to_pylist(), table["body"], strict=True)
         if body.is_valid and (made := make(body.as_py())) is not None
     )

@@ -263,13 +263,13 @@ class Groups(ByPrompt[PromptGroup]):
 
     def look(self, name: str, facts: Iterable[Fact]) -> Iterator[tuple[int, Any, str | None]]:
         """See `sorted_out`; no sample comes twice, and one without a number gets the next."""
-        samples = Samples(name)
+        samples = SampleNumbers(name)
         yield from sorted_out(name, facts, samples)
         self.firsts.update(name for name, there in samples.numbers.items() if len(there) > 1)
         self.seconds.update(list(samples.numbers))
 
 
-class Samples:
+class SampleNumbers:
     """The samples of one prompt; called with a policy and a number, it gives the number.
 
     Args:

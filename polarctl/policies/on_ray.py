@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 import orjson
 
 from polarctl.errors import MissingError, RecordError, UsageError
-from polarctl.parallel.ray_data import Grouped, Row
+from polarctl.parallel.ray_data import Grouped, Keyed
 from polarctl.parallel.ray_pool import check_address
 from polarctl.policies.by_prompt import (
     Fact,
     PromptGroup,
-    Samples,
+    SampleNumbers,
     check_sample,
     key_of,
     prompt_digest,
@@ -228,7 +228,7 @@ class _Steps:
     names: list[str]  # in messages
     takes_part: Callable[[str], bool]
 
-    def read(self, part: tuple[int, int | None]) -> Iterator[Row]:
+    def read(self, part: tuple[int, int | None]) -> Iterator[Keyed]:
         """The rows of a file, as many as there are given, and a note on it."""
         number, limit = part
         note, rows, size = Note(), 0, 0
@@ -248,32 +248,35 @@ class _Steps:
                 assert record is not None
                 note.policies.add(record["policy"])
                 if self.takes_part(record["policy"]):
-                    yield Row(_short(key_of(record)), order, orjson.dumps(record), None)
+                    yield Keyed(_short(key_of(record)), order, orjson.dumps(record), None)
         except RecordError as error:
             name = self.names[number]
             note.bad.append(Bad(False, order + 1, name, error.reason, error.hint, None))
-        except OSError:  # no such file on this machine: missed where the rows are counted
+        except (
+            OSError,
+            UsageError,
+        ):  # no such file on this machine: missed where the rows are counted
             pass
         note.files[number] = rows, size
         yield _told(first, note)
 
-    def group(self, rows: list[Row]) -> Iterator[Row]:
+    def group(self, rows: list[Keyed]) -> Iterator[Keyed]:
         """The prompts among rows that may belong together, and what contradicts them."""
-        alike: dict[bytes, list[tuple[Row, dict[str, Any]]]] = {}
+        alike: dict[bytes, list[tuple[Keyed, dict[str, Any]]]] = {}
         for row in rows:
             record = orjson.loads(row.body or b"")
             alike.setdefault(key_of(record), []).append((row, record))
         for together in alike.values():
             yield from self._group(together)
 
-    def _group(self, together: list[tuple[Row, dict[str, Any]]]) -> Iterator[Row]:
+    def _group(self, together: list[tuple[Keyed, dict[str, Any]]]) -> Iterator[Keyed]:
         name, note, good = prompt_id(together[0][1]), Note(groups=1), []
         facts = (
             Fact(row.order, record["policy"], record.get("sample"), prompt_digest(record))
             for row, record in together
         )
         for (order, number, reason), (row, record) in zip(
-            sorted_out(name, facts, Samples(name)), together, strict=True
+            sorted_out(name, facts, SampleNumbers(name)), together, strict=True
         ):
             if reason is None:
                 good.append((number, record))
@@ -283,15 +286,15 @@ class _Steps:
         group = PromptGroup.of(good)
         note.firsts.update(group.firsts())
         note.seconds.update(group.seconds())
-        yield Row(0, together[0][0].order, pickle.dumps(group), pickle.dumps(note))
+        yield Keyed(0, together[0][0].order, pickle.dumps(group), pickle.dumps(note))
 
     def _place(self, order: int) -> str:
         return f"{self.names[order >> _LINE_BITS]}:{order & ((1 << _LINE_BITS) - 1)}"
 
 
-def _told(order: int, note: Note) -> Row:
+def _told(order: int, note: Note) -> Keyed:
     """A row for this process alone."""
-    return Row(_short(b"%d" % order), order, None, pickle.dumps(note))
+    return Keyed(_short(b"%d" % order), order, None, pickle.dumps(note))
 
 
 def _short(key: bytes) -> int:

@@ -78,8 +78,7 @@ def counts_of(path):
     "options",
     [
         ["--triples-per-prompt", "3", "--negatives", "2", "--hard-by", "names", "--limit", "401"],
-        ["--exclude-policies", "held", "--split", "train", "--max-similarity", "0.9"],
-        ["--require", "held", "--shard", "1/2", "--equal-chosen", "resample", "--seed", "3"],
+        ["--exclude-policies", "held", "--split", "train", "--shard", "1/2", "--seed", "3"],
     ],
 )
 def test_a_cluster_writes_the_bytes_of_one_machine(cluster, inputs, options, tmp_path, run):
