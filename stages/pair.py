@@ -16,6 +16,7 @@ the highest rollout of a prompt and step over the lowest.
 polarctl pair trajectories.jsonl -o train.jsonl --exclude-policies 'held-*'
 polarctl pair trajectories.jsonl -o unseen.jsonl --require 'held-*'
 polarctl pair trajectories.jsonl -o val.jsonl --split test --test-share 0.02
+polarctl pair 'trajectories-*.jsonl.zst' -o train.jsonl.zst --ray auto
 polarctl pair runs/better/rollouts.jsonl --from-rollouts --label-by check -o labels.jsonl
 """
 

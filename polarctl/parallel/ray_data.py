@@ -22,7 +22,8 @@ from polarctl import console
 from polarctl.errors import MissingError, PolarctlError, need
 from polarctl.parallel.ray_driver import Driver, Link, first_line, named
 
-_PARTITION_BYTES = 64 << 20  # of input; a task has one in memory, some times over
+_PARTITION_BYTES = 64 << 20  # of input, at least; a task has one in memory, some times over
+_MOST_PARTITIONS = 1000  # each of which gets an object of every task that reads
 _BLOCK_BYTES = 16 << 20
 _HINT = "the same command goes on where this one stopped"
 
@@ -117,7 +118,7 @@ def _serve(
     cpus = int(ray.cluster_resources().get("CPU", 0))
     if not cpus:
         raise MissingError(f"{named(address)} has no CPU for Ray Data", hint="`ray status`")
-    partitions = max(cpus, math.ceil(size / _PARTITION_BYTES))
+    partitions = max(cpus, min(math.ceil(size / _PARTITION_BYTES), _MOST_PARTITIONS))
     machines = sum(node["Alive"] for node in ray.nodes())
     link.tell("ready", (cpus, machines, partitions))
     _check_machines(address)

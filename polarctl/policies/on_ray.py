@@ -252,11 +252,8 @@ class _Steps:
         except RecordError as error:
             name = self.names[number]
             note.bad.append(Bad(False, order + 1, name, error.reason, error.hint, None))
-        except (
-            OSError,
-            UsageError,
-        ):  # no such file on this machine: missed where the rows are counted
-            pass
+        except (OSError, UsageError):
+            pass  # no such file on this machine: missed where the rows are counted
         note.files[number] = rows, size
         yield _told(first, note)
 
