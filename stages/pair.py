@@ -16,21 +16,22 @@ the highest rollout of a prompt and step over the lowest.
 polarctl pair trajectories.jsonl -o train.jsonl --exclude-policies 'held-*'
 polarctl pair trajectories.jsonl -o unseen.jsonl --require 'held-*'
 polarctl pair trajectories.jsonl -o val.jsonl --split test --test-share 0.02
+polarctl pair 'trajectories-*.jsonl.zst' -o train.jsonl.zst --ray auto
 polarctl pair runs/better/rollouts.jsonl --from-rollouts --label-by check -o labels.jsonl
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import typer
 
-from polarctl.config import Common, Needs, TestShare
+from polarctl.config import Common, Needs, Ray, TestShare
 
 if TYPE_CHECKING:
     from polarctl.policies.by_prompt import Groups
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from polarctl.records import Record
     from polarctl.storage.write import Output
 
-READ_ROWS = 1024
 # Prompts of a unit of work.
 WINDOW_PROMPTS = 4096
 SHOWN_POLICIES = 24
@@ -50,9 +50,10 @@ SHOWN_POLICIES = 24
 class Config(Common):
     """Options of `polarctl pair`."""
 
+    NEUTRAL: ClassVar[frozenset[str]] = frozenset({"ray"})
     NEEDS = [
         Needs(
-            "policies exclude_policies require max_similarity hard_by",
+            "policies exclude_policies require max_similarity hard_by ray",
             lambda c: not c.from_rollouts,
             "samples of several policies, not for --from-rollouts",
         ),
@@ -145,6 +146,7 @@ class Config(Common):
     min_gap: Annotated[
         float, typer.Option(min=0, help="By how much the numbers of a ranked pair differ at least.")
     ] = 0.0
+    ray: Ray = None
 
 
 def pair(groups: Iterable[Any], pairing: Pairing | Labelling) -> Iterator[dict[str, Any]]:
@@ -160,25 +162,13 @@ def pair(groups: Iterable[Any], pairing: Pairing | Labelling) -> Iterator[dict[s
 
 def run(config: Config) -> None:
     """Read everything, then draw; what a resume has written already is drawn again, not written."""
-    from polarctl import seeding
-    from polarctl.config import shard_of
-    from polarctl.policies.by_prompt import Groups
-    from polarctl.policies.labelling import Rollouts
     from polarctl.policies.nearness import Margins, distance_of
     from polarctl.storage import read, windows
     from polarctl.storage.paths import check_paths
-    from polarctl.storage.read import Reader
     from polarctl.storage.write import Output
-    from polarctl.verifiers.named import is_verifier
 
     with ExitStack() as held:
-        groups: Any = Groups(_chooser(config))
-        if config.from_rollouts:
-            if config.equal_chosen == "resample":
-                raise _no_resample()
-            name = _label_name(config)
-            judge = held.enter_context(_judging(name)) if is_verifier(name) else None
-            groups = Rollouts(name, judge=judge, by_step=config.rule == "rank")
+        groups = held.enter_context(_groups(config))
         paths = windows.inputs_of("pair", config)
         if config.dry_run:
             windows.dry_run(
@@ -193,59 +183,76 @@ def run(config: Config) -> None:
         distance, scores = distance_of(config.hard_by)
         check_paths(config, [*paths, *scores])
         bad: list[tuple[str, str, Any]] = []
+        on_bad = (lambda *row: bad.append(row)) if config.rejects else None
         # Not by shards: a prompt's trajectories lie apart, so prompts are dealt out, not rows.
-        reader = Reader(
-            paths,
-            "trajectory",
-            on_bad=(lambda *row: bad.append(row)) if config.rejects else None,
-            limit=config.limit,
-            verify=groups.add,
-        )
-        (digest,) = deque((window.digest for window in reader.windows(READ_ROWS)), maxlen=1)
-        if isinstance(groups, Groups):
-            groups.finish(reader.on_bad)
+        digest = groups.read(paths, limit=config.limit, on_bad=on_bad)
         pairing = _drawer(config, groups, distance)
-        index, count = shard_of(config.shard) if config.shard else (0, 1)
-        mine = (
-            g
-            for g in groups
-            if seeding.derive(0, "shard", g.id) % count == index and _is_taken(config, g.prompt)
-        )
         identity: dict[str, Any] = {"trajectories": digest}
         if distance is not None:
             identity |= {"hard_by": distance.table() if isinstance(distance, Margins) else "names"}
         with Output("pair", config, read.sizes([*paths, *scores]), identity) as out:
             if not out.complete:
                 windows.set_aside(out, bad)
-                part = config.shard or config.split
-                _pair(mine, None if part else len(groups), pairing, out)
+                is_mine = partial(_is_mine, config)
+                triples = (
+                    groups.triples(pairing, is_mine)
+                    if config.ray
+                    else (pair([group], pairing) for group in groups if is_mine(group))
+                )
+                _write(triples, None if config.shard or config.split else len(groups), out)
                 if config.from_rollouts:
-                    _report_labels(pairing, groups, out, config)
+                    _report_labels(pairing, out, config)
                 else:
                     _report(pairing, out, config)
+
+
+@contextmanager
+def _groups(config: Config) -> Iterator[Any]:
+    """What brings the trajectories of a prompt together."""
+    from polarctl.policies.by_prompt import Groups
+    from polarctl.policies.labelling import Rollouts
+    from polarctl.verifiers.named import is_verifier
+
+    takes_part = partial(_takes_part, config)
+    if config.from_rollouts:
+        if config.equal_chosen == "resample":
+            raise _no_resample()
+        name = _label_name(config)
+        with _judging(name) if is_verifier(name) else nullcontext() as judge:
+            yield Rollouts(name, judge=judge, by_step=config.rule == "rank")
+    elif config.ray and not config.dry_run:
+        from polarctl.policies.on_ray import RemoteGroups
+
+        with RemoteGroups(config.ray, takes_part) as remote:
+            yield remote
+    else:
+        yield Groups(takes_part)
 
 
 def _check(config: Config, groups: Any, distance: Distance | None) -> None:
     """Whether there would be a triple; says what `--rejects` would take beside bad rows."""
     from polarctl import console
-    from polarctl.policies.by_prompt import Groups
     from polarctl.storage.windows import BadRows
 
-    if isinstance(groups, Groups):
-        bad = BadRows(console.warn)
-        groups.finish(bad if config.rejects else None)
-        bad.finish()
+    bad = BadRows(console.warn)
+    groups.finish(bad if config.rejects else None)
+    bad.finish()
     if not config.shard:
         _drawer(config, groups, distance)
 
 
-def _is_taken(config: Config, prompt: Any) -> bool:
-    """Whether a prompt is in the part that `--split` names."""
+def _is_mine(config: Config, group: Any) -> bool:
+    """Whether a prompt is in the parts that `--shard` and `--split` name."""
+    from polarctl import seeding
+    from polarctl.config import shard_of
     from polarctl.formats.groups import part_of
 
+    index, count = shard_of(config.shard) if config.shard else (0, 1)
+    if seeding.derive(0, "shard", group.id) % count != index:
+        return False
     if config.split is None:
         return True
-    return part_of({"prompt": prompt}, config.test_share, config.seed) == config.split
+    return part_of({"prompt": group.prompt}, config.test_share, config.seed) == config.split
 
 
 def _drawer(config: Config, groups: Any, distance: Distance | None) -> Any:
@@ -276,7 +283,7 @@ def _pairing(config: Config, groups: Groups, distance: Distance | None) -> Pairi
         groups,
         per_prompt=config.triples_per_prompt,
         negatives=config.negatives,
-        require=lambda name: _matches(name, config.require or ("*",)),
+        require=partial(_matches, globs=config.require or ("*",)),
         equal_chosen=config.equal_chosen,
         max_similarity=config.max_similarity,
         distance=distance,
@@ -332,15 +339,14 @@ def _no_resample() -> Exception:
     )
 
 
-def _pair(
-    groups: Iterable[Any], total: int | None, pairing: Pairing | Labelling, out: Output
-) -> None:
+def _write(prompts: Iterable[Iterable[dict[str, Any]]], total: int | None, out: Output) -> None:
+    """Write the triples of each prompt; those of units that a resume passes over are there."""
     from polarctl import console
 
     unit, seen = 1, 0
     with console.progress("pair", total, "prompts") as bar:
-        for seen, group in enumerate(groups, 1):
-            for triple in pair([group], pairing):
+        for seen, triples in enumerate(prompts, 1):
+            for triple in triples:
                 if unit > out.done:
                     out.write(triple)
             if seen % WINDOW_PROMPTS == 0:
@@ -357,15 +363,8 @@ def _matches(name: str, globs: Iterable[str]) -> bool:
     return any(fnmatchcase(name, glob) for glob in globs)
 
 
-def _chooser(config: Config) -> Callable[[str], bool]:
-    """Says which policies take part."""
-
-    def keep(name: str) -> bool:
-        return _matches(name, config.policies or ("*",)) and not _matches(
-            name, config.exclude_policies
-        )
-
-    return keep
+def _takes_part(config: Config, name: str) -> bool:
+    return _matches(name, config.policies or ("*",)) and not _matches(name, config.exclude_policies)
 
 
 def _check_policies(config: Config, seen: set[str]) -> None:
@@ -377,8 +376,7 @@ def _check_policies(config: Config, seen: set[str]) -> None:
             if not any(fnmatchcase(name, glob) for name in seen):
                 flag = option.replace("_", "-")
                 raise UsageError(f"`--{flag} {glob}` fits no policy", hint=f"there are {names}")
-    keep = _chooser(config)
-    left = [name for name in sorted(seen) if keep(name)]
+    left = [name for name in sorted(seen) if _takes_part(config, name)]
     if len(left) < 2:
         whose = f"by `{left[0]}`" if left else "left out" if seen else "bad"
         raise UsageError(
@@ -409,12 +407,11 @@ def _no_triple(config: Config, counts: Mapping[str, int], hint: str) -> str:
     return f"; none for {'; '.join(without)}" if without else ""
 
 
-def _report_labels(labelling: Labelling, rollouts: Rollouts, out: Output, config: Config) -> None:
+def _report_labels(labelling: Labelling, out: Output, config: Config) -> None:
     """Say what was labelled, by what, and what the chosen texts are."""
     from polarctl import console
 
-    found = {**rollouts.counts, **labelling.counts}
-    counts = {name: found[name] for name in sorted(found) if found[name]}
+    counts = {name: n for name, n in sorted(labelling.counts.items()) if n}
     out.counts.update(counts)
     name = _label_name(config)
     wants = (
@@ -424,8 +421,8 @@ def _report_labels(labelling: Labelling, rollouts: Rollouts, out: Output, config
     )
     without = _no_triple(config, counts, f"a prompt needs {wants}")
     console.note(
-        f"pair: {found['triples']:,} triples from {found['rollouts']:,} rollouts of "
-        f"{found['prompts']:,} prompts, by `{name}`{without}"
+        f"pair: {labelling.counts['triples']:,} triples from {labelling.counts['rollouts']:,} "
+        f"rollouts of {labelling.counts['prompts']:,} prompts, by `{name}`{without}"
     )
     for what, n in counts.items():
         if what.startswith(("chosen ", "rollouts without", "texts ")):

@@ -38,11 +38,11 @@ UPWARD = {("stages.quickstart", "cli"), ("stages.eval", "cli")}
 HEAVY = set("torch transformers accelerate trl vllm deepspeed peft datasets ray".split())
 # Help must come at once: nothing of these is needed for it.
 NOT_FOR_HELP = HEAVY | {"numpy", "matplotlib", "pydantic", "msgspec", "orjson", "yaml", "rich"}
-# One file, or one for scoring and one for sampling, knows such a package.
+# One file, or one for each of its uses, knows such a package.
 ONLY_IN = {
     "vllm": ("scoring.vllm", "policies.vllm_writer"),
     "trl": ("rl.methods",),
-    "ray": ("parallel.ray_pool",),
+    "ray": ("parallel.ray_driver", "parallel.ray_pool", "parallel.ray_data"),
 }
 
 

@@ -12,7 +12,7 @@ import hashlib
 from typing import Any
 
 from polarctl.errors import UsageError, need
-from polarctl.model.template import content_text
+from polarctl.model.template import content_text, plain_text
 from polarctl.policies.nearness import words_of
 
 # A signature of 128 numbers estimates a similarity of 0.8 with a standard deviation of 0.035. With
@@ -65,7 +65,7 @@ class Duplicates:
         those that were kept alone.
         """
         text = content_text(prompt)
-        plain = " ".join(text.split()).encode("utf-8", "surrogatepass")
+        plain = plain_text(text).encode("utf-8", "surrogatepass")
         digest = hashlib.blake2b(plain, digest_size=16).digest()
         if digest in self._texts:
             return "repeated"

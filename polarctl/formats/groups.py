@@ -16,7 +16,7 @@ from msgspec import Struct
 from polarctl import seeding
 from polarctl.errors import RecordError
 from polarctl.evaluation.metrics import pairs_of_group
-from polarctl.model.template import content_text
+from polarctl.model.template import content_text, plain_text
 from polarctl.records import Candidate, Prompt, Triple, check
 
 Fields = dict[str, Any]
@@ -218,5 +218,5 @@ def part_of(record: Fields, test_share: float, seed: int) -> Part:
         test_share: Share of the prompts that go to the test part, in [0, 1].
         seed: Seed of the choice.
     """
-    text = " ".join(content_text(record["prompt"]).split())
+    text = plain_text(record["prompt"])
     return "test" if seeding.derive(seed, "split", text) < test_share * 2**63 else "train"

@@ -265,6 +265,15 @@ def content_text(value: Text) -> str:
     return "\n".join(_message_text(message) for message in value)
 
 
+def plain_text(value: Text) -> str:
+    """What is compared where white space does not matter: the words of a text, one space between.
+
+    Raises:
+        ValueError: See `content_text`.
+    """
+    return " ".join(content_text(value).split())
+
+
 def _message_text(message: Any) -> str:
     content = message.get("content") if isinstance(message, Mapping) else None
     if isinstance(content, str):

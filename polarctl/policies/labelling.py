@@ -20,22 +20,18 @@ from the seed and the prompt's id. White space does not make texts differ.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 from polarctl import seeding
 from polarctl.errors import RecordError
-from polarctl.model.template import content_text
+from polarctl.model.template import content_text, plain_text
+from polarctl.policies.by_prompt import ByPrompt, digest_of
 from polarctl.records import Record, prompt_id
 
 _SOURCES = ("a right rollout", "another accepted text", "the reference")
-
-
-def plain(text: Any) -> str:
-    """What is compared: the words of a text, whatever the space between them."""
-    return " ".join(content_text(text).split())
 
 
 def numbers_of(record: Record) -> dict[str, float]:
@@ -81,6 +77,7 @@ class RolloutGroup:
         category: Of the first rollout, or None.
         accept: Other texts that are right.
         parts: Step (or one part for all steps) to plain text to what was written.
+        counts: Rollouts, and those without an answer (`floored`) or without a number.
     """
 
     id: str
@@ -90,10 +87,23 @@ class RolloutGroup:
     category: str | None
     accept: list[Any]
     parts: dict[tuple[str, int], dict[str, Written]] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def add(self, record: dict[str, Any], number: float | None, part: tuple[str, int]) -> None:
+        """Take one rollout with the number that it is judged by."""
+        self.counts["rollouts"] += 1
+        if record.get("floored"):
+            self.counts["rollouts without an answer"] += 1
+        elif number is None:
+            self.counts["rollouts without a label"] += 1
+        else:
+            new = Written(record["output"], record["policy"], number, number)
+            texts = self.parts.setdefault(part, {})
+            texts.setdefault(plain_text(record["output"]), new).meet(new)
 
 
-class Rollouts:
-    """Rollouts by prompt, reference and wrapper, in the order in which these first appear.
+class Rollouts(ByPrompt[RolloutGroup]):
+    """Rollouts by prompt, wrapper and reference.
 
     Args:
         name: The number that a rollout is judged by; one without it is left out.
@@ -101,8 +111,6 @@ class Rollouts:
         by_step: Keep the steps apart.
 
     Attributes:
-        counts: Rollouts read, those left out because they hold no answer (`floored`) and those
-            without a number.
         names: Name of every number met to how many rollouts have it.
     """
 
@@ -113,60 +121,50 @@ class Rollouts:
         judge: Callable[[Record], float | None] | None = None,
         by_step: bool = False,
     ):
+        super().__init__()
         self.name, self.judge, self.by_step = name, judge, by_step
-        self.counts: Counter[str] = Counter()
         self.names: Counter[str] = Counter()
-        self._groups: dict[tuple[str, str, str], RolloutGroup] = {}
-
-    def __len__(self) -> int:
-        return len(self._groups)
-
-    def __iter__(self) -> Iterator[RolloutGroup]:
-        return iter(self._groups.values())
 
     def add(self, record: Record) -> None:
         """Take one rollout; without `wrapper` it is `sft`.
 
         Raises:
-            RecordError: It has no reference, or its id names another prompt.
+            RecordError: It has no reference, or its `accept` holds no texts.
         """
         if "reference" not in record:
             raise RecordError("missing field `reference`", hint="`rft` writes it to its rollouts")
-        accept = record.get("accept", [])
-        accept = [accept] if isinstance(accept, str) else accept
-        if not isinstance(accept, list) or not all(isinstance(text, str) for text in accept):
+        if not all(isinstance(text, str) for text in _accepted(record)):
             raise RecordError("field `accept`: expected a text or a list of texts")
-        name, wrapper = prompt_id(record), record.get("wrapper", "sft")
-        key = (name, wrapper, content_text(record["reference"]))
-        found = self._groups.get(key)
-        if found is None:
-            found = RolloutGroup(
-                name,
-                record["prompt"],
-                record["reference"],
-                wrapper,
-                record.get("category"),
-                accept,
-            )
-            self._groups[key] = found
-        elif found.prompt != record["prompt"]:
-            raise RecordError(f"id `{name}` already names another prompt")
-        self.counts["rollouts"] += 1
         numbers = numbers_of(record)
-        self.names.update(numbers)
-        if record.get("floored"):
-            self.counts["rollouts without an answer"] += 1
-            return
+        self.names.update(numbers.keys())
         number = numbers.get(self.name)
-        if number is None and self.judge is not None:
+        if number is None and self.judge is not None and not record.get("floored"):
             number = self.judge(record)
-        if number is None:
-            self.counts["rollouts without a label"] += 1
-        else:
+        self.keep(record, number, digest_of(content_text(record["reference"]).encode()).hex())
+
+    def group(self, rows: Iterable[tuple[Any, dict[str, Any]]]) -> RolloutGroup:
+        """See `ByPrompt`."""
+        found: RolloutGroup | None = None
+        for number, record in rows:
+            if found is None:
+                found = RolloutGroup(
+                    prompt_id(record),
+                    record["prompt"],
+                    record["reference"],
+                    record.get("wrapper", "sft"),
+                    record.get("category"),
+                    _accepted(record),
+                )
             part = (record["policy"], record.get("step", 0)) if self.by_step else ("", 0)
-            new = Written(record["output"], record["policy"], number, number)
-            texts = found.parts.setdefault(part, {})
-            texts.setdefault(plain(record["output"]), new).meet(new)
+            found.add(record, number, part)
+        assert found is not None
+        return found
+
+
+def _accepted(record: dict[str, Any]) -> list[Any]:
+    """The texts of `accept`; something that is no list as one that is no text."""
+    found = record.get("accept", [])
+    return found if isinstance(found, list) else [found]
 
 
 class Labelling:
@@ -204,6 +202,7 @@ class Labelling:
     def triples(self, group: RolloutGroup) -> Iterator[dict[str, Any]]:
         """The triples of a prompt, at most `per_prompt`, none twice."""
         self.counts["prompts"] += 1
+        self.counts += group.counts
         every = self._by_rank(group) if self.rule == "rank" else self._by_limit(group)
         for triple in islice(every, self.per_prompt):
             self.counts["triples"] += 1
@@ -222,7 +221,7 @@ class Labelling:
         texts = {name: text for part in group.parts.values() for name, text in part.items()}
         if not texts:
             return self._none("without a label")
-        copy = plain(group.reference)
+        copy = plain_text(group.reference)
         # A text that got labels of both kinds says nothing, nor does a wrong copy of the reference.
         wrong = sorted(n for n, w in texts.items() if w.highest < self.threshold and n != copy)
         right = sorted(n for n, w in texts.items() if w.lowest >= self.threshold and n != copy)
@@ -231,7 +230,7 @@ class Labelling:
         )
         if not wrong:
             return self._none("without a wrong rollout")
-        accepted = {plain(text): text for text in group.accept}
+        accepted = {plain_text(text): text for text in group.accept}
         accepted = {name: text for name, text in accepted.items() if name != copy}
         chosen: list[tuple[Any, str | None]]
         if right:
@@ -265,7 +264,7 @@ class Labelling:
     def _by_rank(self, group: RolloutGroup) -> Iterator[dict[str, Any]]:
         if not group.parts:
             return self._none("without a label")
-        copy, seen = plain(group.reference), set()
+        copy, seen = plain_text(group.reference), set()
         pairs = []
         for _, texts in sorted(group.parts.items()):
             order = sorted((w.highest, name) for name, w in texts.items() if name != copy)

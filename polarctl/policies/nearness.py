@@ -8,7 +8,7 @@ most. The first is measured on texts, the second comes from a reward model's rew
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -72,7 +72,7 @@ class Margins:
 
     def __init__(self) -> None:
         self.triples = 0
-        self._sums: dict[frozenset[str], list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self._sums: dict[frozenset[str], list[float]] = {}
 
     def add(self, record: Record) -> None:
         """Take a triple that `score` has scored.
@@ -89,7 +89,7 @@ class Margins:
         rewards = record.get("rewards")
         if not isinstance(rewards, list) or len(rewards) < 2:
             raise RecordError("no `rewards` of chosen and rejected", hint="`score` writes them")
-        sums = self._sums[frozenset(map(str, names))]
+        sums = self._sums.setdefault(frozenset(map(str, names)), [0.0, 0.0])
         sums[0] += rewards[0] - rewards[1]
         sums[1] += 1
         self.triples += 1

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from polarctl import seeding
+from polarctl.model.template import plain_text
 from polarctl.policies import nearness
 from polarctl.policies.by_prompt import Groups, PromptGroup
 
@@ -127,7 +128,7 @@ class Pairing:
 
     def _is_copy(self, texts: dict[int, Any], samples: Samples) -> bool:
         """Whether the chosen text is the reference."""
-        return bool(_plain(texts[samples[0]]) == _plain(texts[samples[1]]))
+        return plain_text(texts[samples[0]]) == plain_text(texts[samples[1]])
 
     def _draw(
         self, group: PromptGroup, closed: set[tuple[str, str]], rng: random.Random
@@ -158,8 +159,8 @@ class Pairing:
         every = [(i, j, k) for i, j in itertools.permutations(ours, 2) for k in theirs]
         rng.shuffle(every)
         for i, j, k in every:
-            rejected = _plain(group.outputs[b][k])
-            if rejected in (_plain(group.outputs[a][i]), _plain(group.outputs[a][j])):
+            rejected = plain_text(group.outputs[b][k])
+            if rejected in (plain_text(group.outputs[a][i]), plain_text(group.outputs[a][j])):
                 self.counts["identical texts passed over"] += 1
                 continue
             if self._are_near(group, (b, k), (a, i), (a, j)):
@@ -202,6 +203,8 @@ class Pairing:
 
     def _further(self, group: PromptGroup, a: str, b: str, samples: Samples) -> list[Any]:
         """Further rejected texts, of any policy but the first, in random order, none twice."""
+        if self.negatives == 1:
+            return []
         rng = seeding.rng(self.seed, "negatives", group.id, group.wrapper, a, b, *samples)
         others = sorted(
             (name, k) for name in group.outputs if name != a for k in group.outputs[name]
@@ -214,15 +217,16 @@ class Pairing:
             weight = dict(zip(names, weights, strict=True))
             others = nearness.shuffled([(weight[x[0]], x) for x in others], rng.random)
         ours = [(a, k) for k in samples[:2]]
-        seen = [_plain(group.outputs[a][k]) for k in samples[:2]]
-        seen.append(_plain(group.outputs[b][samples[2]]))
+        seen = [plain_text(group.outputs[a][k]) for k in samples[:2]]
+        seen.append(plain_text(group.outputs[b][samples[2]]))
         found: list[Any] = []
         for name, k in others:
             if len(found) == self.negatives - 1:
                 break
             text = group.outputs[name][k]
-            if _plain(text) not in seen and not self._are_near(group, (name, k), *ours):
-                seen.append(_plain(text))
+            words = plain_text(text)
+            if words not in seen and not self._are_near(group, (name, k), *ours):
+                seen.append(words)
                 found.append(text)
         return found
 
@@ -238,8 +242,3 @@ def _why_none(group: PromptGroup, identical: bool, similar: bool) -> str:
     if not group.firsts():
         return "prompts with single samples only"
     return "prompts without a required policy"
-
-
-def _plain(text: Any) -> Any:
-    """What is compared: the words of a text, whatever the space between them."""
-    return " ".join(text.split()) if isinstance(text, str) else text

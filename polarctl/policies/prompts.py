@@ -1,32 +1,25 @@
 """The prompts of a run: read once, cut to prefixes, given their identity, and read per policy.
 
-They wait in a temporary SQLite database, so that memory does not grow with them and standard input
-is read once. What does not fit into its cache lies in a file without a name, in the folder of
-SQLITE_TMPDIR or TMPDIR, else in /var/tmp; the operating system removes it whatever happens to the
-process.
+They wait in a temporary database (`polarctl.storage.scratch`), so that memory does not grow with
+them and standard input is read once.
 """
 
 from __future__ import annotations
 
-import hashlib
-import sqlite3
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import orjson
 
 from polarctl import seeding
-from polarctl.errors import PolarctlError, RecordError
+from polarctl.errors import RecordError
+from polarctl.policies.by_prompt import prompt_digest
 from polarctl.records import Prompt, Record, check, prompt_id
 from polarctl.storage.read import Reader
+from polarctl.storage.scratch import Scratch
 
-_CACHE_MIB = 32  # of SQLite: for pages, and again for a sort
-_TABLES = f"""
-pragma cache_size = -{_CACHE_MIB << 10};
-pragma temp_store = file;
-pragma journal_mode = off;
-pragma synchronous = off;
+_CACHE_MIB = 32
+_TABLES = """
 create table prompts (row integer primary key, place, body blob);
 create table windows (window integer primary key, first, last);
 create table facts (row integer primary key, name, text);
@@ -58,16 +51,19 @@ class Prompts:
     def __init__(self) -> None:
         self.digest: str | None = None
         self.repeated = self.windows = self._rows = 0
-        self._store = sqlite3.connect("", isolation_level=None)
-        self._store.executescript(_TABLES)
+        self._store = Scratch(
+            _TABLES,
+            cache_mib=_CACHE_MIB,
+            failure="prompts cannot be kept on disk",
+            room="twice the prompts",
+        )
 
     def read(self, reader: Reader, rows: int) -> None:
         """Read everything, in windows of so many rows."""
-        with self._writing():
-            self._store.execute("begin")
+        with self._store.change() as store:
             for window in reader.windows(rows):
                 first = self._rows
-                self._store.executemany(
+                store.executemany(
                     "insert into prompts values (?, ?, ?)",
                     (
                         (row, record.where, orjson.dumps(record))
@@ -75,12 +71,11 @@ class Prompts:
                     ),
                 )
                 self._rows += len(window.records)
-                self._store.execute(
+                store.execute(
                     "insert into windows values (?, ?, ?)", (self.windows, first, self._rows)
                 )
                 self.windows += 1
                 self.digest = window.digest
-            self._store.execute("commit")
 
     def __len__(self) -> int:
         return self._rows - self.repeated
@@ -97,32 +92,27 @@ class Prompts:
         return found
 
     def _window(self, number: int) -> list[Record]:
-        with self._writing():
-            return [
-                Record(orjson.loads(body), place)
-                for place, body in self._store.execute(
-                    "select place, body from prompts, windows where window = ? and row >= first "
-                    "and row < last and row not in (select row from again) order by row",
-                    (number,),
-                )
-            ]
+        rows = self._store.select(
+            "select place, body from prompts, windows where window = ? and row >= first "
+            "and row < last and row not in (select row from again) order by row",
+            (number,),
+        )
+        return [Record(orjson.loads(body), place) for place, body in rows]
 
     def change(self, cut: Callable[[list[Record]], Iterable[Record]]) -> None:
         """Put other prompts in the place of those of each window, as many."""
-        with self._writing():
-            self._store.execute("begin")
+        with self._store.change() as store:
             for number in range(self.windows):
-                (first,) = self._store.execute(
+                (first,) = store.execute(
                     "select first from windows where window = ?", (number,)
                 ).fetchone()
-                self._store.executemany(
+                store.executemany(
                     "update prompts set body = ? where row = ?",
                     (
                         (orjson.dumps(record), row)
                         for row, record in enumerate(cut(self._window(number)), first)
                     ),
                 )
-            self._store.execute("commit")
 
     def identify(self) -> None:
         """Leave out the prompts that are there already.
@@ -130,12 +120,11 @@ class Prompts:
         Raises:
             RecordError: One id names two prompts.
         """
-        with self._writing():
-            self._store.execute("begin")
-            rows = self._store.cursor().execute("select row, body from prompts order by row")
-            self._store.executemany("insert into facts values (?, ?, ?)", map(_fact, rows))
-            self._store.execute("create index names on facts (name, row)")
-            clash = self._store.execute(_CLASHES).fetchone()
+        with self._store.change() as store:
+            rows = store.execute("select row, body from prompts order by row")
+            store.executemany("insert into facts values (?, ?, ?)", map(_fact, rows))
+            store.execute("create index names on facts (name, row)")
+            clash = store.execute(_CLASHES).fetchone()
             if clash is not None:
                 row, name, first = clash
                 raise RecordError(
@@ -143,31 +132,19 @@ class Prompts:
                     where=self._place(row),
                     hint="give every prompt its own id, or none",
                 )
-            self._store.execute(_REPEATED)
-            (self.repeated,) = self._store.execute("select count(*) from again").fetchone()
-            self._store.execute("drop table facts")
-            self._store.execute("commit")
+            store.execute(_REPEATED)
+            (self.repeated,) = store.execute("select count(*) from again").fetchone()
+            store.execute("drop table facts")
 
     def _place(self, row: int) -> str | None:
-        (place,) = self._store.execute("select place from prompts where row = ?", (row,)).fetchone()
+        ((place,),) = self._store.select("select place from prompts where row = ?", (row,))
         return None if place is None else str(place)
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.OperationalError as error:
-            raise PolarctlError(
-                f"prompts cannot be kept on disk: {error}",
-                hint="TMPDIR=FOLDER names a folder with room for twice the prompts",
-            ) from None
 
 
 def _fact(row: tuple[int, bytes]) -> tuple[int, str, bytes]:
     """Row, id and a hash of the text of a prompt."""
     record = orjson.loads(row[1])
-    text = orjson.dumps(record["prompt"], option=orjson.OPT_SORT_KEYS)
-    return row[0], prompt_id(record), hashlib.blake2b(text, digest_size=16).digest()
+    return row[0], prompt_id(record), prompt_digest(record)
 
 
 def prompt_in(text_field: str) -> Callable[[Record], None]:

@@ -127,7 +127,7 @@ class Reader:
             if record is not None:
                 yield record
         if not self.rows:
-            raise self._no_records()
+            raise self.no_records()
 
     def windows(self, size: int, *, done: int = 0, digest: str | None = None) -> Iterator[Window]:
         """The windows of this shard, in order.
@@ -165,7 +165,7 @@ class Reader:
                 if record is not None:
                     window.append(record)
         if not count:
-            raise self._no_records()
+            raise self.no_records()
         if index % self.shard[1] == mine:
             passed += 1
             yield from self._hand_out(index, window, running, passed, done, digest)
@@ -234,7 +234,8 @@ class Reader:
             if path != "-":
                 stream.close()
 
-    def _no_records(self) -> RecordError:
+    def no_records(self) -> RecordError:
+        """What an input without a row is refused with."""
         return RecordError("no records", where=", ".join(map(place_of, self.paths)))
 
     def parse(self, where: str, line: bytes, again: bool = False) -> Record | None:

@@ -1,6 +1,7 @@
 """`pair` over many trajectories: time and peak memory, beside the same join in other engines.
 
 python tests/benchmarks/bench_pair.py --prompts 25000        (1,000,000 trajectories, about 1 GB)
+python tests/benchmarks/bench_pair.py --prompts 25000 --rollouts     (500,000, --from-rollouts)
 
 The join alone is what an engine would do for `pair`: all trajectories of a prompt together, prompts
 in the order in which they first appear. The engines read the JSON themselves and check nothing.
@@ -22,6 +23,7 @@ from pathlib import Path
 import orjson
 
 POLICIES, SAMPLES = 8, 5
+STEPS, STEP_SAMPLES = 5, 4
 COLUMNS = {name: "varchar" for name in ("id", "prompt", "output", "policy")} | {"sample": "int"}
 
 POLARS = """
@@ -61,14 +63,20 @@ print(sum(len(one) for part in frame.iter_partitions() for one in part.to_pydict
 OWN = """
 import sys
 from polarctl import cli
-sys.exit(cli.run(["pair", sys.argv[1], "-o", sys.argv[2] + "/triples.jsonl", "--force", "-q"]))
+command = ["pair", sys.argv[1], "-o", sys.argv[2] + "/triples.jsonl", "--force", "-q"]
+sys.exit(cli.run(command + sys.argv[3:]))
 """
+
+
+def vocabulary(rng: random.Random) -> list[str]:
+    """5,000 words of 7 letters."""
+    return ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=7)) for _ in range(5000)]
 
 
 def generate(path: Path, prompts: int) -> None:
     """Write trajectories of about 900 bytes, policy after policy, as `sample` does."""
     rng = random.Random(0)
-    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=7)) for _ in range(5000)]
+    words = vocabulary(rng)
     asked = [f"{number} " + " ".join(rng.choices(words, k=30)) for number in range(prompts)]
     with open(path, "wb") as stream:
         for policy in range(POLICIES):
@@ -84,11 +92,34 @@ def generate(path: Path, prompts: int) -> None:
                     stream.write(orjson.dumps(fields) + b"\n")
 
 
-def measure(name: str, code: str, path: Path, scratch: str) -> None:
+def generate_rollouts(path: Path, prompts: int) -> None:
+    """Write rollouts of about 800 bytes, step after step, as `rft` does: a third are right."""
+    rng = random.Random(0)
+    words = vocabulary(rng)
+    asked = [f"{number} " + " ".join(rng.choices(words, k=30)) for number in range(prompts)]
+    with open(path, "wb") as stream:
+        for step in range(STEPS):
+            for number, prompt in enumerate(asked):
+                for sample in range(STEP_SAMPLES):
+                    fields = {
+                        "id": f"p{number:08}",
+                        "prompt": prompt,
+                        "reference": f"The answer is {number}.",
+                        "output": " ".join(rng.choices(words, k=50)),
+                        "policy": "start",
+                        "sample": sample,
+                        "step": step,
+                        "reward": rng.gauss(0, 1),
+                        "check": float(rng.random() < 1 / 3),
+                    }
+                    stream.write(orjson.dumps(fields) + b"\n")
+
+
+def measure(name: str, code: str, path: Path, scratch: str, *options: str) -> None:
     """Print a row: one process's wall time, processor time and peak memory."""
     start = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(path), scratch],
+        [sys.executable, "-c", code, str(path), scratch, *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
@@ -107,13 +138,21 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--prompts", type=int, default=25_000)
     options.add_argument("--only-own", action="store_true", help="leave the other engines out")
+    options.add_argument("--rollouts", action="store_true", help="rollouts, for --from-rollouts")
     given = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trajectories.jsonl"
-        generate(path, given.prompts)
-        count, size = given.prompts * POLICIES * SAMPLES, path.stat().st_size / 2**20
-        print(f"{count:,} trajectories, {size:,.0f} MiB, {os.cpu_count()} cores")
+        if given.rollouts:
+            generate_rollouts(path, given.prompts)
+            count = given.prompts * STEPS * STEP_SAMPLES
+        else:
+            generate(path, given.prompts)
+            count = given.prompts * POLICIES * SAMPLES
+        print(f"{count:,} records, {path.stat().st_size / 2**20:,.0f} MiB, {os.cpu_count()} cores")
         print(f"{'':>8}{'wall, s':>10}{'CPU, s':>10}{'MiB':>10}", flush=True)
+        if given.rollouts:
+            measure("pair", OWN, path, folder, "--from-rollouts")
+            return
         measure("pair", OWN, path, folder)
         engines = {"duckdb": DUCKDB, "polars": POLARS, "daft": DAFT}
         for name, code in {} if given.only_own else engines.items():

@@ -291,6 +291,7 @@ PAIR: dict[str, Case | Seen] = {
     "rule": add(LABEL_BASE, "--rule rank"),
     "threshold": add(LABEL_BASE, "--threshold 2"),
     "min_gap": add(LABEL_BASE + " --rule rank", "--min-gap 3"),
+    "ray": Seen("policies/test_on_ray.py", '"--ray", cluster.address'),
 }
 
 SCORE_BASE = "score candidates.jsonl -m rm -o out.jsonl --device cpu -q"
@@ -521,6 +522,7 @@ REFUSED = {
         "test_share": PAIR_BASE + " --test-share 0.5",
         "max_similarity": LABEL_BASE + " --max-similarity 0.5",
         "hard_by": LABEL_BASE + " --hard-by names",
+        "ray": LABEL_BASE + " --ray auto",
         "label_by": PAIR_BASE + " --label-by check",
         "rule": PAIR_BASE + " --rule rank",
         "threshold": LABEL_BASE + " --rule rank --threshold 1",

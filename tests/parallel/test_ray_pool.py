@@ -1,7 +1,4 @@
-"""Workers on a Ray cluster: order, lost processes and machines, errors, a cluster that is gone.
-
-The clusters are real: `ray.cluster_utils` starts every process of each machine here.
-"""
+"""Workers on a Ray cluster: order, lost processes and machines, errors, a cluster that is gone."""
 
 import json
 import shutil
@@ -11,10 +8,10 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 from faults import is_gone
+from parallel.clusters import add_machine, two_machines
 from parallel.ray_work import Told
 
 from polarctl import cli
@@ -27,27 +24,10 @@ PATIENCE_S = 120
 slow = pytest.mark.slow
 
 
-def new_cluster():
-    from ray.cluster_utils import Cluster
-
-    machine = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
-    return Cluster(initialize_head=True, head_node_args=machine)
-
-
-def add_machine(cluster):
-    return cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
-
-
 @pytest.fixture(scope="module")
 def cluster():
-    """Two machines with a CPU each. What the tests import is there, too."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
-        made = new_cluster()
-        add_machine(made)
+    with two_machines() as made:
         yield made
-        made.shutdown()
 
 
 def deal(cluster, items, folder, workers=2):

@@ -61,6 +61,15 @@ def test_samples_without_a_number_are_counted():
     assert [g.outputs for g in groups] == [{"p": {0: "0", 1: "1", 2: "2"}}]
 
 
+def test_a_sample_number_that_the_database_cannot_hold_is_refused():
+    groups = by_prompt.Groups()
+    groups.add(record("a", "p", 2**63 - 1, "kept"))
+    with pytest.raises(RecordError, match="field `sample`: more than 63 bits"):
+        groups.add(record("a", "p", 2**63, "refused"))
+    groups.finish()
+    assert [g.outputs for g in groups] == [{"p": {2**63 - 1: "kept"}}]
+
+
 def test_what_contradicts_an_earlier_row_is_refused_in_the_order_of_the_rows():
     rows = [
         record("a", "p", 0, "first", id="x", place="t:1"),
@@ -97,17 +106,19 @@ def write(path, prompts, output_bytes, policies=8):
                 for sample in range(2):
                     fields = {
                         "prompt": f"Question {prompt}",
+                        "reference": "Yes.",
                         "policy": f"policy-{policy}",
                         "sample": sample,
                         "output": f"{policy} {prompt} {sample} {text}",
+                        "check": sample,
                     }
                     stream.write(orjson.dumps(fields) + b"\n")
 
 
-def pair(path, out, before="pass", **options):
+def pair(path, out, *more, before="pass", **options):
     code = f"import sys; from polarctl import cli; {before}; sys.exit(cli.run(sys.argv[1:]))"
     return subprocess.Popen(
-        [sys.executable, "-c", code, "pair", str(path), "-o", str(out)],
+        [sys.executable, "-c", code, "pair", str(path), "-o", str(out), *more],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
@@ -116,11 +127,12 @@ def pair(path, out, before="pass", **options):
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_trajectories(tmp_path):
+@pytest.mark.parametrize("more", [(), ("--from-rollouts",)])
+def test_memory_does_not_grow_with_the_trajectories(tmp_path, more):
     peaks = []
     for prompts in (4_000, 10_000):  # 128 MB and 320 MB of text
         write(tmp_path / "t.jsonl", prompts, 2_000)
-        process = pair(tmp_path / "t.jsonl", tmp_path / f"{prompts}.jsonl")
+        process = pair(tmp_path / "t.jsonl", tmp_path / f"{prompts}.jsonl", *more)
         _, status, used = os.wait4(process.pid, 0)
         assert os.waitstatus_to_exitcode(status) == 0, process.stderr.read()
         process.returncode = 0
@@ -136,8 +148,7 @@ def test_a_full_disk_is_one_line(tmp_path):
     process = pair(
         tmp_path / "t.jsonl",
         tmp_path / "out.jsonl",
-        "from polarctl.policies import by_prompt;"
-        "by_prompt._TABLES = by_prompt._TABLES.replace(f'-{64 << 10}', '-16')",
+        before="from polarctl.policies import by_prompt; by_prompt._CACHE_MIB = 1 / 64",
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)),
     )
     _, errors = process.communicate(timeout=120)

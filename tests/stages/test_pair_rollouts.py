@@ -35,6 +35,7 @@ def labels(records, name="check", **options):
     rollouts = Rollouts(name, by_step=options.get("rule") == "rank")
     for record in records:
         rollouts.add(Record(dict(record)))
+    rollouts.finish()
     labelling = Labelling(**options)
     return list(pair(rollouts, labelling)), labelling
 
@@ -242,6 +243,38 @@ def test_labels_come_from_a_field_or_a_component(tmp_path):
     status, ranked = command(tmp_path, records, "--label-by", "grade", "--rule", "rank", "--force")
     assert status == 0 and len(ranked) == 6
     assert all(t["rejected"].startswith("wrong") for t in ranked)
+
+
+@pytest.mark.parametrize(
+    ("records", "more", "expected"),
+    [
+        # Every check is 0, so nothing is right but the reference.
+        (
+            [rollout("wrong", 0), rollout("wrong too", 0)],
+            (),
+            {("the reference of p", "wrong"), ("the reference of p", "wrong too")},
+        ),
+        # Rewards of which the sum is 0.
+        (
+            [rollout("high", reward=2.0), rollout("low", reward=-2.0)],
+            ("--rule", "rank"),
+            {("high", "low")},
+        ),
+    ],
+)
+def test_numbers_that_add_up_to_nothing_are_numbers(tmp_path, records, more, expected):
+    status, rows = command(tmp_path, records, "--triples-per-prompt", "2", *more)
+    assert status == 0 and set(map(roles, rows)) == expected
+
+
+def test_rollouts_that_contradict_others_are_set_aside_and_not_counted(tmp_path, capfd):
+    records = [rollout("right", 1), {**rollout("x", 0), "prompt": "another"}, rollout("wrong", 0)]
+    rejects = tmp_path / "rejects.jsonl"
+    status, rows = command(tmp_path, records, "--rejects", str(rejects))
+    assert status == 0 and list(map(roles, rows)) == [("right", "wrong")]
+    (bad,) = map(orjson.loads, rejects.read_bytes().splitlines())
+    assert bad["where"].endswith("rollouts.jsonl:2") and orjson.loads(bad["record"]) == records[1]
+    assert "1 triples from 2 rollouts of 1 prompts" in capfd.readouterr().err
 
 
 def test_labels_come_from_a_verifier_where_the_rollouts_have_none(tmp_path, capfd):
