@@ -110,6 +110,7 @@ class Trajectory(Struct):
         ),
     ] = UNSET
     num_tokens: Annotated[int | UnsetType, _says("Tokens generated, before cleaning.")] = UNSET
+    language: Annotated[str | UnsetType, _says("ISO 639-1 code, with `--language`.")] = UNSET
     category: Annotated[str | UnsetType, _CATEGORY] = UNSET
 
 

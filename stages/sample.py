@@ -24,6 +24,7 @@ from polarctl.config import Common, Device, Dtype, Needs, Ray, RayResource, Serv
 if TYPE_CHECKING:
     from polarctl.policies.backends import Running
     from polarctl.policies.continuation import PolicyWriter
+    from polarctl.policies.filters import Filters
     from polarctl.policies.pool import Policy
     from polarctl.policies.prompts import Prompts
     from polarctl.policies.status import Status
@@ -86,6 +87,18 @@ class Config(Common):
     clean: Annotated[
         bool, typer.Option(help="Cut repetition loops and endings cut by the length limit.")
     ] = True
+    min_tokens: Annotated[
+        int, typer.Option(min=0, help="Leave out texts that have fewer tokens when cleaned.")
+    ] = 0
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Leave out texts that have more tokens when cleaned.")
+    ] = None
+    language: Annotated[
+        tuple[str, ...],
+        typer.Option(
+            "--language", metavar="CODE", help="Leave out texts in others (`en`); repeatable."
+        ),
+    ] = ()
     batch_size: Annotated[
         int, typer.Option(min=1, help="Sequences computed together; 256 prompts' at most.")
     ] = 64
@@ -105,6 +118,13 @@ class Config(Common):
     ] = 1
     ray: Ray = None
     ray_resource: RayResource = ()
+
+
+def filters_of(config: Config) -> Filters:
+    """Which texts are left out."""
+    from polarctl.policies import filters
+
+    return filters.Filters(config.min_tokens, config.max_tokens, config.language)
 
 
 def policies_of(config: Config) -> list[Policy]:
@@ -164,6 +184,7 @@ def run(config: Config) -> None:
 
     paths = windows.inputs_of("sample", config)
     ray_pool.placement_of(config)  # refused before anything is read
+    filters_of(config).check()
     policies = policies_of(config)
     verify = prompt_in(config.text_field)
     if config.dry_run:
@@ -321,7 +342,12 @@ def _sample(config: Config, policies: list[Policy], prompts: Prompts, out: Outpu
 
     work = workers.UnitWork(
         partial(_open, config=config),
-        partial(trajectories.unit_of, seed=config.seed, clean=config.clean),
+        partial(
+            trajectories.unit_of,
+            seed=config.seed,
+            clean=config.clean,
+            filters=filters_of(config),
+        ),
     )
     owners = (policy for policy, units in todo for _ in units)
     following = {} if config.ray else {p.name: after for p, after in pairwise(left)}
@@ -374,7 +400,7 @@ def _report(config: Config, counts: dict[str, Any], course: Status) -> None:
     """Say what was written, what was left out and what was cleaned."""
     from polarctl import console
     from polarctl.evaluation.page import Table, terminal_table
-    from polarctl.policies import status, trajectories
+    from polarctl.policies import filters, trajectories
 
     if counts["repeated"]:
         console.warn(f"{counts['repeated']:,} repeated prompts were sampled once")
@@ -384,8 +410,8 @@ def _report(config: Config, counts: dict[str, Any], course: Status) -> None:
         console.warn(f"{counts['empty']:,} samples without text were left out")
     for name, tally in tallies.items():
         if not tally["records"]:
-            outcomes = [(what, tally[what]) for what in trajectories.OUTCOMES]
-            why = ", ".join(f"{what}: {count:,}" for what, count in outcomes if count)
+            outcomes = [w for w in (*trajectories.OUTCOMES, *filters.REASONS) if tally.get(w)]
+            why = ", ".join(f"{what}: {tally[what]:,}" for what in outcomes)
             console.warn(f"policy `{name}` wrote no text at all ({why or 'no prompts'})")
     if idle := course.idle():
         more = f" and {len(idle) - 4} more" if len(idle) > 4 else ""
@@ -399,4 +425,4 @@ def _report(config: Config, counts: dict[str, Any], course: Status) -> None:
     )
     rows = course.rows()
     if len(rows) <= SHOWN_POLICIES or config.verbose:
-        console.show(terminal_table(Table(status.LAST_HEAD, rows)))
+        console.show(terminal_table(Table(course.head(), rows)))

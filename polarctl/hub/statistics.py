@@ -34,6 +34,13 @@ _WHY = {
     "no_pair": "rows without candidates that differ enough to compare",
     "unlabelled": "candidates without a label",
 }
+# The same in the counts of a policy.
+_WHY_NOT = {
+    "unfit": "prompts that a policy could not take",
+    "too short": "texts that are too short",
+    "too long": "texts that are too long",
+    "other language": "texts in another language",
+}
 _SAYS_WHY = re.compile(r"(?:prompts|rollouts|texts|trajectories) with(?:out)? .*|.* passed over")
 # What cleaning did to texts that are in the file.
 _CLEANED = {
@@ -93,10 +100,13 @@ class Statistics:
             for what in ("empty", "unfit"):
                 if tally.get(what):
                     self.policies.setdefault(policy, Counter())[what] += tally[what]
-        unfit = sum(tally.get("unfit", 0) for _, tally in tallies)
-        # `sample` sets aside both with the bad rows.
-        bad = (counts.get("rejects") or 0) - unfit - (counts.get("empty") or 0)
-        found = {"bad rows of the input": bad, "prompts that a policy could not take": unfit}
+        found = {
+            words: sum(tally.get(what, 0) for _, tally in tallies)
+            for what, words in _WHY_NOT.items()
+        }
+        # `sample` sets aside more than those.
+        known = found[_WHY_NOT["unfit"]] + (counts.get("empty") or 0)
+        found["bad rows of the input"] = (counts.get("rejects") or 0) - known
         for name, count in counts.items():
             if isinstance(count, int) and (name in _WHY or _SAYS_WHY.fullmatch(name)):
                 found[_WHY.get(name, name)] = count

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from polarctl import console
+from polarctl.policies.filters import REASONS
 from polarctl.policies.pool import Policy
 
 _SHOWN_RUNNING = 3  # policies that a line names
 # A column of the last table for each of these counts.
 _MARKS = {"loop": "Loops cut", "incomplete": "Ends cut", "refusal": "Refusals"}
 HEAD = ("Policy", "Done", "Running", "Failed", "Tokens/s", "Left")
-LAST_HEAD = ("Policy", "Samples", "Texts", "Failed", *_MARKS.values(), "Tokens", "Tokens/s")
+_LAST_HEAD = ("Policy", "Samples", "Texts", "Failed", *_MARKS.values(), "Tokens", "Tokens/s")
 
 
 @dataclass
@@ -130,8 +131,16 @@ class Status:
             if course.running
         ]
 
+    def filtered(self) -> bool:
+        """Whether a filter has left out a text."""
+        return any(tally.get(why) for tally in self._tallies.values() for why in REASONS)
+
+    def head(self) -> tuple[str, ...]:
+        """Columns of `rows`."""
+        return (*_LAST_HEAD, "Filtered") if self.filtered() else _LAST_HEAD
+
     def rows(self) -> list[tuple[str, ...]]:
-        """Rows under `LAST_HEAD`: every policy. Its speed is that of this run."""
+        """Rows of the last table: every policy. Its speed is that of this run."""
         return [
             (
                 name,
@@ -141,6 +150,7 @@ class Status:
                 *(_share(tally.get(mark, 0), tally.get("records", 0)) for mark in _MARKS),
                 f"{tally.get('tokens', 0):,}",
                 _number(course.rate()),
+                *([f"{sum(tally.get(why, 0) for why in REASONS):,}"] if self.filtered() else []),
             )
             for name, course in self._courses.items()
             for tally in [self._tallies.get(name, {})]

@@ -10,11 +10,13 @@ from typing import Any
 from polarctl import seeding
 from polarctl.policies import cleaning
 from polarctl.policies.continuation import PolicyWriter, Unfit
+from polarctl.policies.filters import Filters
 from polarctl.records import Record
 from polarctl.storage.write import Output
 
 # What becomes of a sample; counted for every policy. `unfit` and `other wrapper` count prompts.
 OUTCOMES = ("records", "empty", "unfit", "other wrapper")
+NO_FILTERS = Filters()
 
 
 def trajectories(
@@ -23,6 +25,7 @@ def trajectories(
     *,
     seed: int = 0,
     clean: bool = True,
+    filters: Filters = NO_FILTERS,
     leave_out: Callable[[str, Record, str], None] = lambda outcome, prompt, reason: None,
     count: Callable[[Mapping[str, int]], None] = lambda usage: None,
 ) -> Iterator[dict[str, Any]]:
@@ -33,8 +36,10 @@ def trajectories(
         writer: The policy.
         seed: The run's seed; each sample's is made from it, policy, prompt id and sample index.
         clean: Apply `polarctl.policies.cleaning.clean`.
+        filters: Which texts are left out after that.
         leave_out: Called with `unfit` for a prompt that the policy cannot take, with `empty` for
-            a sample without text; then with the prompt and the reason.
+            a sample without text, with one of `filters.REASONS`; then with the prompt and the
+            reason.
         count: Called with what a server counts for each sample.
     """
     name, samples = writer.policy.name, writer.policy.samples
@@ -58,6 +63,12 @@ def trajectories(
         if not text.strip():
             leave_out("empty", prompt, f"policy `{name}` wrote no text (sample {sample})")
             continue
+        # A server's policy has no tokenizer here, so what is left is told from its characters.
+        tokens = round(made.num_tokens * len(text) / max(len(made.text), 1))
+        why, language = filters.look(text, tokens)
+        if why is not None:
+            leave_out(why, prompt, "")
+            continue
         record = {
             "id": prompt["id"],
             "prompt": prompt["prompt"],
@@ -69,6 +80,8 @@ def trajectories(
             "cleaned": cleaned,
             "num_tokens": made.num_tokens,
         }
+        if language is not None:
+            record["language"] = language
         if writer.policy.group is not None:
             record["policy_group"] = writer.policy.group
         yield {**record, **{k: v for k, v in prompt.items() if k not in record}}
@@ -93,7 +106,14 @@ class Unit:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def unit_of(prompts: Sequence[Record], writer: PolicyWriter, *, seed: int, clean: bool) -> Unit:
+def unit_of(
+    prompts: Sequence[Record],
+    writer: PolicyWriter,
+    *,
+    seed: int,
+    clean: bool,
+    filters: Filters = NO_FILTERS,
+) -> Unit:
     """A unit of work: `trajectories` of a window, and what was left out of it.
 
     It depends on policy, prompts, seed and options alone. `policies.backends.open_writer` makes a
@@ -112,7 +132,13 @@ def unit_of(prompts: Sequence[Record], writer: PolicyWriter, *, seed: int, clean
             leave_out("other wrapper", prompt, "")
     unit.records.extend(
         trajectories(
-            fitting, writer, seed=seed, clean=clean, leave_out=leave_out, count=unit.usage.update
+            fitting,
+            writer,
+            seed=seed,
+            clean=clean,
+            filters=filters,
+            leave_out=leave_out,
+            count=unit.usage.update,
         )
     )
     return unit
@@ -130,7 +156,7 @@ def take(unit: Unit, out: Output, tally: dict[str, int], *, rejects: bool) -> No
     for outcome, where, reason, prompt in unit.left_out:
         if outcome == "unfit" or (outcome == "empty" and rejects):
             out.reject(where, reason, prompt)
-        tally[outcome] += 1
+        tally[outcome] = tally.get(outcome, 0) + 1
     for record in unit.records:
         out.write(record)
         tally["tokens"] = tally.get("tokens", 0) + record["num_tokens"]

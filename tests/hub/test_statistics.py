@@ -17,13 +17,14 @@ def test_what_was_left_out_is_told_with_its_reason():
         cleaned = [["loop"], ["incomplete"], ["loop", "incomplete"], []][number % 4]
         found.add({**MADE, "output": "x" * 100, "cleaned": cleaned})
     # 3 bad rows, 4 prompts that did not fit and 5 samples without text were set aside.
-    tallies = {"a": {"records": 8, "empty": 5, "unfit": 4}, "b": {"records": 0, "unfit": 0}}
+    tallies = {"a": {"records": 8, "empty": 5, "unfit": 4}, "b": {"unfit": 0, "too long": 6}}
     found.add_manifest({"rejects": 12, "repeated": 2, "empty": 5, "policies": tallies})
     assert found.discards == {
         "bad rows of the input": 3,
         "prompts that a policy could not take": 4,
         "repeated prompts, taken once": 2,
         "samples without text": 5,
+        "texts that are too long": 6,
     }
     assert [(count, share) for _, count, share in found.cleaned()] == [(4, 0.5), (4, 0.5)]
 
