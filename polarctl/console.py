@@ -248,7 +248,7 @@ def progress(
         unit: Of what is counted.
         eta: Say how long it will take; False where the text of `update` does.
         above: Gives a rich object that a terminal shows above the bar, in place of the text of
-            `update`; it is asked for several times a second, in a thread of its own.
+            `update`, or nothing; it is asked for several times a second, in a thread of its own.
     """
     if _state.quiet or _state.silent or _state.json or not sys.stderr.isatty():
         yield _PlainProgress(title, total, unit, eta)
@@ -259,8 +259,8 @@ def progress(
 
     class Bar(RichProgress):
         def get_renderables(self) -> Iterator[Any]:
-            if above is not None:
-                yield above()
+            if above is not None and (shown := above()):
+                yield shown
             yield from super().get_renderables()
 
     bar = Bar(

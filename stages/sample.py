@@ -359,7 +359,7 @@ def _sample(config: Config, policies: list[Policy], prompts: Prompts, out: Outpu
             "sample",
             course.total,
             "samples",
-            above=lambda: terminal_table(Table(status.HEAD, course.running())),
+            above=lambda: (rows := course.running()) and terminal_table(Table(status.HEAD, rows)),
         ) as bar,
     ):
         for policy, unit in zip(owners, made, strict=True):
