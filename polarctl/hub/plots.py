@@ -46,12 +46,12 @@ def text_lengths(fields: Mapping[str, Counter[int]], *, title: str = "") -> Draw
         figure, axes = new_figure(3.2)
         lines = []
         for number, lengths in enumerate(fields.values()):
-            shares: Counter[int] = Counter()
+            counts: Counter[int] = Counter()
             for size, count in lengths.items():
-                shares[_bin(size)] += 100 * count / lengths.total()
+                counts[_bin(size)] += count
             lines.append(
                 axes.stairs(
-                    [shares[each] for each in bins],
+                    [100 * counts[each] / lengths.total() for each in bins],
                     edges,
                     color=PALETTE[number % len(PALETTE)],
                     linestyle=DASHES[number % len(DASHES)],

@@ -14,7 +14,8 @@ _SHOWN_RUNNING = 3  # policies that a line names
 # A column of the last table for each of these counts.
 _MARKS = {"loop": "Loops cut", "incomplete": "Ends cut", "refusal": "Refusals"}
 HEAD = ("Policy", "Done", "Running", "Failed", "Tokens/s", "Left")
-_LAST_HEAD = ("Policy", "Samples", "Texts", "Failed", *_MARKS.values(), "Tokens", "Tokens/s")
+# Of few words: a log is 80 columns wide.
+_LAST_HEAD = ("Policy", "Texts", "Failed", *_MARKS.values(), "Tokens/s")
 
 
 @dataclass
@@ -144,11 +145,9 @@ class Status:
         return [
             (
                 name,
-                f"{course.done:,}",
                 f"{tally.get('records', 0):,}",
                 f"{self.failed(name):,}",
                 *(_share(tally.get(mark, 0), tally.get("records", 0)) for mark in _MARKS),
-                f"{tally.get('tokens', 0):,}",
                 _number(course.rate()),
                 *([f"{sum(tally.get(why, 0) for why in REASONS):,}"] if self.filtered() else []),
             )

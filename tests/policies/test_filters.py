@@ -58,25 +58,35 @@ def test_what_keeps_nothing_or_is_unknown_is_refused(monkeypatch):
 
 
 def test_a_run_leaves_texts_out_counts_them_and_keeps_the_rest_as_they_were(
-    tmp_path, tiny_lm, capfd
+    tmp_path, tiny_lm, capfd, monkeypatch
 ):
+    monkeypatch.setenv("COLUMNS", "100")
     rows = [{"prompt": f"Text {number} is", "id": f"t{number}"} for number in range(30)]
     (tmp_path / "in.jsonl").write_bytes(b"\n".join(map(orjson.dumps, rows)))
     command = ["sample", str(tmp_path / "in.jsonl"), "-m", str(tiny_lm), "--max-new-tokens", "24"]
+    bounds = ["--min-tokens", "8", "--max-tokens", "20"]
     found, counts = {}, {}
-    for name, more in {"all": [], "some": ["--min-tokens", "8", "--max-tokens", "20"]}.items():
+    for name, more in {"raw": ["--no-clean"], "all": [], "some": bounds}.items():
         out = tmp_path / f"{name}.jsonl"
-        assert cli.run([*command, "--no-clean", "-o", str(out), *more]) == 0
+        assert cli.run([*command, "-o", str(out), *more]) == 0
         found[name] = [orjson.loads(line) for line in out.read_bytes().splitlines()]
         manifest = json.loads(Path(f"{out}.manifest.json").read_bytes())
         (counts[name],) = manifest["counts"]["policies"].values()
-    short = sum(record["num_tokens"] < 8 for record in found["all"])
-    long = sum(record["num_tokens"] > 20 for record in found["all"])
-    assert short > 2 and long > 2  # of 60
-    assert found["some"] == [r for r in found["all"] if 8 <= r["num_tokens"] <= 20]
+    raw = {(r["id"], r["sample"]): len(r["output"]) for r in found["raw"]}
+
+    def tokens(record):
+        """Of what cleaning left: as many as its share of the characters."""
+        whole = raw[record["id"], record["sample"]]
+        return round(record["num_tokens"] * len(record["output"]) / whole)
+
+    short = sum(tokens(record) < 8 for record in found["all"])
+    long = sum(tokens(record) > 20 for record in found["all"])
+    assert short > 2 and long > 2 and short + long < len(found["all"]) - 2
+    assert found["some"] == [r for r in found["all"] if 8 <= tokens(r) <= 20]
     assert (counts["some"]["too short"], counts["some"]["too long"]) == (short, long)
     assert "too short" not in counts["all"]
-    said = capfd.readouterr().err.splitlines()
-    heads = [line.split() for line in said if line.startswith("Policy ")]
-    assert [head[-1] for head in heads] == ["Tokens/s", "Filtered"]
-    assert said[-1].split()[-1] == f"{short + long}" or said[-2].split()[-1] == f"{short + long}"
+    said = [line.split() for line in capfd.readouterr().err.splitlines()]
+    heads = [words[-1] for words in said if words[:1] == ["Policy"]]
+    assert heads == ["Tokens/s", "Tokens/s", "Filtered"]
+    rows = [words[-1] for words in said if words[:1] == ["tiny-base"]]
+    assert rows[-1] == f"{short + long}"
