@@ -82,8 +82,8 @@ test-trainers: setup .venv-trainers/.installed
 
 # Hours on two cores. FAULTS_SEED=7 tries other kills and other input; FAULTS_REPORT=FILE keeps the
 # counts. docs/promises.md says what it holds.
-FAULT_TESTS := tests/stages/test_stage_kills.py tests/stages/test_resume.py tests/stages/test_fuzz.py \
-	tests/storage/test_power_cut.py tests/scoring/test_server_at_scale.py tests/serving
+FAULT_TESTS := tests/stages/test_stage_kills.py tests/stages/test_sample_kills.py tests/stages/test_resume.py \
+	tests/stages/test_fuzz.py tests/storage/test_power_cut.py tests/scoring/test_server_at_scale.py tests/serving
 
 test-faults: setup
 	FAULTS=full FAULTS_SERVE_SECONDS=600 $(BIN)/python -m pytest $(FAULT_TESTS)

@@ -12,7 +12,7 @@ import re
 import sys
 import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -233,7 +233,12 @@ class _RichProgress:
 
 @contextmanager
 def progress(
-    title: str, total: float | None = None, unit: str = "records", *, eta: bool = True
+    title: str,
+    total: float | None = None,
+    unit: str = "records",
+    *,
+    eta: bool = True,
+    above: Callable[[], Any] | None = None,
 ) -> Iterator[Progress]:
     """Watch a loop: a bar on a terminal, else a line every 30 s, nothing with `--quiet`.
 
@@ -242,6 +247,8 @@ def progress(
         total: How much there is to do, or None.
         unit: Of what is counted.
         eta: Say how long it will take; False where the text of `update` does.
+        above: Gives a rich object that a terminal shows above the bar, in place of the text of
+            `update`, or nothing; it is asked for several times a second, in a thread of its own.
     """
     if _state.quiet or _state.silent or _state.json or not sys.stderr.isatty():
         yield _PlainProgress(title, total, unit, eta)
@@ -250,12 +257,18 @@ def progress(
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as RichProgress
 
-    bar = RichProgress(
+    class Bar(RichProgress):
+        def get_renderables(self) -> Iterator[Any]:
+            if above is not None and (shown := above()):
+                yield shown
+            yield from super().get_renderables()
+
+    bar = Bar(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         *([TimeRemainingColumn()] if eta and total else []),
-        TextColumn("{task.fields[text]}"),
+        *([TextColumn("{task.fields[text]}")] if above is None else []),
         console=Console(stderr=True, no_color=not _state.color),
         redirect_stdout=False,  # stdout carries records
         transient=True,

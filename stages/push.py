@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from polarctl.hub.bundle import Bundle
 
+FEWEST_DRAWN = 10  # records, of which a plot says more than the table of their lengths
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Basic):
@@ -116,6 +118,28 @@ def add_parquet(found: Bundle, path: Path, folder: Path) -> list[dict[str, Any]]
     return infos
 
 
+def add_plots(found: Bundle) -> None:
+    """Add plots of the lengths of the texts, for files with enough of them."""
+    from dataclasses import replace
+
+    from polarctl.hub import plots
+
+    for number, file in enumerate(found.data):
+        texts = file.statistics
+        if file.records < FEWEST_DRAWN or not texts.lengths:
+            continue
+        drawn = {"texts": plots.text_lengths(texts.lengths, title="Length of the texts")}
+        if texts.policy_lengths:
+            rows = sorted(texts.policy_lengths.items())
+            drawn["policies"] = plots.policy_lengths(rows, title="Length by policy")
+        names = {}
+        for what, drawing in drawn.items():
+            name = f"plots/{file.name}.{what}.png"
+            names[name] = f"Length of the {what} of {file.name}"
+            found.add(name, bytes(drawing))
+        found.data[number] = replace(file, plots=names)
+
+
 def card(
     config: Config, repo_id: str, found: Bundle, dataset_info: Sequence[dict[str, Any]] = ()
 ) -> str:
@@ -187,6 +211,7 @@ def _push(config: Config, folder: Path) -> None:
     if "README.md" in found.items:
         console.choice("card", "README.md", "it is in the folder")
     else:
+        add_plots(found)
         found.add("README.md", card(config, repo_id, found, infos).encode())
         console.choice("card", "generated", "there is no README.md")
     _say_plan(config, repo_id, repo_type, found)

@@ -12,10 +12,9 @@ polarctl sample prompts.jsonl --pool pool.jsonl | polarctl pair - -o triples.jso
 from __future__ import annotations
 
 import os
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
@@ -25,8 +24,10 @@ from polarctl.config import Common, Device, Dtype, Needs, Ray, RayResource, Serv
 if TYPE_CHECKING:
     from polarctl.policies.backends import Running
     from polarctl.policies.continuation import PolicyWriter
+    from polarctl.policies.filters import Filters
     from polarctl.policies.pool import Policy
     from polarctl.policies.prompts import Prompts
+    from polarctl.policies.status import Status
     from polarctl.records import Record
     from polarctl.storage.write import Output
 
@@ -34,8 +35,6 @@ _PER_S = 1000  # tokens a second, at which a plan says how long: its reader know
 # Prompts of a unit of work: what a crash can cost, and the most that one batch is made from.
 WINDOW_ROWS = 256
 SHOWN_POLICIES = 24
-# What becomes of a sample; counted for every policy. `unfit` and `other wrapper` count prompts.
-OUTCOMES = ("records", "empty", "unfit", "other wrapper")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +87,18 @@ class Config(Common):
     clean: Annotated[
         bool, typer.Option(help="Cut repetition loops and endings cut by the length limit.")
     ] = True
+    min_tokens: Annotated[
+        int, typer.Option(min=0, help="Leave out texts that have fewer tokens when cleaned.")
+    ] = 0
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Leave out texts that have more tokens when cleaned.")
+    ] = None
+    language: Annotated[
+        tuple[str, ...],
+        typer.Option(
+            "--language", metavar="CODE", help="Leave out texts in others (`en`); repeatable."
+        ),
+    ] = ()
     batch_size: Annotated[
         int, typer.Option(min=1, help="Sequences computed together; 256 prompts' at most.")
     ] = 64
@@ -109,109 +120,11 @@ class Config(Common):
     ray_resource: RayResource = ()
 
 
-def trajectories(
-    prompts: Sequence[Record],
-    writer: PolicyWriter,
-    *,
-    seed: int = 0,
-    clean: bool = True,
-    leave_out: Callable[[str, Record, str], None] = lambda outcome, prompt, reason: None,
-    count: Callable[[Mapping[str, int]], None] = lambda usage: None,
-) -> Iterator[dict[str, Any]]:
-    """The trajectories of one policy: prompt by prompt, sample by sample.
+def filters_of(config: Config) -> Filters:
+    """Which texts are left out."""
+    from polarctl.policies import filters
 
-    Args:
-        prompts: Prompt records with their `id`.
-        writer: The policy.
-        seed: The run's seed; each sample's is made from it, policy, prompt id and sample index.
-        clean: Apply `polarctl.policies.cleaning.clean`.
-        leave_out: Called with `unfit` for a prompt that the policy cannot take, with `empty` for
-            a sample without text; then with the prompt and the reason.
-        count: Called with what a server counts for each sample.
-    """
-    from polarctl import seeding
-    from polarctl.policies import cleaning
-    from polarctl.policies.continuation import Unfit
-
-    name, samples = writer.policy.name, writer.policy.samples
-    jobs: list[tuple[Record, int, Any]] = []
-    for prompt, ids in zip(prompts, writer.encode([p["prompt"] for p in prompts]), strict=True):
-        if isinstance(ids, Unfit):
-            leave_out("unfit", prompt, ids.reason)
-        else:
-            jobs.extend((prompt, sample, ids) for sample in range(samples))
-    seeds = [seeding.derive(seed, "sample", name, prompt["id"], s) for prompt, s, _ in jobs]
-    refused: set[tuple[str, Unfit]] = set()
-    written = writer.write([ids for *_, ids in jobs], seeds)
-    for (prompt, sample, _), made in zip(jobs, written, strict=True):
-        if isinstance(made, Unfit):
-            if (prompt["id"], made) not in refused:
-                leave_out("unfit", prompt, made.reason)
-            refused.add((prompt["id"], made))
-            continue
-        count(made.usage)
-        text, cleaned = cleaning.clean(made.text, made.finish_reason) if clean else (made.text, [])
-        if not text.strip():
-            leave_out("empty", prompt, f"policy `{name}` wrote no text (sample {sample})")
-            continue
-        record = {
-            "id": prompt["id"],
-            "prompt": prompt["prompt"],
-            "output": text,
-            "policy": name,
-            "sample": sample,
-            "wrapper": writer.wrapper,
-            "finish_reason": made.finish_reason,
-            "cleaned": cleaned,
-            "num_tokens": made.num_tokens,
-        }
-        if writer.policy.group is not None:
-            record["policy_group"] = writer.policy.group
-        yield {**record, **{k: v for k, v in prompt.items() if k not in record}}
-
-
-@dataclass
-class Unit:
-    """What one policy wrote for one window of prompts: a unit of work, done anywhere.
-
-    Attributes:
-        prompts: Prompts that were in the window.
-        records: Trajectories.
-        left_out: (outcome, place, reason, prompt) of each sample or prompt that gave none.
-        usage: What a server counted.
-        facts: What the manifest says of the policy; of a server, what it lists of its model.
-    """
-
-    prompts: int = 0
-    records: list[dict[str, Any]] = field(default_factory=list)
-    left_out: list[tuple[str, str, str, dict[str, Any]]] = field(default_factory=list)
-    usage: Counter[str] = field(default_factory=Counter)
-    facts: dict[str, Any] = field(default_factory=dict)
-
-
-def unit_of(prompts: Sequence[Record], writer: PolicyWriter, *, seed: int, clean: bool) -> Unit:
-    """A unit of work: `trajectories` of a window, and what was left out of it.
-
-    It depends on policy, prompts, seed and options alone. `policies.backends.open_writer` makes a
-    writer of a policy, on any machine; policy, prompts and the result can be pickled.
-    """
-    unit = Unit(prompts=len(prompts), facts=writer.facts())
-
-    def leave_out(outcome: str, prompt: Record, reason: str) -> None:
-        unit.left_out.append((outcome, prompt.where or prompt["id"], reason, prompt))
-
-    fitting = []
-    for prompt in prompts:
-        if prompt.get("wrapper", writer.wrapper) == writer.wrapper:
-            fitting.append(prompt)
-        else:
-            leave_out("other wrapper", prompt, "")
-    unit.records.extend(
-        trajectories(
-            fitting, writer, seed=seed, clean=clean, leave_out=leave_out, count=unit.usage.update
-        )
-    )
-    return unit
+    return filters.Filters(config.min_tokens, config.max_tokens, config.language)
 
 
 def policies_of(config: Config) -> list[Policy]:
@@ -271,6 +184,7 @@ def run(config: Config) -> None:
 
     paths = windows.inputs_of("sample", config)
     ray_pool.placement_of(config)  # refused before anything is read
+    filters_of(config).check()
     policies = policies_of(config)
     verify = prompt_in(config.text_field)
     if config.dry_run:
@@ -296,7 +210,6 @@ def run(config: Config) -> None:
         if not out.complete:
             windows.set_aside(out, bad)
             _sample(config, policies, prompts, out)
-            _report(out.counts)
 
 
 def _plan(
@@ -321,12 +234,13 @@ def _plan(
     windows.dry_run("sample", config, paths, None, verify=count, check=look, policies=len(policies))
     samples = tokens = 0
     for policy, found in zip(policies, seen, strict=True):
-        prompts = asked["any"] + asked[found.wrapper]
+        prompts = round((asked["any"] + asked[found.wrapper]) * policy.weight)
         most = policy.sampling.max_new_tokens
         mine = prompts * policy.samples
         samples += mine
         tokens += mine * (most if found.context is None else min(most, found.context))
-        console.note(f"  {policy.name}: {found.text}; {prompts:,} prompts x {policy.samples}")
+        some = "" if policy.weight == 1 else f"weight {policy.weight:g}, about "
+        console.note(f"  {policy.name}: {found.text}; {some}{prompts:,} prompts x {policy.samples}")
     passes = len(policies)
     console.note(
         f"sample: {passes:,} passes, {samples:,} samples, {tokens:,} new tokens at most: "
@@ -391,9 +305,13 @@ def _sample(config: Config, policies: list[Policy], prompts: Prompts, out: Outpu
     """The loop: a unit of work is one policy with one window of prompts."""
     from contextlib import closing
     from functools import partial
+    from itertools import pairwise
 
     from polarctl import console
-    from polarctl.policies import backends, workers
+    from polarctl.evaluation.page import Table, terminal_table
+    from polarctl.policies import backends, status, trajectories, workers
+    from polarctl.policies.read_ahead import ReadAhead
+    from polarctl.policies.shares import Shares
 
     if config.prefix_tokens is not None:
         _cut(config, policies, prompts)
@@ -401,35 +319,60 @@ def _sample(config: Config, policies: list[Policy], prompts: Prompts, out: Outpu
     out.counts["repeated"] = prompts.repeated
     tallies: dict[str, dict[str, int]] = out.counts.setdefault("policies", {})
     facts: dict[str, dict[str, Any]] = out.counts.setdefault("writers", {})
-    units = prompts.windows
-    finished = out.done // units if units else len(policies)
-    left, begun = policies[finished:], out.done - finished * units
-    opened = (backends.open_writer(policy, backends.Running()) for policy in left)
-    backends.check_writers(opened, prompts, strict=not config.rejects)
-    total = len(prompts) * sum(policy.samples for policy in policies)
-    done = len(prompts) * sum(policy.samples for policy in policies[:finished])
-    done += sum(len(prompts.window(n)) * left[0].samples for n in range(begun))
+    shares = Shares(prompts, policies, backends.wrapper_of, rows=WINDOW_ROWS, seed=config.seed)
+    course = status.Status([(policy, shares.total(policy)) for policy in policies], tallies)
+    todo: list[tuple[Policy, range]] = []
+    done = out.done
+    for policy in policies:
+        units = shares.units(policy)
+        begun = min(done, units)
+        done -= begun
+        course.skip(policy, shares.asked(policy, begun))
+        if begun < units:
+            todo.append((policy, range(begun, units)))
+    left = [policy for policy, _ in todo]
+    backends.check_writers(left, shares.of, strict=not config.rejects)
 
-    def jobs() -> Iterator[tuple[Policy, int]]:
-        for number, policy in enumerate(left):
-            yield from ((policy, window) for window in range(0 if number else begun, units))
+    def jobs() -> Iterator[tuple[Policy, list[Record]]]:
+        for policy, units in todo:
+            for number in units:
+                asked = shares.unit(policy, number)
+                course.begin(policy, len(asked))
+                yield policy, asked
 
     work = workers.UnitWork(
-        partial(_open, config=config), partial(unit_of, seed=config.seed, clean=config.clean)
+        partial(_open, config=config),
+        partial(
+            trajectories.unit_of,
+            seed=config.seed,
+            clean=config.clean,
+            filters=filters_of(config),
+        ),
     )
-    made = workers.units(config, ((policy, prompts.window(n)) for policy, n in jobs()), work)
-    with closing(made), console.progress("sample", total, "samples") as bar:
-        start, tokens = time.monotonic(), 0
-        for (policy, _), unit in zip(jobs(), made, strict=True):
+    owners = (policy for policy, units in todo for _ in units)
+    following = {} if config.ray else {p.name: after for p, after in pairwise(left)}
+    made = workers.units(config, jobs(), work)
+    with (
+        closing(made),
+        ReadAhead() as ahead,
+        console.progress(
+            "sample",
+            course.total,
+            "samples",
+            above=lambda: (rows := course.running()) and terminal_table(Table(status.HEAD, rows)),
+        ) as bar,
+    ):
+        for policy, unit in zip(owners, made, strict=True):
+            if policy.name in following:  # it is loaded: the disk is free for the next one
+                ahead.begin(following.pop(policy.name))
             _same(facts.get(policy.name), unit.facts, policy)
             facts[policy.name] = unit.facts
-            tally = tallies.setdefault(policy.name, dict.fromkeys(OUTCOMES, 0))
-            _take(unit, out, tally, rejects=config.rejects is not None)
+            tally = tallies.setdefault(policy.name, dict.fromkeys(trajectories.OUTCOMES, 0))
+            trajectories.take(unit, out, tally, rejects=config.rejects is not None)
             out.commit(out.units + 1)
-            done += unit.prompts * policy.samples
-            tokens += sum(record["num_tokens"] for record in unit.records)
-            rate = tokens / max(time.monotonic() - start, 1e-9)  # of this run, loading included
-            bar.update(done, f"{policy.name}, {rate:,.0f} tokens/s")
+            course.end(policy, unit.prompts, sum(record["num_tokens"] for record in unit.records))
+            bar.update(course.done, course.line())
+    _report(config, out.counts, course)
 
 
 def _open(policy: Policy, config: Config) -> PolicyWriter:
@@ -437,21 +380,6 @@ def _open(policy: Policy, config: Config) -> PolicyWriter:
     from polarctl.policies import backends
 
     return backends.open_writer(policy, _running(config, [policy]))
-
-
-def _take(unit: Unit, out: Output, tally: dict[str, int], *, rejects: bool) -> None:
-    """Write and count what a unit of work has given."""
-    for outcome, where, reason, prompt in unit.left_out:
-        if outcome == "unfit" or (outcome == "empty" and rejects):
-            out.reject(where, reason, prompt)
-        tally[outcome] += 1
-    for record in unit.records:
-        out.write(record)
-        for mark in record["cleaned"]:
-            tally[mark] = tally.get(mark, 0) + 1
-    tally["records"] += len(unit.records)
-    for name, count in unit.usage.items():
-        tally[name] = tally.get(name, 0) + count
 
 
 def _same(before: dict[str, Any] | None, now: dict[str, Any], policy: Policy) -> None:
@@ -468,10 +396,11 @@ def _same(before: dict[str, Any] | None, now: dict[str, Any], policy: Policy) ->
         )
 
 
-def _report(counts: dict[str, Any]) -> None:
-    """Say what was left out and what was cleaned."""
+def _report(config: Config, counts: dict[str, Any], course: Status) -> None:
+    """Say what was written, what was left out and what was cleaned."""
     from polarctl import console
-    from polarctl.policies import cleaning
+    from polarctl.evaluation.page import Table, terminal_table
+    from polarctl.policies import filters, trajectories
 
     if counts["repeated"]:
         console.warn(f"{counts['repeated']:,} repeated prompts were sampled once")
@@ -481,8 +410,19 @@ def _report(counts: dict[str, Any]) -> None:
         console.warn(f"{counts['empty']:,} samples without text were left out")
     for name, tally in tallies.items():
         if not tally["records"]:
-            why = ", ".join(f"{what}: {count:,}" for what in OUTCOMES if (count := tally[what]))
+            outcomes = [w for w in (*trajectories.OUTCOMES, *filters.REASONS) if tally.get(w)]
+            why = ", ".join(f"{what}: {tally[what]:,}" for what in outcomes)
             console.warn(f"policy `{name}` wrote no text at all ({why or 'no prompts'})")
-    say = console.note if len(tallies) <= SHOWN_POLICIES else console.detail
-    for line in cleaning.report(tallies):
-        say(f"  {line}")
+    if idle := course.idle():
+        more = f" and {len(idle) - 4} more" if len(idle) > 4 else ""
+        console.warn(f"no prompt of the input was for {', '.join(idle[:4])}{more}")
+    texts, tokens = (
+        sum(tally.get(what, 0) for tally in tallies.values()) for what in ("records", "tokens")
+    )
+    console.note(
+        f"sample: {texts:,} texts by {len(tallies):,} policies, {tokens:,} tokens",
+        policies=tallies,
+    )
+    rows = course.rows()
+    if len(rows) <= SHOWN_POLICIES or config.verbose:
+        console.show(terminal_table(Table(course.head(), rows)))

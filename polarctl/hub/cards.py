@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from string import Template
 from typing import Any
@@ -42,6 +42,7 @@ class DataFile:
         fields: Names of the records' fields, in order of appearance.
         manifest: Scrubbed manifest, or None.
         statistics: Its policies and lengths.
+        plots: Names of its plots in the repository, and what each shows.
     """
 
     name: str
@@ -52,6 +53,7 @@ class DataFile:
     fields: tuple[str, ...]
     manifest: Mapping[str, Any] | None
     statistics: Statistics
+    plots: Mapping[str, str] = field(default_factory=dict)
 
 
 def splits(files: Sequence[DataFile]) -> dict[str, dict[str, list[DataFile]]]:
@@ -190,7 +192,7 @@ def _data_files(kind: str, parts: Mapping[str, Sequence[DataFile]], parquet: boo
 
 
 def _contents(file: DataFile) -> str:
-    """Tables of a file's texts and policies."""
+    """Tables and plots of a file's texts and policies, and of what was left out."""
     found = file.statistics
     rows = (
         (f"`{name}`", *(f"{number:,}" for number in numbers)) for name, *numbers in found.texts()
@@ -202,6 +204,13 @@ def _contents(file: DataFile) -> str:
         named = sorted(found.policies.items())
         rows = ((f"`{name}`", *(f"{c[column]:,}" for column in columns)) for name, c in named)
         text += f"\n{_table(('Policy', *(COLUMNS[c] for c in columns)), rows)}\n"
+    if cleaned := [f"{n:,} ({share:.1%}) have {what}" for what, n, share in found.cleaned()]:
+        text += f"\nOf its texts {'; '.join(cleaned)}.\n"
+    if found.discards:
+        rows = ((why, f"{count:,}") for why, count in found.discards.items())
+        text += f"\nNot in it:\n\n{_table(('What', 'How many'), rows)}\n"
+    for name, shows in file.plots.items():
+        text += f"\n![{shows}](<{name}>)\n"
     return text
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from polarctl import console
@@ -60,15 +60,32 @@ def open_writer(policy: Policy, how: Running) -> PolicyWriter:
     return Writer(policy, device=how.device, dtype=getattr(torch, dtype), batch_size=how.batch_size)
 
 
+def wrapper_of(policy: Policy) -> str:
+    """`sft` for a chat policy, `pretrain` for a base policy; no weights are read.
+
+    Raises:
+        MissingError: A config, a tokenizer, a package or a server is not there.
+        UsageError: The policy's fields do not hold.
+    """
+    writer = open_writer(policy, Running())
+    try:
+        return writer.wrapper
+    finally:
+        writer.close()
+
+
 def check_writers(
-    writers: Iterable[PolicyWriter], prompts: Iterable[Record], *, strict: bool = True
+    policies: Iterable[Policy],
+    prompts_of: Callable[[Policy], Iterable[Record]],
+    *,
+    strict: bool = True,
 ) -> None:
     """Meet what would stop a long run later: a model that is not there, a prompt that is too long.
 
     Args:
-        writers: The policies that are still to write; each is closed after its check.
-        prompts: All prompts, read again for each policy. Only those that may be too long are
-            tokenized (no tokenizer makes more than a token or so of a byte); a server's are not.
+        policies: Those that are still to write.
+        prompts_of: The prompts of a policy. Only those that may be too long are tokenized (no
+            tokenizer makes more than a token or so of a byte); a server's are not.
         strict: A prompt that a policy cannot take is an error.
 
     Raises:
@@ -77,13 +94,14 @@ def check_writers(
         RecordError: With `strict`: a prompt does not fit a policy's context.
     """
     short: list[str] = []
-    for writer in writers:
+    for policy in policies:
+        writer = open_writer(policy, Running())
         context = writer.context
         if context is not None:
-            if writer.policy.sampling.max_new_tokens >= context:
-                short.append(f"{writer.policy.name}: {context:,}")
-            if strict and writer.policy.backend != "openai":
-                _check_lengths(writer, prompts, context)
+            if policy.sampling.max_new_tokens >= context:
+                short.append(f"{policy.name}: {context:,}")
+            if strict and policy.backend != "openai":
+                _check_lengths(writer, prompts_of(policy), context)
         writer.close()
     if short:
         names = ", ".join(short[:4]) + (f" and {len(short) - 4} more" if len(short) > 4 else "")

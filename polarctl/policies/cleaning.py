@@ -11,8 +11,6 @@ tokenizer. A refusal is kept as it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-
 import regex as re
 
 # What `clean` may say of a text.
@@ -136,29 +134,6 @@ def is_refusal(text: str) -> bool:
     """
     text = text.strip()
     return len(text) <= MAX_REFUSAL_CHARS and bool(_REFUSAL.match(text.replace("\u2019", "'")))
-
-
-def report(tallies: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
-    """A line for each policy of which something was cut, left out, or is a refusal.
-
-    Args:
-        tallies: Policy to its counts: `records`, `empty` and `MARKS`.
-    """
-    said = {
-        "loop": "loops cut",
-        "incomplete": "endings cut back",
-        "refusal": "refusals",
-        "empty": "without text",
-    }
-    for name, tally in tallies.items():
-        written = tally.get("records", 0) + tally.get("empty", 0)
-        parts = [
-            f"{tally[w]:,} {what} ({tally[w] / written:.1%})"
-            for w, what in said.items()
-            if tally.get(w)
-        ]
-        if parts:
-            yield f"{name}: {written:,} samples, {', '.join(parts)}"
 
 
 def cut_loop(text: str) -> tuple[str, bool]:

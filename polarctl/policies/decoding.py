@@ -25,24 +25,9 @@ from transformers import DynamicCache, cache_utils
 
 from polarctl.errors import PolarctlError
 from polarctl.policies.pool import Sampling
+from polarctl.policies.uniforms import Floats, Seeds, uniforms
 
-Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
-Seeds: TypeAlias = NDArray[np.uint64]
-
-
-def uniforms(seeds: Seeds, step: int) -> Floats:
-    """One number in [0, 1) per sequence for a step: output `step` of SplitMix64 from each seed.
-
-    Counter-based: any step of any sequence can be had alone. Source: Steele, Lea and Flood, "Fast
-    splittable pseudorandom number generators", 2014.
-    """
-    with np.errstate(over="ignore"):
-        z = seeds + np.uint64((step + 1) * 0x9E3779B97F4A7C15 % 2**64)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z = z ^ (z >> np.uint64(31))
-    return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def draw(logits: Tensor, numbers: Floats, sampling: Sampling) -> Ints:

@@ -11,7 +11,8 @@ from typing import Any
 
 from polarctl.config import yaml_of
 from polarctl.errors import MissingError, RecordError, UsageError
-from polarctl.records import PoolPolicy, Record, check
+from polarctl.pool_record import PoolPolicy
+from polarctl.records import Record, check
 from polarctl.storage import manifest
 from polarctl.storage.read import Reader, expand
 
@@ -56,6 +57,7 @@ class Policy:
         revision: Commit, tag or branch of a Hub id, or None.
         dtype: Precision of computing, or None for the run's.
         group: Name that trajectories carry, or None.
+        weight: Share of the prompts that it answers, in (0, 1].
     """
 
     name: str
@@ -70,6 +72,7 @@ class Policy:
     revision: str | None = None
     dtype: str | None = None
     group: str | None = None
+    weight: float = 1.0
 
     def identity(self) -> list[Any]:
         """What decides this policy's texts: its name, its weights, how it is sampled.
@@ -84,6 +87,8 @@ class Policy:
             for name in ("backend", "engine", "revision", "dtype", "group")
             if (value := getattr(self, name)) and value != "transformers"
         }
+        if self.weight < 1:
+            more["weight"] = self.weight
         return [
             self.name,
             self.model if served else manifest.folder_identity(self.model),
@@ -96,6 +101,8 @@ class Policy:
     def facts(self) -> dict[str, Any]:
         """What is the same for all of its texts, for the manifest."""
         named = {name: getattr(self, name) for name in ("model", "backend", "revision", "group")}
+        if self.weight < 1:
+            named["weight"] = self.weight
         found = {**named, "engine": dict(self.engine), **dataclasses.asdict(self.sampling)}
         return {name: value for name, value in found.items() if value not in (None, {})}
 
@@ -171,7 +178,7 @@ def _policies(record: Record, default: Policy, folder: Path) -> Iterator[Policy]
     """The policy of a line; of a pattern one for each folder."""
     where = record.where or "pool"
     given = {key: record[key] for key in _SAMPLING if key in record}
-    names = ("kind", "backend", "url", "revision", "dtype", "group", "samples")
+    names = ("kind", "backend", "url", "revision", "dtype", "group", "samples", "weight")
     policy = replace(
         default,
         name=record["policy"],

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polarctl.policies.cleaning import clean, cut_incomplete, cut_loop, report
+from polarctl.policies.cleaning import clean, cut_incomplete, cut_loop
 
 # Written by hand before the rules: text, what ended it, what is to be left and to be said.
 CASES = [json.loads(line) for line in Path(__file__).with_name("cleaning.jsonl").open("rb")]
@@ -108,17 +108,6 @@ def test_cleaning_again_changes_nothing():
     for case in CASES:
         marks = [mark for mark in case["marks"] if mark == "refusal"]
         assert clean(case["expected"], "stop") == (case["expected"], marks)
-
-
-def test_the_report_names_policies_with_something_to_say():
-    tallies = {
-        "a": {"records": 90, "empty": 10, "unfit": 0, "loop": 25, "refusal": 1},
-        "b": {"records": 50, "empty": 0, "unfit": 3},
-        "c": {"records": 0, "empty": 0},
-    }
-    assert list(report(tallies)) == [
-        "a: 100 samples, 25 loops cut (25.0%), 1 refusals (1.0%), 10 without text (10.0%)"
-    ]
 
 
 @settings(deadline=None, max_examples=80)

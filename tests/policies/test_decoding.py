@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from polarctl.errors import PolarctlError
-from polarctl.policies.decoding import draw, generate, uniforms
+from polarctl.policies.decoding import draw, generate
 from polarctl.policies.pool import Sampling
+from polarctl.policies.uniforms import uniforms
 
 PLAIN = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=12)
 # Tokens 0 to 3 with probabilities 0.15, 0.5, 0.05 and 0.3.

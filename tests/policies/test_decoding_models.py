@@ -8,8 +8,9 @@ from causal_lms import build
 from tiny import build_tokenizer
 
 from polarctl.cli import run
-from polarctl.policies.decoding import draw, generate, reading_of, uniforms
+from polarctl.policies.decoding import draw, generate, reading_of
 from polarctl.policies.pool import Sampling
+from polarctl.policies.uniforms import uniforms
 
 PROMPTS = [[5, 9, 17], [30], [5, 9, 17], list(range(40, 57)), [7, 7], [80, 81, 82, 83], [30]]
 LIMITS = [12, 3, 12, 7, 1, 12, 12]

@@ -58,6 +58,17 @@ def test_a_plain_policy_is_known_by_what_it_was_known_by_before(models):
     assert len(policy.identity()) == 5 and policy.identity()[2:] == [None, [1.0, 0.9, 7, 4096], 3]
 
 
+def test_another_weight_is_another_run(models):
+    identities = []
+    for weight in ("", ', "weight": 1', ', "weight": 0.5', ', "weight": 0.25'):
+        (models / "pool.jsonl").write_text(f'{{"policy": "one", "model": "a"{weight}}}\n')
+        (policy,) = read_pool(str(models / "pool.jsonl"), DEFAULT)
+        identities.append(policy.identity())
+        assert policy.facts().get("weight", 1) == policy.weight
+    assert identities[0] == identities[1]
+    assert [identities.count(one) for one in identities] == [2, 2, 1, 1]
+
+
 def test_a_pattern_is_a_policy_for_each_checkpoint_in_the_order_of_their_numbers(models):
     (models / "pool.yaml").write_text("- {policy: run, model: run/step-*, group: mine}\n")
     found = read_pool(str(models / "pool.yaml"), DEFAULT)
@@ -86,6 +97,10 @@ def test_a_pattern_is_a_policy_for_each_checkpoint_in_the_order_of_their_numbers
         ("- {policy: p, model: a, revision: v1}\n", ":1: `revision` is of a Hub id"),
         ("- {policy: p, model: a, backend: vllm, temperature: 0.001}\n", "temperature of 0.01 at"),
         ("- {policy: p, model: a, backend: vllm, engine: {hf_token: x}}\n", "a secret would be in"),
+        ("- {policy: p, model: a, weight: 0}\n", ":1: field `weight`"),
+        ("- {policy: p, model: a}\n- {policy: q, model: a, weight: 1.5}\n", ":2: field `weight`"),
+        ("- {policy: p, model: a, weight: -0.5}\n", ":1: field `weight`"),
+        ("- {policy: p, model: a, weight: half}\n", ":1: field `weight`"),
         ("- {policy: p, model: a, backend: sglang}\n", ":1: field `backend`: invalid enum"),
     ],
 )  # fmt: skip

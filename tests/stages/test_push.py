@@ -203,14 +203,16 @@ def test_a_data_file_arrives_on_a_branch_of_a_public_repository_of_ones_own(hub,
     assert done.stdout == f"{hub.url}/datasets/me/triples/commit/{repo.head}\n"
     assert repo.commits[0]["summary"] == "New triples" and repo.files("main") == {}
     files = repo.files("v2")
-    assert files.keys() == {data.name, f"{data.name}.manifest.json", "README.md"}
-    assert files[data.name] == data.read_bytes()
+    plot = f"plots/{data.name}.texts.png"
+    assert files.keys() == {data.name, f"{data.name}.manifest.json", "README.md", plot}
+    assert files[data.name] == data.read_bytes() and files[plot].startswith(b"\x89PNG")
     assert b"alice" not in files[f"{data.name}.manifest.json"]
     card = files["README.md"].decode()
     assert front_matter(card)["size_categories"] == ["1K<n<10K"]
     assert front_matter(card)["configs"] == [{"config_name": "triple", "data_files": [data.name]}]
     assert f"| 1,500 | {data.stat().st_size:,} | `{sha256(data)}` |" in card
     assert "| `extra` | Passed through from the source. |" in card
+    assert f"](<{plot}>)" in card
 
 
 def test_what_arrives_as_parquet_is_read_by_datasets_as_it_was(

@@ -91,9 +91,14 @@ def test_what_cleaning_did_is_counted_and_said(tmp_path, prompts, pool, capfd):
     assert found["base", "incomplete"] > 0
     for policy in ("base", "chat"):
         assert tallies[policy].get("incomplete", 0) == found[policy, "incomplete"]
-    written = sum(tallies["base"][what] for what in ("records", "empty"))
-    said = f"base: {written} samples, {found['base', 'incomplete']} endings cut back"
-    assert said in capfd.readouterr().err
+    said = capfd.readouterr().err
+    row = next(words for words in map(str.split, said.splitlines()) if words[:1] == ["base"])
+    cut, texts = found["base", "incomplete"], tallies["base"]["records"]
+    # Policy, texts, failed; loops, ends cut with their share, refusals.
+    assert row[1:3] == [f"{texts}", f"{tallies['base']['empty']}"]
+    assert row[3:7] == ["0", f"{cut}", f"({cut / texts:.1%})", "0"]
+    tokens = sum(record["num_tokens"] for record in read_jsonl(out))
+    assert f"{len(read_jsonl(out)):,} texts by 2 policies, {tokens:,} tokens" in said
 
 
 def test_batch_size_order_and_shards_change_no_text(tmp_path, prompts, tiny_lm):
@@ -360,7 +365,7 @@ def test_a_dry_run_looks_at_every_policy_and_counts_without_weights(
     pool = tmp_path / "pool.yaml"
     pool.write_text(
         f"- {{policy: a, model: {bare}, dtype: bfloat16, max_new_tokens: 500}}\n"
-        f"- {{policy: b, model: {tiny_chat_lm}, samples: 3, max_new_tokens: 10}}\n"
+        f"- {{policy: b, model: {tiny_chat_lm}, samples: 3, max_new_tokens: 10, weight: 0.5}}\n"
     )
     asked = [*QUESTIONS[:5], {"prompt": "Why?", "wrapper": "sft"}]
     path = write_jsonl(tmp_path / "p.jsonl", asked)
@@ -370,8 +375,9 @@ def test_a_dry_run_looks_at_every_policy_and_counts_without_weights(
     assert not out.exists()
     said = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
     plan = next(entry for entry in said if "tokens" in entry)
-    # a: 5 prompts x 2 in a context of 128; b: 6 prompts x 3 of 10 tokens.
-    assert (plan["passes"], plan["samples"], plan["tokens"]) == (2, 10 + 18, 10 * 128 + 18 * 10)
+    # a: 5 prompts x 2 in a context of 128; b: half of 6 prompts x 3 of 10 tokens.
+    assert (plan["passes"], plan["samples"], plan["tokens"]) == (2, 10 + 9, 10 * 128 + 9 * 10)
+    assert any("weight 0.5, about 3 prompts x 3" in entry["message"] for entry in said)
     shape = next(entry["message"] for entry in said if "LlamaForCausalLM" in entry["message"])
     # V 290, H 32, F 64, 2 layers: embedding and head 2 V H; a layer q, o 2 H H, k, v 2 H H/2,
     # MLP 3 H F, two norms 2 H; the last norm H.
