@@ -48,12 +48,12 @@ class Sizes:
     """
 
     zoo: Zoo = Zoo()
-    train: int = 800
-    test: int = 500
+    train: int = 700
+    test: int = 400
     triples: int = 24
     labels: int = 300
     few: tuple[int, int] = (4, 11)
-    pretrain: str = "--lr 2e-3 --batch-size 64 --max-steps 300"
+    pretrain: str = "--lr 2e-3 --batch-size 64 --max-steps 220"
     tune: str = "--lr 5e-4 --batch-size 32 --max-steps 60"
     scratch: str = "--lr 2e-3 --batch-size 32 --max-steps 60"
 
@@ -119,10 +119,7 @@ PARTS = {
         "policies-half": Arm(label="{few[1]} policies", policies=1),
     },
     "checkpoints": {"last": Arm(label="last checkpoints only", last=True)},
-    "negatives": {
-        "negatives-2": Arm(label="2 negatives", negatives=2),
-        "negatives-4": Arm(label="4 negatives", negatives=4),
-    },
+    "negatives": {"negatives-4": Arm(label="4 negatives", negatives=4)},
     "references": {"references-3": Arm(label="3 references", references=3, model=ALL)},
     "temperature": {
         "cool": Arm(label="temperature 0.5", temperature="0.5"),

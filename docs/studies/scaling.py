@@ -55,12 +55,12 @@ class Sizes:
     held_out: float = 0.06
     runs: tuple[str, ...] = ("a", "b", "c", "d")
     zoo_steps: tuple[tuple[int, ...], tuple[int, ...]] = ((140, 200), (60, 120))
-    parts: tuple[str, ...] = ("email", "encodings", "unittest", "xml")
-    text_steps: tuple[tuple[int, ...], tuple[int, ...]] = ((100,), (60, 150))
+    parts: tuple[str, ...] = ("asyncio", "email", "encodings", "pydoc_data", "unittest", "xml")
+    text_steps: tuple[tuple[int, ...], tuple[int, ...]] = ((150,), (60, 200))
     new_tokens: int = 24
 
 
-TEXT = Sizes(steps=(150, 400, 1000), prompts=1000, triples=36, held_out=0.03)
+TEXT = Sizes(steps=(60, 200, 600), prompts=800, triples=30, held_out=0.05)
 
 SMALLEST = Sizes(
     widths=(16, 32, 48),
@@ -222,20 +222,14 @@ class TextStudy(WorldStudy):
         for part in self.sizes.parts:
             model.load_state_dict(start)
             learn(part, library_files(part), further)
-        lines = sorted({f"{line}\n" for line, _ in pieces(held) if len(line) >= 20})
+        lines = sorted({f"{line}\n" for line, _ in pieces(held) if 15 <= len(line) <= 40})
         chosen = seeding.rng(self.seed, "prompts").sample(lines, self.sizes.prompts)
         rows = [{"id": f"line-{i}", "prompt": line} for i, line in enumerate(chosen)]
         self.made(made, names, rows)
 
     def lengths(self) -> tuple[str, ...]:
         """How long a continuation is; cleaning is for sentences, and this is code."""
-        return (
-            "--prefix-tokens",
-            "12",
-            "--max-new-tokens",
-            str(self.sizes.new_tokens),
-            "--no-clean",
-        )
+        return ("--max-new-tokens", str(self.sizes.new_tokens), "--no-clean")
 
 
 WORLDS = {"world": (WorldStudy, Sizes()), "text": (TextStudy, TEXT)}

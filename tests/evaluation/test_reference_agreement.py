@@ -43,9 +43,7 @@ def group(name, *rows, labels=(1, 0, 0)):
         "id": name,
         "prompt": name,
         "references": [f"reference {i}" for i in range(len(rows))],
-        "candidates": [
-            {"output": f"answer {i}", "label": label} for i, label in enumerate(labels)
-        ],
+        "candidates": [{"output": f"answer {i}", "label": label} for i, label in enumerate(labels)],
         "rewards": rewards,
         "reference_rewards": [list(row) for row in rows],
     }
