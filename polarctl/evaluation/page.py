@@ -124,7 +124,7 @@ _CSS = """
 @media screen and (prefers-color-scheme: dark) {
   :root { --ink: #e6edf3; --soft: #9aa4af; --line: #3d444d; --paper: #0d1117; --shade: #161b22;
     --mark: #6b4a00; }
-  img { filter: invert(.93) hue-rotate(180deg); mix-blend-mode: lighten; }
+  img { filter: invert(1) hue-rotate(180deg) brightness(1.1); mix-blend-mode: lighten; }
 }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 60rem; background: var(--paper);
