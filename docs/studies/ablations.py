@@ -47,15 +47,23 @@ class Sizes:
         scratch: Options of `finetune` from random weights.
     """
 
-    zoo: Zoo = Zoo()
-    train: int = 700
-    test: int = 400
+    zoo: Zoo = Zoo(
+        words=120,
+        colours=32,
+        runs=tuple(run for run in Zoo().runs if run.name in "abcdhk"),
+        held_out=("h",),
+        base_steps=(100, 150),
+        run_steps=(40, 80),
+        batch=48,
+    )
+    train: int = 400
+    test: int = 300
     triples: int = 24
-    labels: int = 300
-    few: tuple[int, int] = (4, 11)
-    pretrain: str = "--lr 2e-3 --batch-size 64 --max-steps 220"
-    tune: str = "--lr 5e-4 --batch-size 32 --max-steps 60"
-    scratch: str = "--lr 2e-3 --batch-size 32 --max-steps 60"
+    labels: int = 120
+    few: tuple[int, int] = (3, 6)
+    pretrain: str = "--lr 2e-3 --batch-size 32 --max-steps 200"
+    tune: str = "--lr 5e-4 --batch-size 32 --max-steps 40"
+    scratch: str = "--lr 2e-3 --batch-size 32 --max-steps 40"
 
 
 SMALLEST = Sizes(

@@ -60,7 +60,7 @@ class Sizes:
     new_tokens: int = 24
 
 
-TEXT = Sizes(steps=(60, 200, 600), prompts=800, triples=30, held_out=0.05)
+TEXT = Sizes(steps=(120, 240, 400), batch=16, prompts=800, triples=30, held_out=0.05)
 
 SMALLEST = Sizes(
     widths=(16, 32, 48),
