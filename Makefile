@@ -2,7 +2,7 @@
 # make quickstart  the whole pipeline at toy size, results in quickstart/
 # make test        linters, types and all tests but the slow ones
 # make test-slow   those: kills, full disks, several processes, the quickstart and the study, reports in
-#                  Chromium (Debian: apt-get install chromium; without it they are skipped)
+#                  Chromium (Debian: apt-get install chromium; without it they fail)
 # make test-vllm   the tests that need vLLM (its CPU build), in .venv-vllm
 # make test-trainers verl's and OpenRLHF's own code with what we write for them, in .venv-trainers
 # make test-faults the full counts: kills, damaged input, a bad server, deliberate faults in the code

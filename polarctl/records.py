@@ -64,9 +64,7 @@ _NO_REFERENCE = (
 _ID = _says("Identity of the prompt; when absent, a hash of the prompt's text.")
 _PROMPT = _says("The prompt: a string or a list of messages.")
 _REFERENCE = _says("The reference trajectory: the answer to compare with.")
-_REFERENCES = Meta(
-    description="Several references in place of `reference`; --reference-pooling joins the rewards."
-)
+_REFERENCES = _says("Several in place of `reference`; --reference-pooling joins the rewards.")
 _PRINCIPLE = _says("What makes a response good, for `--backend principle`.")
 _WRAPPER = Meta(
     description="How prompt and answer are glued: `sft` (a newline between them, the default) for "
@@ -169,10 +167,10 @@ class Score(Candidate):
     ] = UNSET
     rewards: Annotated[
         list[float] | UnsetType,
-        Meta(
-            description="Raw rewards in the order of `candidates`; for a triple, of `chosen` and "
-            "`rejected`."
-        ),
+        _says("Raw rewards in the order of `candidates`; or of `chosen` and `rejected`."),
+    ] = UNSET
+    reference_rewards: Annotated[
+        list[list[float | None]] | UnsetType, _says("Those by each of the `references`; or null.")
     ] = UNSET
     normalized: Annotated[
         float | list[float] | UnsetType,
@@ -292,12 +290,13 @@ class Report(Struct):
             "candidates or more."
         ),
     ] = UNSET
-    benchmark: Annotated[BenchmarkResult | UnsetType, _says("`--benchmark`: its own score.")] = (
-        UNSET
-    )
+    benchmark: Annotated[BenchmarkResult | UnsetType, _says("By its own formula.")] = UNSET
     discrimination: Annotated[
         dict[str, Any] | UnsetType,
         _says("Of triples between policies: `parts`, `matrix`, `distance`."),
+    ] = UNSET
+    reference_agreement: Annotated[
+        Figures | UnsetType, _says("`same_order`, `kendall_tau_b` of two of the `references`.")
     ] = UNSET
     skipped: Annotated[dict[str, int], _says("Reason to records without a comparison.")] = {}
 

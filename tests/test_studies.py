@@ -22,7 +22,9 @@ def load(name: str) -> ModuleType:
     return module
 
 
-additions, arithmetic = load("additions"), load("arithmetic")
+for shared in ("study", "additions"):  # the others import them
+    load(shared)
+additions, arithmetic = sys.modules["additions"], load("arithmetic")
 
 # 37 + 48: the ones are 15, the tens 3 + 4 + 1 = 8, the total is 85.
 ANSWERS = {
@@ -123,3 +125,42 @@ def test_the_scaling_study_runs_from_policies_to_laws_and_resumes(tmp_path, worl
         assert 39 * width**2 < size < 42 * width**2
     assert {run["triples"] for run in found["runs"]} == {16, 32}
     assert found["laws"]["N"]["fits"]
+
+
+@pytest.mark.slow
+def test_the_study_of_ablations_runs_to_its_tables_and_resumes(tmp_path):
+    command = [sys.executable, str(STUDIES / "ablations.py"), "--smallest", "--seed", "0", "1"]
+    for more in ([], ["--only", "temperature"]):  # the second time everything is there
+        result = subprocess.run(
+            [*command, *more, "-o", str(tmp_path)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+        assert result.returncode == 0, result.stderr
+    rows = [line.split(" | ") for line in (tmp_path / "tables.md").read_text().splitlines()]
+    label = {row[0].removeprefix("| "): row[1:] for row in rows}
+    assert set(label) >= {"with everything", "without both", "3 references", "temperature 1.5"}
+    few = (tmp_path / "tables-temperature.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in few[2:5]] == [
+        "| with everything",
+        "| temperature 0.5",
+        "| temperature 1.5",
+    ]
+    # What was not measured has an empty cell; the mean is that of the seeds.
+    assert label["without pre-training"][:3] == ["", "", ""]
+    mean, _, rest = label["with everything"][3].partition(" ± ")
+    seeds = rest.partition("(")[2].rstrip(" |)").split(", ")
+    assert float(mean) == pytest.approx(sum(map(float, seeds)) / 2, abs=0.06)
+    policies = {
+        row["policy"]
+        for line in (tmp_path / "seed-0/arms/policies-few/triples.jsonl").read_text().splitlines()
+        for row in [json.loads(line)]
+    }
+    assert len(policies) == 2 and not any(name.startswith("h-") for name in policies)
+
+
+def test_an_interval_over_seeds_is_that_of_student():
+    """Mean 3, deviation 1; 4.303 is the quantile for three seeds: 4.303 / sqrt(3) = 2.484."""
+    mean, half = load("ablations").over_seeds([2.0, 3.0, 4.0])
+    assert mean == 3 and half == pytest.approx(2.484, abs=1e-3)

@@ -11,12 +11,8 @@ where it stopped. The results are in docs/studies/arithmetic.md.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
-import resource
-import shlex
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from additions import Author, balanced, checked, corpus, questions, ranked
+from study import Study, parser_of, say_cpu_minutes
 
-from polarctl import cli
 from polarctl.evaluation.cases import estimate
-from polarctl.quickstart.policies import bpe_tokenizer, lm_config, rm_config, train_lm
+from polarctl.quickstart.policies import bpe_tokenizer, lm_config, train_lm
 from polarctl.quickstart.steps import TRUTH, read, write
 
 # -- the policies ---------------------------------------------------------------------------------
@@ -148,35 +144,20 @@ def train_policies(folder: Path, sizes: Sizes, seed: int) -> list[str]:
 # -- the stages -----------------------------------------------------------------------------------
 
 
-class Study:
+class AdditionStudy(Study):
     """One seed of the study, in one folder."""
 
     def __init__(self, folder: Path, sizes: Sizes, seed: int):
-        self.folder, self.sizes, self.seed = folder, sizes, seed
+        super().__init__(folder, sizes, seed)
         self.mix = self.path(f"zoo/mix-{sizes.run_steps[-1]}")
-
-    def path(self, name: str) -> str:
-        """A path inside the folder."""
-        return str(self.folder / name)
-
-    def polarctl(self, stage: str, *arguments: str, seed: int | None = None) -> None:
-        """Print a command and run it in this process."""
-        words = [stage, *arguments]
-        if stage != "score":
-            words += ["--seed", str(self.seed if seed is None else seed)]
-        print(f"$ polarctl {shlex.join(words)}", file=sys.stderr, flush=True)
-        status = cli.run([*words, "--quiet"])
-        if status:
-            sys.exit(status)
 
     def make_policies(self) -> None:
         """The zoo, the pool of pre-training, the reward model's config, the prompts."""
-        if (self.folder / "pool.jsonl").exists():
+        if self.is_made():
             return
         names = train_policies(self.folder / "zoo", self.sizes, self.seed)
         made = tokenizer()
-        made.save_pretrained(self.folder / "rm-config")
-        rm_config(made).save_pretrained(self.folder / "rm-config")
+        self.write_config(made, "rm-config")
         for part, count in (
             ("train", self.sizes.train),
             ("test", self.sizes.test),
@@ -189,9 +170,7 @@ class Study:
         # No test prompts, and none that RFT trains on.
         checks = read(self.folder / "prompts-train.jsonl")[:CHECKS]
         write(self.folder / "prompts-check.jsonl", checks)
-        names = [name for name in names if not name.startswith("mix-")]
-        pool = [{"policy": name, "model": self.path(f"zoo/{name}")} for name in names]
-        write(self.folder / "pool.jsonl", pool)
+        self.write_pool([name for name in names if not name.startswith("mix-")])
 
     def make_triples(self) -> None:
         """Samples of all policies, unlabelled triples, and triples ranked by the verifier."""
@@ -328,7 +307,6 @@ class Study:
 
     def run(self) -> None:
         """Everything, in order."""
-        (self.folder / "zoo").mkdir(parents=True, exist_ok=True)
         self.make_policies()
         self.make_triples()
         self.make_reward_models()
@@ -460,20 +438,17 @@ def tables(folders: Sequence[Path]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the seeds and print the tables."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__ or "", "arithmetic")
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="seeds of the study")
-    parser.add_argument("-o", "--output", type=Path, default=Path("arithmetic"), metavar="DIR")
-    parser.add_argument("--smallest", action="store_true", help="a size for tests: no figures")
     options = parser.parse_args(arguments)
     sizes = SMALLEST if options.smallest else Sizes()
     folders = [options.output / f"seed-{seed}" for seed in options.seed]
     for seed, folder in zip(options.seed, folders, strict=True):
-        Study(folder, sizes, seed).run()
+        AdditionStudy(folder, sizes, seed).run()
     text = tables(folders)
     (options.output / "tables.md").write_text(text + "\n")
     print(text)
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    print(f"{(used.ru_utime + used.ru_stime) / 60:.1f} CPU minutes", file=sys.stderr)
+    say_cpu_minutes()
 
 
 if __name__ == "__main__":

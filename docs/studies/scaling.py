@@ -11,23 +11,21 @@ The results are in docs/studies/scaling.md.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import math
-import resource
-import shlex
-import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polarctl import cli, seeding
+from study import Study, parser_of, say_cpu_minutes
+
+from polarctl import seeding
 from polarctl.model.devices import quiet_libraries
 from polarctl.quickstart import policies, world
-from polarctl.quickstart.policies import Zoo, bpe_tokenizer, lm_config, rm_config, train_lm
+from polarctl.quickstart.policies import Zoo, bpe_tokenizer, lm_config, train_lm
 from polarctl.quickstart.steps import write
 
 
@@ -57,12 +55,12 @@ class Sizes:
     held_out: float = 0.06
     runs: tuple[str, ...] = ("a", "b", "c", "d")
     zoo_steps: tuple[tuple[int, ...], tuple[int, ...]] = ((140, 200), (60, 120))
-    parts: tuple[str, ...] = ("email", "encodings", "unittest", "xml")
-    text_steps: tuple[tuple[int, ...], tuple[int, ...]] = ((100,), (60, 150))
+    parts: tuple[str, ...] = ("asyncio", "email", "encodings", "pydoc_data", "unittest", "xml")
+    text_steps: tuple[tuple[int, ...], tuple[int, ...]] = ((150,), (60, 200))
     new_tokens: int = 24
 
 
-TEXT = Sizes(steps=(150, 400, 1000), prompts=1000, triples=36, held_out=0.03)
+TEXT = Sizes(steps=(120, 240, 400), batch=16, prompts=800, triples=30, held_out=0.05)
 
 SMALLEST = Sizes(
     widths=(16, 32, 48),
@@ -117,48 +115,27 @@ def text_tokenizer(files: Sequence[Path]) -> Any:
 # -- the study ------------------------------------------------------------------------------------
 
 
-class Study:
-    """One of the two worlds, in one folder."""
+class WorldStudy(Study):
+    """(a): policies of the quickstart's world; they differ in facts, style and age."""
 
-    def __init__(self, folder: Path, sizes: Sizes, seed: int):
-        self.folder, self.sizes, self.seed = folder, sizes, seed
-
-    def path(self, name: str) -> str:
-        """A path inside the folder."""
-        return str(self.folder / name)
-
-    def polarctl(self, stage: str, *arguments: str) -> None:
-        """Print a command and run it in this process."""
-        words = [stage, *arguments, "--seed", str(self.seed)]
-        print(f"$ polarctl {shlex.join(words)}", file=sys.stderr, flush=True)
-        status = cli.run([*words, "--quiet"])
-        if status:
-            sys.exit(status)
-
-    def made(self, tokenizer: Any, names: Sequence[str], prompts: Sequence[dict[str, Any]]) -> None:
-        """Write what the stages read; the pool last, for it marks this as done."""
+    def made(self, tokenizer: Any, names: list[str], prompts: Sequence[dict[str, Any]]) -> None:
+        """Write what the stages read."""
         for width in self.sizes.widths:
-            config = rm_config(tokenizer)
-            config.hidden_size, config.intermediate_size = width, 3 * width
-            config.num_attention_heads = config.num_key_value_heads = width // config.head_dim
-            config.save_pretrained(self.folder / "sizes" / str(width))
-            tokenizer.save_pretrained(self.folder / "sizes" / str(width))
+            self.write_config(tokenizer, f"sizes/{width}", width)
         write(self.folder / "prompts.jsonl", prompts)
-        pool = [{"policy": name, "model": self.path(f"zoo/{name}")} for name in names]
-        write(self.folder / "pool.jsonl", pool)
+        self.write_pool(names)
 
     def make_policies(self) -> None:
-        """(a): policies of the quickstart's world; they differ in facts, style and age."""
+        """Policies and prompts."""
         kept = tuple(run for run in Zoo().runs if run.name in self.sizes.runs)
         base, further = self.sizes.zoo_steps
         zoo = dataclasses.replace(
             Zoo(), runs=kept, seed=self.seed, base_steps=base, run_steps=further
         )
-        names = policies.train(zoo, self.folder / "zoo", processes=1)
+        names = self.train_zoo(zoo)
         here = zoo.world()
         rows = world.questions(here, self.sizes.prompts, self.seed, "train")
         shown = [{"id": row["id"], "prompt": row["prompt"]} for row in rows]
-        names = [name for name in names if not name.startswith("mix-")]
         self.made(policies.tokenizer(here), names, shown)
 
     def lengths(self) -> tuple[str, ...]:
@@ -167,7 +144,7 @@ class Study:
 
     def make_triples(self) -> None:
         """Two samples of every policy for every prompt, and triples of them."""
-        if not (self.folder / "pool.jsonl").exists():
+        if not self.is_made():
             quiet_libraries()
             self.make_policies()
         self.polarctl(
@@ -200,21 +177,16 @@ class Study:
             self.path(f"runs/{width}-{steps}")
             for steps, width in itertools.product(self.sizes.steps, self.sizes.widths)
         ]
-        words = ["eval", "scaling", *runs, "-o", self.path("laws")]
-        print(f"$ polarctl {shlex.join(words)}", file=sys.stderr, flush=True)
-        status = cli.run(words)
-        if status:
-            sys.exit(status)
+        self.polarctl("eval", "scaling", *runs, "-o", self.path("laws"))
 
     def run(self) -> None:
         """Everything, in order."""
-        (self.folder / "zoo").mkdir(parents=True, exist_ok=True)
         self.make_triples()
         self.train()
         self.fit()
 
 
-class TextStudy(Study):
+class TextStudy(WorldStudy):
     """(b): policies that continue texts of the standard library."""
 
     def make_policies(self) -> None:
@@ -250,40 +222,30 @@ class TextStudy(Study):
         for part in self.sizes.parts:
             model.load_state_dict(start)
             learn(part, library_files(part), further)
-        lines = sorted({f"{line}\n" for line, _ in pieces(held) if len(line) >= 20})
+        lines = sorted({f"{line}\n" for line, _ in pieces(held) if 15 <= len(line) <= 40})
         chosen = seeding.rng(self.seed, "prompts").sample(lines, self.sizes.prompts)
         rows = [{"id": f"line-{i}", "prompt": line} for i, line in enumerate(chosen)]
         self.made(made, names, rows)
 
     def lengths(self) -> tuple[str, ...]:
         """How long a continuation is; cleaning is for sentences, and this is code."""
-        return (
-            "--prefix-tokens",
-            "12",
-            "--max-new-tokens",
-            str(self.sizes.new_tokens),
-            "--no-clean",
-        )
+        return ("--max-new-tokens", str(self.sizes.new_tokens), "--no-clean")
 
 
-WORLDS = {"world": (Study, Sizes()), "text": (TextStudy, TEXT)}
+WORLDS = {"world": (WorldStudy, Sizes()), "text": (TextStudy, TEXT)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run both worlds."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("-o", "--output", type=Path, default=Path("scaling"), metavar="DIR")
+    parser = parser_of(__doc__ or "", "scaling")
     parser.add_argument("--seed", type=int, default=0, help="seed of the study")
     parser.add_argument("--only", choices=WORLDS, help="one of the two worlds")
-    parser.add_argument("--smallest", action="store_true", help="a size for tests: no figures")
     options = parser.parse_args(arguments)
     for name in [options.only] if options.only else WORLDS:
         study, sizes = WORLDS[name]
         sizes = SMALLEST if options.smallest else sizes
         study(options.output / name, sizes, options.seed).run()
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    minutes = sum(one.ru_utime + one.ru_stime for one in used) / 60
-    print(f"{minutes:.1f} CPU minutes", file=sys.stderr)
+    say_cpu_minutes()
 
 
 if __name__ == "__main__":

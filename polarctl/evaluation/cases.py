@@ -34,6 +34,7 @@ from polarctl.evaluation.metrics import (
     text_length,
     unigram_f1,
 )
+from polarctl.evaluation.reference_agreement import Agreement, check_rows
 from polarctl.evaluation.reference_source import origin
 from polarctl.model.template import content_text
 from polarctl.records import (
@@ -78,6 +79,7 @@ class Cases:
         references: Where the references are from (`reference_source.WORDS`) to number of records.
         leaks: Records with a candidate that is the reference, whatever the white space.
         duels: The cases between two policies.
+        agreement: Whether the references of a prompt agree.
         worst: The verdicts of the `WORST` lowest margins, none above 0, as a heap.
     """
 
@@ -98,6 +100,7 @@ class Cases:
     references: Counter[str] = field(default_factory=Counter)
     leaks: int = 0
     duels: Duels = field(default_factory=Duels)
+    agreement: Agreement = field(default_factory=Agreement)
     worst: list[tuple[float, int, dict[str, Any]]] = field(default_factory=list)
 
     def category(self, name: str | None) -> int:
@@ -160,6 +163,7 @@ def require_rewards(record: Record) -> None:
     check({"reference": "", **record}, find_kind(kind_of_scorable(record)))
     check(record, Score)
     rewards_of(record)
+    check_rows(record)
 
 
 def require_cases(cases: Cases, records: int) -> None:
@@ -200,6 +204,9 @@ def verdicts(
     """
     rewards = rewards_of(record)
     labels = labels_of(record)
+    cluster = prompt_id(record)
+    key = prompt_key(cluster)
+    cases.agreement.add(record, key)
     known = len(labels) == len(rewards)
     pairs = pairs_of_group(labels) if known else []
     group = known and "candidates" in record and len(labels) > 1
@@ -209,11 +216,10 @@ def verdicts(
             return
     outputs = [content_text(output) for output in outputs_of(record)]
     scores = _baselines(record, outputs) | {name: list(s) for name, s in more.items()}
-    cluster, category = prompt_id(record), record.get(by)
+    category = record.get(by)
     reference = content_text(record.get("reference", "")).split()
     cases.references[origin(record)] += 1
     cases.leaks += bool(reference) and any(text.split() == reference for text in outputs)
-    key = prompt_key(cluster)
     if group:
         _best(cases, key, labels, {MODEL: rewards, **scores}, decided=bool(pairs))
         if pairs and len(labels) > 2:

@@ -12,6 +12,7 @@ from polarctl.evaluation.cases import estimate, interval_of, labels_of, text_mar
 from polarctl.evaluation.metrics import pairs_of_group
 from polarctl.evaluation.page import (
     Document,
+    Image,
     Section,
     Table,
     format_interval,
@@ -20,7 +21,12 @@ from polarctl.evaluation.page import (
 from polarctl.evaluation.paired import Key, Sheet, difference, unmatched, words
 from polarctl.records import Record, outputs_of
 
-FILES = ("report.html", "report.json", "report.md")
+FILES = (
+    *(f"{name}.{kind}" for name in ("accuracy", "differences") for kind in ("png", "svg")),
+    "report.html",
+    "report.json",
+    "report.md",
+)
 
 
 def names_of(paths: Sequence[str]) -> list[str]:
@@ -145,28 +151,46 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
     ]
 
 
-def document(report: Mapping[str, Any], facts: Sequence[tuple[str, str]] = ()) -> Document:
-    """The comparison as a page."""
+def write(folder: str, report: Mapping[str, Any], facts: Sequence[tuple[str, str]] = ()) -> None:
+    """Write report.json, report.html, report.md and the plots as PNG and SVG into a folder.
+
+    Args:
+        folder: Where; made if missing.
+        report: What `compare` found.
+        facts: For its head; see `polarctl.evaluation.heading`.
+    """
+    from polarctl.evaluation import plots
+
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    first, others = report["first"], report["differences"]
+    parts = [("all", report), *report["categories"].items()]
+    gaps = plots.differences(
+        [(category, part["differences"]) for category, part in parts],
+        xlabel=f"accuracy minus that of {first}, points, 95 % interval",
+        title=f"Better than {first} to the right, worse to the left",
+    )
+    bars = plots.accuracy_bars(
+        [
+            (category, {name: interval_of(figure) for name, figure in part["overall"].items()})
+            for category, part in parts
+        ],
+        title="Accuracy",
+    )
     (table,) = tables(report)
     left = [
         [name, str(some["absent"]), str(some["content"]), str(report["skipped"][name])]
         for name, some in report["unmatched"].items()
     ]
     heads = ("file", "not in every file", "known id, other content", "nothing to compare")
-    return Document(
-        "Comparison",
-        f"{report['first']} with {', '.join(report['differences'])}",
-        [
-            Section("Verdict", report["verdicts"]),
-            Section("Accuracy", table=table),
-            Section("Left out", table=Table(heads, left, "items that are in no figure")),
-        ],
-        facts,
-    )
-
-
-def write(folder: str, report: Mapping[str, Any], facts: Sequence[tuple[str, str]] = ()) -> None:
-    """Write report.json, report.html and report.md into a folder."""
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    write_report(document(report, facts), report, target)
+    sections = [
+        Section("Verdict", report["verdicts"], images=[Image(gaps, "Differences by category")]),
+        Section("Accuracy", table=table, images=[Image(bars, "Accuracy by category")]),
+    ]
+    if any(int(number) for row in left for number in row[1:]):
+        told = "items that are in no figure"
+        sections.append(Section("Left out", table=Table(heads, left, told)))
+    page = Document("Comparison", f"{first} with {', '.join(others)}", sections, facts)
+    plots.write(target / "differences.png", gaps)
+    plots.write(target / "accuracy.png", bars)
+    write_report(page, report, target)

@@ -174,8 +174,6 @@ def _by_distance(
         bins.append(
             {"distance": float(mine[here].mean())} | _estimate(right[here], prompts[here], seed)
         )
-    ranks = _ranks(distances), _ranks(shares)
-    spread = [float(np.ptp(rank)) for rank in ranks]
     found: dict[str, Any] = {
         "pairs": [
             {"distance": float(d), "accuracy": float(s), "n": int(n)}
@@ -183,18 +181,11 @@ def _by_distance(
         ],
         "bins": bins,
     }
-    if min(spread) > 0:
-        found["correlation"] = float(np.corrcoef(*ranks)[0, 1])
+    if min(np.ptp(distances), np.ptp(shares)) > 0:
+        from scipy.stats import spearmanr
+
+        found["correlation"] = float(spearmanr(distances, shares).statistic)
     return found
-
-
-def _ranks(values: Any) -> Any:
-    """Ranks from 0; equal values share the mean of theirs."""
-    import numpy as np
-
-    _, places, numbers = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(numbers) - 1
-    return (last - (numbers - 1) / 2)[places]
 
 
 def _estimate(values: Any, clusters: Any, seed: int) -> dict[str, Any]:

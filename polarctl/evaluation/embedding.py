@@ -7,7 +7,6 @@ similar as the cosine of the angle between theirs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import transformers
@@ -44,8 +43,7 @@ class Embedder:
                 path, config=config, trust_remote_code=False, dtype=torch.float32
             )
         except (OSError, ValueError, RuntimeError) as error:
-            said = str(error).strip().splitlines()
-            raise UsageError(f"{path}: cannot be loaded: {said[0][:200] if said else ''}") from None
+            raise UsageError(f"{path}: cannot be loaded ({models.first_line(error)})") from None
         self.model = model.eval().to(self.device)
         context = getattr(config, "max_position_embeddings", None) or MOST_TOKENS
         self.most = min(MOST_TOKENS, context)
@@ -77,22 +75,13 @@ class Embedder:
         """Embeddings of length 1, or 0 for a text without a token. Shape: (texts, hidden)."""
         encoded = self.tokenizer(list(texts), truncation=True, max_length=self.most)["input_ids"]
         # Neighbours of one length, so that little is padded.
-        order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
-        rows: list[Any] = [None] * len(texts)
+        order = sorted((i for i, ids in enumerate(encoded) if ids), key=lambda i: len(encoded[i]))
+        found = torch.zeros(len(texts), self.model.config.get_text_config().hidden_size)
         for start in range(0, len(order), BATCH):
             places = order[start : start + BATCH]
-            width = max(1, *(len(encoded[i]) for i in places))
-            ids = torch.zeros(len(places), width, dtype=torch.long)
-            mask = torch.zeros_like(ids)
-            for row, i in enumerate(places):
-                length = len(encoded[i])
-                ids[row, :length] = torch.tensor(encoded[i], dtype=torch.long)
-                mask[row, :length] = 1
-            mask = mask.to(self.device)
-            states = self.model(ids.to(self.device), attention_mask=mask).last_hidden_state
+            ids, mask = models.pad([encoded[i] for i in places], 0, self.device)
+            states = self.model(ids, attention_mask=mask).last_hidden_state
             weight = mask[:, :, None].float()
-            means = (states.float() * weight).sum(1) / weight.sum(1).clamp(min=1)
-            means = means * (mask.sum(1, keepdim=True) > 0)
-            for row, i in enumerate(places):
-                rows[i] = torch.nn.functional.normalize(means[row], dim=0).cpu()
-        return torch.stack(rows)
+            means = (states.float() * weight).sum(1) / weight.sum(1)
+            found[places] = torch.nn.functional.normalize(means).cpu()
+        return found

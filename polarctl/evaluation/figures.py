@@ -52,6 +52,8 @@ def summarise(cases: Cases, seed: int) -> dict[str, Any]:
     }
     if cases.duels.margins:
         report["discrimination"] = discrimination.summary(cases.duels, seed)
+    if agreement := cases.agreement.summary(seed):
+        report["reference_agreement"] = agreement
     groups = len(cases.best_clusters)
     if groups and all(0 <= label <= 1 for label in cases.best["oracle"]):
         decided = np.asarray(cases.decided, dtype=bool)

@@ -27,6 +27,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Control characters (a terminal would obey them) and lone surrogates (UTF-8 cannot carry them).
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 _MOST_WORDS = 1000
+_SHORT = 24  # characters of a cell
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _NUMBER = re.compile(r"(?=.*\d)[-+\u2212\u00b1\d\s.,:/%()\[\]eE\u00d7\u2013]+|[-\u2013\u2014]?|n/a")
 
@@ -124,7 +125,7 @@ _CSS = """
 @media screen and (prefers-color-scheme: dark) {
   :root { --ink: #e6edf3; --soft: #9aa4af; --line: #3d444d; --paper: #0d1117; --shade: #161b22;
     --mark: #6b4a00; }
-  img { filter: invert(.93) hue-rotate(180deg); mix-blend-mode: lighten; }
+  img { filter: invert(1) hue-rotate(180deg) brightness(1.1); mix-blend-mode: lighten; }
 }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 60rem; background: var(--paper);
@@ -151,9 +152,11 @@ th, td { padding: .4rem .75rem; border-bottom: 1px solid var(--line); text-align
   vertical-align: top; overflow-wrap: normal; }
 td:first-child, th:first-child { min-width: 9rem; max-width: min(24rem, 60vw);
   overflow-wrap: break-word; }
-thead th { border-bottom-width: 2px; background: var(--shade); }
+thead th { border-bottom-width: 2px; background: var(--shade);
+  vertical-align: bottom; }
 tbody th { font-weight: 400; }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.number, td.short { white-space: nowrap; }
 img { display: block; width: 100%; max-width: 700px; height: auto; margin: 1rem 0;
   border-radius: 6px; background: #fff; }
 pre { margin: 1rem 0; padding: .9rem 1rem; overflow-x: auto; border-radius: 6px;
@@ -176,7 +179,13 @@ def _escape(text: str) -> str:
 
 def _table(table: Table) -> list[str]:
     numeric = table.numeric()
-    css = [' class="number"' if flag else "" for flag in numeric]
+    # A short name is not broken at its hyphens; the first column may be, or a phone has no room.
+    short = [
+        i > 0 and all(len(row[i]) <= _SHORT for row in table.rows)
+        for i in range(len(table.columns))
+    ]
+    kinds = ["number" if n else "short" if s else "" for n, s in zip(numeric, short, strict=True)]
+    css = [f' class="{kind}"' if kind else "" for kind in kinds]
     # Focusable, so that a table wider than the screen scrolls from the keyboard too.
     label = _escape(table.caption or "table")
     lines = [f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">', "<table>"]

@@ -252,6 +252,63 @@ def accuracy_bars(
         return drawing_of(figure)
 
 
+def differences(
+    rows: Sequence[tuple[str, Mapping[str, Mapping[str, float]]]], *, xlabel: str, title: str = ""
+) -> Drawing:
+    """Differences as points with intervals around a line at 0: a row per category.
+
+    Only the first `MAX_ROWS` rows are drawn, and the plot says how many are not.
+
+    Args:
+        rows: Category to name to `value`, `low`, `high`, from -1 to 1, and `n`, the cases.
+        xlabel: What is to the right.
+        title: Title of the plot.
+
+    Raises:
+        ValueError: no rows, or no name in any of them.
+    """
+    if not (names := list(dict.fromkeys(name for _, found in rows for name in found))):
+        raise ValueError("no differences to plot")
+    shown = rows[:MAX_ROWS]
+    labels = [
+        f"{wrapped(category, 30)}\nn = {max(f['n'] for f in found.values()):,}"
+        for category, found in shown
+    ]
+    heights = [max(0.2 * len(names), 0.17 * (label.count("\n") + 1)) + 0.16 for label in labels]
+    with styled():
+        figure, axes = new_figure(sum(heights) + (1.25 if title else 1.0))
+        handles: dict[str, Any] = {}
+        centres, top = [], 0.0
+        for (_, found), height in zip(shown, heights, strict=True):
+            centres.append(top + height / 2)
+            for i, name in enumerate(names):
+                if name not in found:
+                    continue
+                y = top + height / 2 + 0.2 * (i - (len(names) - 1) / 2)
+                value, low, high = (100 * found[name][end] for end in ("value", "low", "high"))
+                drawn = axes.errorbar(
+                    value, y, xerr=[[value - low], [high - value]], color=PALETTE[i % len(PALETTE)],
+                    marker="o", markersize=7, lw=2.2, capsize=3.5,
+                )  # fmt: skip
+                handles.setdefault(name, drawn)
+                axes.annotate(
+                    f"{value:+.1f}", (1, y), (34, 0), xycoords=("axes fraction", "data"),
+                    textcoords="offset points", ha="right", va="center", fontsize=8.5,
+                )  # fmt: skip
+            top += height
+        axes.axvline(0, color=INK, linewidth=1)
+        axes.margins(x=0.08)
+        axes.set_ylim(top, 0)
+        axes.set_yticks(centres, labels, linespacing=1.1)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="x")
+        more = len(rows) - len(shown)
+        note = f"\n{more:,} more categories are not drawn" if more else ""
+        axes.set_xlabel(wrapped(xlabel, 75) + note)
+        add_head(figure, title, list(handles.values()), list(handles))
+        return drawing_of(figure)
+
+
 def reliability(bins: Sequence[Mapping[str, float]], *, title: str = "") -> Drawing:
     """Accuracy against confidence, a point per bin, the larger the more cases.
 

@@ -122,6 +122,22 @@ def ranking_table(report: Mapping[str, Any]) -> Table | None:
     )
 
 
+def agreement_table(report: Mapping[str, Any]) -> Table | None:
+    """Whether the references of a prompt agree, or None where no prompt has several."""
+    found = report.get("reference_agreement")
+    if not found:
+        return None
+    rows = []
+    for name, label, text in (
+        ("same_order", "pairs of candidates in the same order", _share),
+        ("kendall_tau_b", "Kendall tau-b of the orders, three or more", _number),
+    ):
+        if name in found:
+            rows.append([label, f"{found[name]['n']:,}", text(found[name])])
+    heads = ("two references of one prompt", "records", "figure")
+    return Table(heads, rows, "agreement of references, 95 % intervals over prompts")
+
+
 def benchmark_table(report: Mapping[str, Any]) -> Table | None:
     """The benchmark's own score, or None without `--benchmark`."""
     found = report.get("benchmark")
@@ -229,6 +245,7 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
         discrimination_table(report),
         best_of_n_table(report),
         ranking_table(report),
+        agreement_table(report),
         bias_table(report),
     ]
     return [part for part in made if part is not None]
@@ -297,6 +314,7 @@ def write(
     for title, part in (
         ("Order", ranking_table(report)),
         ("Best of n", best_of_n_table(report)),
+        ("Agreement of references", agreement_table(report)),
     ):
         if part is not None:
             sections.insert(-1, Section(title, table=part))

@@ -313,7 +313,8 @@ def score_records(
 ) -> Iterator[tuple[dict[str, Any], list[Scored]]]:
     """The same records with `reward` (one output) or `rewards` (a group or a triple).
 
-    Where an output got the floor, `floored` says why, in the shape of the rewards.
+    Of several `references` each has a row of `reference_rewards`, with None where it has judged
+    none. Where an output got the floor, `floored` says why, in the shape of the rewards.
 
     Args:
         records: Records with a reference (or `no_reference`).
@@ -334,17 +335,23 @@ def score_records(
             items.append(Item(record["prompt"], references[i], outputs[k], wrapper))
             cut_off.append(cuts[k])
     scored = iter(score_answers(items, scorer, answers, cut_off))
-    for record, (_, outputs), pairs in zip(records, asked, used, strict=True):
+    for record, (references, outputs), pairs in zip(records, asked, used, strict=True):
         found: list[list[Scored]] = [[] for _ in outputs]
-        for _, k in pairs:
-            found[k].append(next(scored))
+        table: list[list[float | None]] = [[None] * len(outputs) for _ in references]
+        for i, k in pairs:
+            one = next(scored)
+            found[k].append(one)
+            table[i][k] = None if one.floored else one.reward
         mine = [_pooled(column, pooling) for column in found]
-        result: dict[str, Any] = {k: v for k, v in record.items() if k != "floored"}
+        earlier = ("floored", "reference_rewards")
+        result: dict[str, Any] = {k: v for k, v in record.items() if k not in earlier}
         values = [s.reward for s in mine]
         if "candidates" in record or kind_of_scorable(record) == "triple":
             result["rewards"] = values
         else:
             result["reward"] = values[0]
+        if len(references) > 1:
+            result["reference_rewards"] = table
         faults = [s.floored for s in mine]
         if any(faults):
             result["floored"] = faults if "rewards" in result else faults[0]

@@ -17,7 +17,7 @@ from polarctl.evaluation.page import (
     render_html,
     terminal_table,
 )
-from polarctl.evaluation.plots import accuracy_bars, curves, margin_histogram
+from polarctl.evaluation.plots import accuracy_bars, curves, differences, margin_histogram
 
 HOSTILE = "<script>alert(1)</script> & \"quoted\" 'single' \x1b[31m \ud800 [bold]x[/bold]"
 VOID = {"meta", "img"}
@@ -234,6 +234,9 @@ def test_plots_of_nothing_are_refused():
     for rows in ([], [("all", {})]):
         with pytest.raises(ValueError):
             accuracy_bars(rows)
+    for rows in ([], [("all", {})]):
+        with pytest.raises(ValueError):
+            differences(rows, xlabel="x")
     for series in ({}, {"a": []}, {"a": [(0, math.nan)]}):
         with pytest.raises(ValueError):
             curves(series, xlabel="x", ylabel="y")
@@ -249,3 +252,20 @@ def test_a_plot_names_the_judges_as_the_table_beside_it_does(tmp_path):
     drawn = accuracy_bars([("all", dict.fromkeys(names.values(), interval))], title="Accuracy")
     assert (tmp_path / "accuracy.png").read_bytes() == drawn
     assert all(name in (tmp_path / "report.html").read_text("utf-8") for name in names.values())
+
+
+def test_a_difference_is_drawn_where_it_is_with_both_ends():
+    """+12.5 points [-5, 30] of 8 cases, -50 [-75, -25] of 4; what a row lacks is left out."""
+    new = {"value": 0.125, "low": -0.05, "high": 0.3, "n": 8}
+    other = {"value": -0.5, "low": -0.75, "high": -0.25, "n": 4}
+    rows = [("all", {"new": new, "other": other}), ("maths", {"other": other})]
+    (axes,) = differences(rows, xlabel="points").figure.axes
+    points = [bar.lines[0].get_xdata()[0] for bar in axes.containers]
+    assert points == [12.5, -50, -50]
+    ends = [bar.lines[2][0].get_segments()[0][:, 0].tolist() for bar in axes.containers]
+    assert ends == [[-5, 30], [-75, -25], [-75, -25]]
+    colours = [bar.lines[0].get_color() for bar in axes.containers]
+    assert colours[1] == colours[2] != colours[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["all\nn = 8", "maths\nn = 4"]
+    first, second = axes.get_yticks()
+    assert first < second and axes.yaxis_inverted()  # the first row is above

@@ -47,6 +47,10 @@ def test_a_better_one_is_told_with_figures_and_cases(tmp_path, capfd):
     assert cases[0]["where"] == f"{a}:1" and cases[0]["category"] == "x"
     assert "b is better than a" in (folder / "report.html").read_text()
     assert "| all | b | 20 |" in (folder / "report.md").read_text()
+    for name in ("accuracy", "differences"):
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert b"<svg" in (folder / f"{name}.svg").read_bytes()
+    assert "Left out" not in (folder / "report.md").read_text()
     # By another field, without texts, to stdout.
     assert run(["compare", a, b, "--no-text", "--by", "prompt", "-q"]) == 0
     lines = capfd.readouterr().out.splitlines()

@@ -49,6 +49,9 @@ def test_several_references_give_the_mean_or_the_largest_reward(tiny_rm, tmp_pat
     assert mean["rewards"] == pytest.approx(
         [(a + b) / 2 for a, b in zip(*alone, strict=True)], abs=1e-5
     )
+    assert mean["reference_rewards"] == [pytest.approx(row, abs=1e-5) for row in alone]
+    (again,) = scored([{**mean, "references": ["yes"]}], tiny_rm, tmp_path)
+    assert "reference_rewards" not in again  # of an earlier run
     (largest,) = scored([REFERENCES], tiny_rm, tmp_path, "--reference-pooling", "max")
     assert largest["rewards"] == pytest.approx(list(map(max, *alone)), abs=1e-5)
     one = {"prompt": "q", "reference": "yes", "output": "no"}
