@@ -2,8 +2,7 @@
 
 Each class is the contract of one kind of record; `schemas/*.schema.json` are exported from here
 (`make reference`) and a test holds the two equal. In memory a record stays a dict (`Record`), so
-that unknown fields pass through untouched; the classes check it. That of a pool file has a file of
-its own, `pool_record.py`.
+that unknown fields pass through untouched; the classes check it.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from polarctl.errors import RecordError, UsageError
-from polarctl.pool_record import PoolPolicy
 
 SCHEMA_VERSION = 1
 
@@ -55,7 +53,10 @@ class Message(Struct):
 
 Text = str | list[Message]
 Wrapper = Literal["sft", "pretrain"]
-
+_Above0 = Annotated[float, Meta(gt=0)]
+_Share = Annotated[float, Meta(gt=0, le=1)]
+_From1 = Annotated[int, Meta(ge=1)]
+_Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 _TEXT_FOR_OBJECT = re.compile(r"field `candidates\[.*\]`: expected `object`, got `str`")
 _NO_REFERENCE = (
@@ -225,6 +226,46 @@ class Verdict(Struct):
             description="`prompt`, `better`, ...; with `--no-text` the `hash` and `length` of each."
         ),
     ] = {}
+
+
+class PoolPolicy(Struct, forbid_unknown_fields=True):
+    """One policy of a pool file. Read by `sample --pool`; its sampling overrides the options."""
+
+    policy: Annotated[str, _says("Unique name of the policy, written to trajectories.")]
+    model: Annotated[
+        str,
+        _says(
+            "Folder or Hub id of a causal language model, or its name on a server. A pattern "
+            "(`run/step-*`) makes a policy of each folder, named `policy`-`folder`."
+        ),
+    ]
+    kind: Annotated[
+        Literal["base", "chat"] | UnsetType,
+        _says(
+            "`base` continues the text (wrapper `pretrain`); `chat` answers through the chat "
+            "template (wrapper `sft`). Default: `chat` if the tokenizer has one, else `base`."
+        ),
+    ] = UNSET
+    backend: Annotated[
+        Literal["transformers", "vllm", "openai"] | UnsetType,
+        _says("What runs it: transformers (default), vLLM, or the server at `url`."),
+    ] = UNSET
+    url: Annotated[str | UnsetType, _says("Address of an OpenAI-compatible server.")] = UNSET
+    engine: Annotated[
+        dict[str, Any] | UnsetType,
+        _says("Arguments of vLLM's engine, or further fields of each request to a server."),
+    ] = UNSET
+    revision: Annotated[str | UnsetType, _says("Commit, tag or branch of a Hub id.")] = UNSET
+    dtype: Annotated[_Dtype | UnsetType, _says("Precision of computing.")] = UNSET
+    group: Annotated[str | UnsetType, _says("Any name; `policy_group` of trajectories.")] = UNSET
+    temperature: Annotated[_Above0 | UnsetType, _says("Sampling temperature.")] = UNSET
+    top_p: Annotated[_Share | UnsetType, _says("Nucleus share.")] = UNSET
+    top_k: Annotated[Annotated[int, Meta(ge=0)] | UnsetType, _says("Tokens kept; 0: all.")] = UNSET
+    max_new_tokens: Annotated[_From1 | UnsetType, _says("Length limit in tokens.")] = UNSET
+    samples: Annotated[_From1 | UnsetType, _says("Samples per prompt.")] = UNSET
+    weight: Annotated[
+        _Share | UnsetType, _says("Share of the prompts that it answers; default 1: all.")
+    ] = UNSET
 
 
 class Estimate(Struct):

@@ -28,7 +28,7 @@ def layers() -> dict[str, int]:
 LAYER_OF = layers()
 # Files that lie loose in polarctl/, by layer; what scripts import stands on what it opens.
 LOOSE = {
-    **dict.fromkeys(("config", "console", "errors", "pool_record", "records", "seeding"), "base"),
+    **dict.fromkeys(("config", "console", "errors", "records", "seeding"), "base"),
     **dict.fromkeys(("api", "encoding", "rewards", "verl_reward"), "public"),
     **dict.fromkeys(("cli", "__main__"), "cli"),
 }

@@ -11,8 +11,7 @@ from typing import Any
 
 from polarctl.config import yaml_of
 from polarctl.errors import MissingError, RecordError, UsageError
-from polarctl.pool_record import PoolPolicy
-from polarctl.records import Record, check
+from polarctl.records import PoolPolicy, Record, check
 from polarctl.storage import manifest
 from polarctl.storage.read import Reader, expand
 
