@@ -122,16 +122,16 @@ def add_plots(found: Bundle) -> None:
     """Add plots of the lengths of the texts, for files with enough of them."""
     from dataclasses import replace
 
-    from polarctl.hub import plots
+    from polarctl.hub import card_plots
 
     for number, file in enumerate(found.data):
         texts = file.statistics
         if file.records < FEWEST_DRAWN or not texts.lengths:
             continue
-        drawn = {"texts": plots.text_lengths(texts.lengths, title="Length of the texts")}
+        drawn = {"texts": card_plots.text_lengths(texts.lengths, title="Length of the texts")}
         if texts.policy_lengths:
             rows = sorted(texts.policy_lengths.items())
-            drawn["policies"] = plots.policy_lengths(rows, title="Length by policy")
+            drawn["policies"] = card_plots.policy_lengths(rows, title="Length by policy")
         names = {}
         for what, drawing in drawn.items():
             name = f"plots/{file.name}.{what}.png"
