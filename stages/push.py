@@ -128,14 +128,15 @@ def add_plots(found: Bundle) -> None:
         texts = file.statistics
         if file.records < FEWEST_DRAWN or not texts.lengths:
             continue
-        drawn = {"texts": card_plots.text_lengths(texts.lengths, title="Length of the texts")}
+        title = "Length of the texts"
+        made = [("texts", title, card_plots.text_lengths(texts.lengths, title=title))]
         if texts.policy_lengths:
-            rows = sorted(texts.policy_lengths.items())
-            drawn["policies"] = card_plots.policy_lengths(rows, title="Length by policy")
+            rows, title = sorted(texts.policy_lengths.items()), "Length by policy"
+            made.append(("policies", title, card_plots.policy_lengths(rows, title=title)))
         names = {}
-        for what, drawing in drawn.items():
+        for what, title, drawing in made:
             name = f"plots/{file.name}.{what}.png"
-            names[name] = f"Length of the {what} of {file.name}"
+            names[name] = title
             found.add(name, bytes(drawing))
         found.data[number] = replace(file, plots=names)
 
