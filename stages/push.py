@@ -122,20 +122,21 @@ def add_plots(found: Bundle) -> None:
     """Add plots of the lengths of the texts, for files with enough of them."""
     from dataclasses import replace
 
-    from polarctl.hub import plots
+    from polarctl.hub import card_plots
 
     for number, file in enumerate(found.data):
         texts = file.statistics
         if file.records < FEWEST_DRAWN or not texts.lengths:
             continue
-        drawn = {"texts": plots.text_lengths(texts.lengths, title="Length of the texts")}
+        title = "Length of the texts"
+        made = [("texts", title, card_plots.text_lengths(texts.lengths, title=title))]
         if texts.policy_lengths:
-            rows = sorted(texts.policy_lengths.items())
-            drawn["policies"] = plots.policy_lengths(rows, title="Length by policy")
+            rows, title = sorted(texts.policy_lengths.items()), "Length by policy"
+            made.append(("policies", title, card_plots.policy_lengths(rows, title=title)))
         names = {}
-        for what, drawing in drawn.items():
+        for what, title, drawing in made:
             name = f"plots/{file.name}.{what}.png"
-            names[name] = f"Length of the {what} of {file.name}"
+            names[name] = title
             found.add(name, bytes(drawing))
         found.data[number] = replace(file, plots=names)
 

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from polarctl.hub import plots
+from polarctl.hub import card_plots
 from polarctl.hub.statistics import Statistics
 
 MADE = {"prompt": "Go", "policy": "a", "num_tokens": 3, "finish_reason": "stop"}
@@ -50,7 +50,7 @@ def test_lengths_of_a_policy_are_kept_to_a_few_percent():
 
 def test_a_policy_is_drawn_where_its_texts_are():
     few, many = Counter({10: 25, 100: 50, 1000: 25}), Counter({7: 96, 9: 4})
-    (axes,) = plots.policy_lengths([("few", few), ("many", many)]).figure.axes
+    (axes,) = card_plots.policy_lengths([("few", few), ("many", many)]).figure.axes
     drawn = [line.get_xdata().tolist() for line in axes.lines]
     # 90 % of the texts, the middle half, the median.
     assert drawn == [[10, 1000], [10, 100], [100], [7, 7], [7, 7], [7]]
@@ -59,11 +59,11 @@ def test_a_policy_is_drawn_where_its_texts_are():
 
 def test_plots_are_the_same_bytes_again_and_name_what_is_not_drawn():
     fields = {"prompt": Counter({3: 5, 900: 1}), "output": Counter({0: 1, 70: 9})}
-    assert plots.text_lengths(fields) == plots.text_lengths(fields)
+    assert card_plots.text_lengths(fields) == card_plots.text_lengths(fields)
     rows = [(f"policy {number}", Counter({5: 1})) for number in range(42)]
-    drawn = plots.policy_lengths(rows)
+    drawn = card_plots.policy_lengths(rows)
     assert "2 more policies are not drawn" in drawn.figure.axes[0].get_xlabel()
-    (steps,) = {tuple(patch.get_data().values) for patch in plots.text_lengths(
+    (steps,) = {tuple(patch.get_data().values) for patch in card_plots.text_lengths(
         {"output": Counter({1: 1, 2: 1, 3: 2})}).figure.axes[0].patches}  # fmt: skip
     # Ranges 1 to 1.41, to 2, to 2.83, to 4.
     assert steps == (25, 0, 25, 50)

@@ -20,8 +20,9 @@ from forks import Forks
 from tiny import build_lm
 
 POLICIES, PROMPTS, SAMPLES, WORKERS = 12, count(40, 20_000), 3, 2
+SHARED = 2  # further policies, each of which answers half of the prompts
 KILLS, TOKENS = count(3, 20), count(4, 16)
-# Units of work in the small run: 12 policies x 5 windows.
+# Units of work in the small run: 12 policies x 5 windows, and a few.
 FIRST = f"from polarctl.stages import sample; sample.WINDOW_ROWS = {count(8, 256)}; "
 PATIENCE_S = 600  # for a machine that does much else
 
@@ -37,14 +38,14 @@ def pool(tmp_path_factory):
     """A pool file of policies that differ in weights, size, kind, temperature and share."""
     folder = tmp_path_factory.mktemp("pool")
     rows = []
-    for number in range(POLICIES):
+    for number in range(POLICIES + SHARED):
         chat = number % 3 == 2
         model = build_lm(
             folder / f"lm-{number}", chat=chat, seed=number, hidden_size=16, layers=1 + number % 2
         )
         row = {"policy": f"p{number:02}", "model": str(model), "group": "chat" if chat else "base"}
-        more = {1: {"temperature": 0.7}, 3: {"weight": 0.5}}.get(number % 4, {})
-        rows.append(row | more)
+        row |= {"temperature": 0.7} if number % 4 == 1 else {}
+        rows.append(row | ({"weight": 0.5} if number >= POLICIES else {}))
     path = folder / "pool.jsonl"
     path.write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
     return path
@@ -133,11 +134,11 @@ def test_a_pool_whose_processes_are_killed_ends_in_the_same_bytes(forks, pool, t
     seconds = time.monotonic() - begun
     wanted = [path.read_bytes() for path in undisturbed.files]
     tallies = counts_of(undisturbed.out)["policies"]
-    assert len(tallies) == POLICIES
+    assert len(tallies) == POLICIES + SHARED
     long = sum(number % 97 == 11 for number in range(PROMPTS))
     for number, tally in enumerate(tallies.values()):
         made = tally["records"] + tally["empty"]
-        if number % 4 == 3:  # half of the prompts
+        if number >= POLICIES:
             assert made == pytest.approx(PROMPTS * SAMPLES / 2, rel=0.1 if FULL else 0.6)
         else:
             assert tally["unfit"] == long and tally["records"] > 0
@@ -161,7 +162,7 @@ def test_a_pool_whose_processes_are_killed_ends_in_the_same_bytes(forks, pool, t
     texts = sum(tally["records"] for tally in tallies.values())
     samples = sum(tally["records"] + tally["empty"] for tally in tallies.values())
     report(
-        f"pool of {POLICIES}",
+        f"pool of {POLICIES} and {SHARED}",
         **{f"kills of {what}": number for what, number in kills.items()},
         **{"samples": samples, "texts": texts, "bytes": len(wanted[0])},
         **{"seconds undisturbed": round(seconds), "bytes lost": 0},
