@@ -21,7 +21,7 @@ import orjson
 
 from polarctl.errors import RecordError
 from polarctl.records import Record, prompt_id
-from polarctl.storage.read import OnBad, Reader
+from polarctl.storage.read import REJECTS, OnBad, Reader
 from polarctl.storage.scratch import Scratch
 
 _CACHE_MIB = 64
@@ -102,7 +102,9 @@ class ByPrompt(Generic[G]):
         Raises:
             RecordError: A bad row, and no `on_bad`.
         """
-        reader = Reader(paths, "trajectory", on_bad=on_bad, limit=limit, verify=self.add)
+        reader = Reader(
+            paths, "trajectory", on_bad=on_bad, limit=limit, verify=self.add, hint=REJECTS
+        )
         (digest,) = deque((window.digest for window in reader.windows(_READ_ROWS)), maxlen=1)
         self.finish(on_bad)
         return digest
@@ -171,8 +173,7 @@ class ByPrompt(Generic[G]):
         )
         for place, reason, body in bad:
             if on_bad is None:
-                hint = "--rejects FILE sets bad records aside and goes on"
-                raise RecordError(reason, where=place, hint=hint)
+                raise RecordError(reason, where=place, hint=REJECTS)
             on_bad(place, reason, body.decode())
 
     def _note(self, found: list[tuple[int, int, Any]], refused: list[tuple[int, str]]) -> None:

@@ -35,7 +35,7 @@ from polarctl.policies.by_prompt import (
 from polarctl.policies.pairing import Pairing
 from polarctl.records import prompt_id
 from polarctl.storage.compression import is_compressed
-from polarctl.storage.read import OnBad, Reader, is_pipe, place_of
+from polarctl.storage.read import REJECTS, OnBad, Reader, is_pipe, place_of
 
 _LINE_BITS = 40  # of a row's order; above them the number of its file
 _COMPRESSION = 4  # by which text shrinks, about
@@ -171,7 +171,7 @@ class RemoteGroups:
     def _refuse(bad: list[Bad], on_bad: OnBad | None) -> None:
         for one in sorted(bad, key=lambda one: one[:2]):
             if on_bad is None or one.raw is None:
-                hint = one.hint or "--rejects FILE sets bad records aside and goes on"
+                hint = one.hint or REJECTS
                 raise RecordError(one.reason, where=one.where, hint=hint)
             on_bad(one.where, one.reason, one.raw)
 

@@ -31,7 +31,8 @@ from polarctl.policies.writer import Writer
 from polarctl.records import Record, prompt_id
 from polarctl.rl.registry import OVERLONG, answers_of, limits_of, texts_for
 from polarctl.scoring.answers import Answers
-from polarctl.storage import atomic, windows
+from polarctl.storage import atomic
+from polarctl.storage.read import Reader
 from polarctl.storage.run_folder import Run
 from polarctl.verifiers import named
 from polarctl.verifiers.named import Verifier, open_verifier
@@ -240,7 +241,7 @@ def prepared(
         kept = tuple(record for i, record in enumerate(run.records) if i not in held)
         run = dataclasses.replace(run, records=kept)
     else:
-        records = _read(config, verify(_applying(verifier)))
+        records = list(Reader([config.check_prompts], "prompt", verify=verify(_applying(verifier))))
         known = {prompt_id({"prompt": record["prompt"]}) for record in run.records}
         both = sum(prompt_id({"prompt": record["prompt"]}) in known for record in records)
         if both:
@@ -267,15 +268,6 @@ def _applying(verifier: Verifier) -> Callable[[Record], None]:
             )
 
     return check
-
-
-def _read(config: Any, verify: Callable[[Record], None]) -> list[Record]:
-    plain = dataclasses.replace(config, limit=None, shard=None, rejects=None)
-    reader = windows.reader_of(plain, [config.check_prompts], "prompt", verify=verify)
-    records = [record for window in reader.windows(1024) for record in window.records]
-    if not records:
-        raise RecordError("no good record", where=config.check_prompts)
-    return records
 
 
 def set_aside(records: Sequence[Record], verifier: Verifier, seed: int) -> set[int]:

@@ -30,6 +30,7 @@ from polarctl.storage.compression import open_bytes
 
 MAX_LINE_BYTES = 64 << 20
 MAX_WINDOW_BYTES = 64 << 20
+REJECTS = "--rejects FILE sets bad records aside and goes on"
 MAX_DEPTH = 128  # orjson writes 254 levels, and what a stage writes wraps a record into some more
 DEEP = f"nested deeper than {MAX_DEPTH} levels"
 _CONVERT = "`polarctl convert` reads it"
@@ -101,6 +102,7 @@ class Reader:
         shard: (I, N): only windows with index % N == I.
         verify: Raises RecordError for a record that fits its schema but not this run.
         learn: Takes the records of each window that a resume passes over.
+        hint: How to go on after a bad row, where there is a way: `REJECTS`.
         rows: Rows read so far, bad ones included.
         bad: Bad rows so far.
     """
@@ -112,6 +114,7 @@ class Reader:
     shard: tuple[int, int] = (0, 1)
     verify: Callable[[Record], None] | None = None
     learn: Callable[[list[Record]], None] | None = None
+    hint: str | None = None
     rows: int = field(default=0, init=False)
     bad: int = field(default=0, init=False)
 
@@ -254,7 +257,8 @@ class Reader:
                 return None
             self.bad += 1
             if self.on_bad is None:
-                raise _placed(error, where) from None
+                hint = error.hint or self.hint
+                raise RecordError(error.reason, where=where, hint=hint) from None
             self.on_bad(where, error.reason, line.decode("utf-8", "replace").rstrip("\n"))
             return None
 
@@ -264,12 +268,6 @@ def _other_input() -> UsageError:
         "cannot resume: the input is not the one that the output was begun with",
         hint="pass --force to start again",
     )
-
-
-def _placed(error: RecordError, where: str) -> RecordError:
-    """The error with its place, and how to go on in spite of it."""
-    hint = error.hint or "--rejects FILE sets bad records aside and goes on"
-    return RecordError(error.reason, where=where, hint=hint)
 
 
 def _near(pattern: str) -> str | None:

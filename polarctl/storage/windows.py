@@ -12,7 +12,7 @@ from polarctl.errors import RecordError, UsageError
 from polarctl.parallel import ray_pool
 from polarctl.parallel.pool import in_order, in_threads
 from polarctl.records import Record
-from polarctl.storage.read import OnBad, Reader, Window, expand, stdin_is_missing
+from polarctl.storage.read import REJECTS, OnBad, Reader, Window, expand, stdin_is_missing
 from polarctl.storage.write import Output
 
 
@@ -53,6 +53,7 @@ def reader_of(
         limit=config.limit,
         shard=shard_of(config.shard) if config.shard else (0, 1),
         verify=verify,
+        hint=None if "rejects" in config.ABSENT else REJECTS,
     )
 
 

@@ -28,7 +28,7 @@ from polarctl.model.template import Encoder, content_text
 from polarctl.parallel import rank as ranks
 from polarctl.parallel.pool import in_order
 from polarctl.records import Record
-from polarctl.storage.read import STDIN, OnBad, Reader
+from polarctl.storage.read import REJECTS, STDIN, OnBad, Reader
 
 VAL_TRIPLES = 1024  # validation triples that are kept; all that are held out stay out of training
 SAMPLE = 512  # triples that stand for the whole, for estimates
@@ -62,7 +62,9 @@ class Source:
 
     def reader(self, paths: list[str], on_bad: OnBad | None) -> Reader:
         """A reader of some of the files."""
-        return Reader(paths, None, on_bad=on_bad, limit=self.limit, verify=self.verify)
+        return Reader(
+            paths, None, on_bad=on_bad, limit=self.limit, verify=self.verify, hint=REJECTS
+        )
 
     def holds_out(self, record: Record) -> bool:
         """Whether a record is for validation: its prompt decides, not its place or the seed."""

@@ -102,3 +102,7 @@ def test_bad_input_is_told(tmp_path, capfd):
     unscored.write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n')
     assert run(["compare", a, str(unscored)]) == 3
     assert f"polarctl: {unscored}:1: has no reward" in capfd.readouterr().err
+    unscored.write_text("{\n")
+    assert run(["compare", a, str(unscored)]) == 3
+    said = capfd.readouterr().err
+    assert f"{unscored}:1: no JSON" in said and "--rejects" not in said

@@ -123,7 +123,9 @@ def test_records_are_found_by_id(tmp_path, capfdbinary):
 def test_what_is_no_record_of_ours_is_named(tmp_path, capfdbinary):
     path = written(tmp_path, TRIPLE, {"prompt": 3})
     assert cli.run(["show", path]) == 3
-    assert f"{path}:2: ".encode() in capfdbinary.readouterr().err
+    said = capfdbinary.readouterr().err
+    assert f"{path}:2: ".encode() in said
+    assert b"--rejects" not in said  # which it does not have
 
 
 @pytest.mark.parametrize("columns", [20, 61, 100, 133])
