@@ -162,5 +162,5 @@ def test_what_is_read_only_once_is_refused(tmp_path, run, monkeypatch):
     monkeypatch.setattr("sys.stdin", open("/dev/null"))
     status, said = run("-", "--ray", "local", "-o", str(tmp_path / "out.jsonl"))
     assert status == 2 and "--ray reads files on every machine, and <stdin> is none" in said[0]
-    status, said = run("-", "--ray", "head", "-o", str(tmp_path / "out.jsonl"))
+    status, said = run("-", "--ray", "head", "-o", str(tmp_path / "out.jsonl"), "--dry-run")
     assert status == 2 and "not auto, local or HOST:PORT" in said[0]
