@@ -209,11 +209,14 @@ def run(config: Config) -> None:
 @contextmanager
 def _groups(config: Config) -> Iterator[Any]:
     """What brings the trajectories of a prompt together."""
+    from polarctl.parallel.ray_pool import check_address
     from polarctl.policies.by_prompt import Groups
     from polarctl.policies.labelling import Rollouts
     from polarctl.verifiers.named import is_verifier
 
     takes_part = partial(_takes_part, config)
+    if config.ray:
+        check_address(config.ray)
     if config.from_rollouts:
         if config.equal_chosen == "resample":
             raise _no_resample()

@@ -22,7 +22,6 @@ import orjson
 
 from polarctl.errors import MissingError, RecordError, UsageError
 from polarctl.parallel.ray_data import Grouped, Keyed
-from polarctl.parallel.ray_pool import check_address
 from polarctl.policies.by_prompt import (
     Fact,
     PromptGroup,
@@ -102,13 +101,9 @@ class RemoteGroups:
         policies: See `by_prompt.Groups`.
         firsts: See there.
         seconds: See there.
-
-    Raises:
-        UsageError: No such form of address.
     """
 
     def __init__(self, address: str, takes_part: Callable[[str], bool]):
-        check_address(address)
         self.address, self.takes_part = address, takes_part
         self.policies: set[str] = set()
         self.firsts: Counter[str] = Counter()

@@ -13,8 +13,8 @@ def new_cluster():
     return Cluster(initialize_head=True, head_node_args=machine)
 
 
-def add_machine(cluster):
-    return cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+def add_machine(cluster, **more):
+    return cluster.add_node(num_cpus=1, object_store_memory=80 << 20, **more)
 
 
 @contextmanager

@@ -47,3 +47,8 @@ class Told:
     def close(self):
         with open(self.folder / "closed", "a") as closed:
             closed.write(f"{os.getpid()} {self.calls}\n")
+
+
+def broken(part):
+    """As `read` of `polarctl.parallel.ray_data.Grouped`."""
+    raise ZeroDivisionError("a fault")

@@ -2,12 +2,16 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import orjson
 import pytest
-from parallel.clusters import two_machines
+from parallel.clusters import add_machine, two_machines
+from parallel.ray_work import broken
 
 from polarctl import cli
+from polarctl.errors import PolarctlError
+from polarctl.parallel.ray_data import Grouped
 from polarctl.stages import pair as stage
 
 slow = pytest.mark.slow
@@ -158,9 +162,33 @@ def test_a_file_that_the_machines_do_not_have_is_told(cluster, inputs, tmp_path,
     assert "one.jsonl: a machine of the cluster has another file of this name, or none" in said[0]
 
 
+@slow
+def test_a_fault_on_a_machine_is_one_line(cluster):
+    with Grouped(cluster.address, [1, 2], 100, broken, list) as grouped:
+        with pytest.raises(PolarctlError, match=r"the work on .* failed: .*a fault") as caught:
+            list(grouped.notes(b"".join))
+    assert caught.value.exit_status == 1 and "\n" not in str(caught.value)
+
+
+@slow
+def test_a_machine_with_other_packages_is_refused(cluster, inputs, tmp_path, run):
+    """What Ray Data hashes keys with decides where a key goes."""
+    package = tmp_path / "more" / "polars-9.9.9.dist-info"
+    package.mkdir(parents=True)
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: polars\nVersion: 9.9.9\n")
+    path = f"{package.parent}:{Path(__file__).parent.parent}"
+    other = add_machine(cluster, env_vars={"PYTHONPATH": path})
+    try:
+        status, said = run(*inputs, "-o", "out.jsonl", "--ray", cluster.address)
+    finally:
+        cluster.remove_node(other)
+    assert status == 4 and "differ in polars: 9.9.9, " in said[0]
+    assert said[1] == "hint: every machine needs the same packages"
+
+
 def test_what_is_read_only_once_is_refused(tmp_path, run, monkeypatch):
     monkeypatch.setattr("sys.stdin", open("/dev/null"))
     status, said = run("-", "--ray", "local", "-o", str(tmp_path / "out.jsonl"))
     assert status == 2 and "--ray reads files on every machine, and <stdin> is none" in said[0]
-    status, said = run("-", "--ray", "head", "-o", str(tmp_path / "out.jsonl"))
+    status, said = run("-", "--ray", "head", "-o", str(tmp_path / "out.jsonl"), "--dry-run")
     assert status == 2 and "not auto, local or HOST:PORT" in said[0]
