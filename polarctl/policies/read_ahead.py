@@ -12,7 +12,7 @@ from pathlib import Path
 from polarctl import console
 from polarctl.policies.pool import Policy
 
-_LEAST_BYTES = 256 << 20  # smaller files load in a moment
+LEAST_BYTES = 256 << 20  # smaller files load in a moment
 _CHUNK_BYTES = 8 << 20
 _ROOM = 2  # times the files: the running policy needs memory, too
 
@@ -48,12 +48,12 @@ class ReadAhead:
     """Reads files in a thread of its own. A context manager: at its end the thread stops.
 
     Args:
-        least: Bytes of weights that are worth it.
+        least: Bytes of weights that are worth it. Default: `LEAST_BYTES`.
         free: Gives the bytes of free memory, or None.
     """
 
-    def __init__(self, *, least: int = _LEAST_BYTES, free: Callable[[], int | None] = free_memory):
-        self._least, self._free = least, free
+    def __init__(self, *, least: int | None = None, free: Callable[[], int | None] = free_memory):
+        self._least, self._free = LEAST_BYTES if least is None else least, free
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 

@@ -66,6 +66,7 @@ class Status:
         }
         self.total = sum(course.total for course in self._courses.values())
         self.done = 0
+        self._latest: str | None = None
 
     def skip(self, policy: Policy, prompts: int) -> None:
         """An earlier run has done so many of the policy's prompts."""
@@ -88,6 +89,7 @@ class Status:
         course.done += prompts * course.samples
         course.tokens += tokens
         course.last = time.monotonic()
+        self._latest = policy.name
         self.done += prompts * course.samples
 
     def failed(self, name: str) -> int:
@@ -101,10 +103,9 @@ class Status:
 
     def line(self) -> str:
         """The policies that are at work, in a few words."""
-        running = [name for name, course in self._courses.items() if course.running]
+        busy = self._at_work()
         parts = []
-        for name in running[:_SHOWN_RUNNING]:
-            course = self._courses[name]
+        for name, course in busy[:_SHOWN_RUNNING]:
             words = [f"{name}: {course.done:,}/{course.total:,}"]
             if failed := self.failed(name):
                 words.append(f"{failed:,} failed")
@@ -113,8 +114,8 @@ class Status:
             if (left := course.left_s()) is not None:
                 words.append(f"{console.duration(left)} left")
             parts.append(", ".join(words))
-        if len(running) > _SHOWN_RUNNING:
-            parts.append(f"{len(running) - _SHOWN_RUNNING} more policies")
+        if len(busy) > _SHOWN_RUNNING:
+            parts.append(f"{len(busy) - _SHOWN_RUNNING} more policies")
         return "; ".join(parts)
 
     def running(self) -> list[tuple[str, ...]]:
@@ -128,9 +129,15 @@ class Status:
                 _number(course.rate()),
                 "-" if (left := course.left_s()) is None else console.duration(left),
             )
-            for name, course in self._courses.items()
-            if course.running
+            for name, course in self._at_work()
         ]
+
+    def _at_work(self) -> list[tuple[str, _Course]]:
+        """Policies with units of work handed out; between two units, the last one's."""
+        found = [(name, course) for name, course in self._courses.items() if course.running]
+        if not found and self._latest is not None:
+            found = [(self._latest, self._courses[self._latest])]
+        return found
 
     def filtered(self) -> bool:
         """Whether a filter has left out a text."""

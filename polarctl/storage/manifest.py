@@ -24,7 +24,16 @@ from polarctl.parallel import rank
 from polarctl.records import SCHEMA_VERSION
 from polarctl.storage import atomic
 
-_PACKAGES = ("torch", "transformers", "accelerate", "trl", "vllm", "deepspeed", "rensa")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "trl",
+    "vllm",
+    "deepspeed",
+    "rensa",
+    "py3langid",
+)
 # What a start may cost: other weights differ everywhere, so a part of a large file tells them apart
 # (a MiB of every 64). Data may differ in one row, so all of it is read, 4 s at 1 GB/s at the most.
 _WHOLE_FILE_BYTES = 256 << 20

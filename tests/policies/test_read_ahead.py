@@ -3,9 +3,13 @@
 import ctypes
 import mmap
 import os
+import re
 
+import orjson
 import pytest
 
+from polarctl import cli
+from polarctl.policies import read_ahead
 from polarctl.policies.pool import Policy
 from polarctl.policies.read_ahead import ReadAhead, free_memory, weights_of
 
@@ -68,6 +72,20 @@ def test_small_weights_and_those_of_a_server_are_left_alone(model, capsys):
         ahead.begin(Policy(name="hub", model="nobody/nothing-of-this-name"))
         ahead.wait()
     assert {in_memory(path) for path in model.iterdir()} == {0} and capsys.readouterr().err == ""
+
+
+def test_sample_reads_each_next_policy_ahead(tmp_path, tiny_lm, monkeypatch, capsys):
+    monkeypatch.setattr(read_ahead, "LEAST_BYTES", 1)
+    rows = [{"policy": name, "model": str(tiny_lm)} for name in ("first", "second", "third")]
+    (tmp_path / "pool.jsonl").write_bytes(b"\n".join(map(orjson.dumps, rows)))
+    (tmp_path / "in.jsonl").write_bytes(orjson.dumps({"prompt": "The sea was"}))
+    command = ["sample", str(tmp_path / "in.jsonl"), "--pool", str(tmp_path / "pool.jsonl")]
+    assert cli.run([*command, "-o", str(tmp_path / "out.jsonl"), "--max-new-tokens", "4"]) == 0
+    said = capsys.readouterr().err
+    assert re.findall(r"weights of policy `(\w+)`, 0\.0 GiB: read ahead", said) == [
+        "second",
+        "third",
+    ]
 
 
 def test_free_memory_is_what_the_system_says():

@@ -9,9 +9,10 @@ import threading
 import orjson
 import pytest
 
-from polarctl import cli
+from polarctl import cli, console
 from polarctl.policies import status
 from polarctl.policies.pool import Policy
+from polarctl.stages import sample as stage
 
 
 class Clock:
@@ -47,6 +48,10 @@ def test_figures_are_those_of_this_run_and_of_each_policy(monkeypatch):
     assert run.line() == "b: 60/3,000, 80 tokens/s, 8 min 10 s left"
     assert run.running() == [("b", "60/3,000", "30", "0", "80", "8 min 10 s")]
     assert run.done == 260
+    clock.now = 60.0
+    run.end(b, 10, tokens=400)  # none is under way: the last one is named
+    assert run.line() == "b: 90/3,000, 80 tokens/s, 8 min 05 s left"
+    assert run.running()[0][:3] == ("b", "90/3,000", "0")
     # Of a 4 samples without text and 3 prompts x 2 samples failed; loops are a share of the texts.
     assert run.rows() == [
         ("a", "190", "10", "19 (10.0%)", "0", "0", "-"),
@@ -61,6 +66,28 @@ def test_a_line_names_few_policies_and_counts_the_rest():
     for policy in policies:
         run.begin(policy, 5)
     assert run.line() == "p0: 0/10; p1: 0/10, 2 failed; p2: 0/10; 2 more policies"
+
+
+def test_without_a_terminal_a_line_names_the_policies_at_work(
+    tmp_path, tiny_lm, monkeypatch, capsys
+):
+    monkeypatch.setattr(stage, "WINDOW_ROWS", 8)
+    monkeypatch.setattr(console, "PLAIN_INTERVAL_S", 0.0)
+    rows = [{"policy": name, "model": str(tiny_lm), "samples": 1} for name in ("first", "second")]
+    (tmp_path / "pool.jsonl").write_bytes(b"\n".join(map(orjson.dumps, rows)))
+    prompts = [{"prompt": f"Text {number} is"} for number in range(24)]
+    (tmp_path / "in.jsonl").write_bytes(b"\n".join(map(orjson.dumps, prompts)))
+    command = ["sample", str(tmp_path / "in.jsonl"), "--pool", str(tmp_path / "pool.jsonl")]
+    assert cli.run([*command, "-o", str(tmp_path / "out.jsonl"), "--max-new-tokens", "4"]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "/48 samples" in line]
+    lines = [re.split(r" (?=first|second)", line) for line in said]
+    assert [whole.split("/48")[0] for whole, _ in lines] == [
+        f"sample: {done}" for done in (8, 16, 24, 32, 40, 48)
+    ]
+    assert [mine.split(",")[0] for _, mine in lines] == [
+        f"{name}: {done}/24" for name in ("first", "second") for done in (8, 16, 24)
+    ]
+    assert all(re.search(r", [\d,]+ tokens/s, \d+ s left$", mine) for _, mine in lines)
 
 
 @contextlib.contextmanager

@@ -196,7 +196,8 @@ def test_a_checkpoint_arrives_whole_private_and_without_traces_of_this_machine(
 
 
 def test_a_data_file_arrives_on_a_branch_of_a_public_repository_of_ones_own(hub, push, tmp_path):
-    data = write_data(tmp_path / "triples.jsonl.gz", records=1500)
+    counts = {"records": 1500, "rejects": 3, "prompts with one policy": 7}
+    data = write_data(tmp_path / "triples.jsonl.gz", records=1500, counts=counts)
     done = push(data, "triples", "--public", "--revision", "v2", "--message", "New triples")
     repo = hub.repos["me/triples"]
     assert (done.returncode, repo.kind, repo.private) == (0, "dataset", False), done.stderr
@@ -213,6 +214,7 @@ def test_a_data_file_arrives_on_a_branch_of_a_public_repository_of_ones_own(hub,
     assert f"| 1,500 | {data.stat().st_size:,} | `{sha256(data)}` |" in card
     assert "| `extra` | Passed through from the source. |" in card
     assert f"](<{plot}>)" in card
+    assert "| prompts with one policy | 7 |" in card and "| bad rows of the input | 3 |" in card
 
 
 def test_what_arrives_as_parquet_is_read_by_datasets_as_it_was(
