@@ -298,12 +298,12 @@ def measured(folder: Path, name: str, measure: str) -> dict[str, Any] | None:
 def over_seeds(values: Sequence[float]) -> tuple[float, float]:
     """Mean, and half of the width of its 95 % interval by Student's t over seeds.
 
-    One value has no interval: half the width is infinite.
+    One value has no interval: the width is 0.
     """
     from scipy.stats import t
 
     if len(values) == 1:
-        return values[0], float("inf")
+        return values[0], 0.0
     half = t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5
     return fmean(values), float(half)
 
@@ -336,6 +336,8 @@ def told(values: Sequence[float], form: str) -> str:
     if not values:
         return ""
     mean, half = over_seeds(values)
+    if len(values) == 1:
+        return f"{mean:{form}}"
     each = ", ".join(f"{value:{form}}" for value in values)
     return f"{mean:{form}} ± {half:.1f} ({each})"
 
