@@ -149,7 +149,7 @@ def test_the_study_of_ablations_runs_to_its_tables_and_resumes(tmp_path):
     ]
     # What was not measured has an empty cell; the mean is that of the seeds.
     assert label["without pre-training"][:3] == ["", "", ""]
-    mean, _, rest = label["with everything"][3].partition(" ± ")
+    mean, _, rest = label["with everything"][3].partition(" [")
     seeds = rest.partition("(")[2].rstrip(" |)").split(", ")
     assert float(mean) == pytest.approx(sum(map(float, seeds)) / 2, abs=0.06)
     policies = {
@@ -160,7 +160,13 @@ def test_the_study_of_ablations_runs_to_its_tables_and_resumes(tmp_path):
     assert len(policies) == 2 and not any(name.startswith("h-") for name in policies)
 
 
-def test_an_interval_over_seeds_is_that_of_student():
-    """Mean 3, deviation 1; 4.303 is the quantile for three seeds: 4.303 / sqrt(3) = 2.484."""
-    mean, half = load("ablations").over_seeds([2.0, 3.0, 4.0])
-    assert mean == 3 and half == pytest.approx(2.484, abs=1e-3)
+def test_three_seeds_have_an_interval_over_seeds_and_two_one_over_prompts():
+    """Mean .3, deviation .1; 4.303 is Student's quantile: 4.303 * .1 / sqrt(3) = .2484.
+
+    Two seeds of one prompt each, 0 and 1: half of the draws have both, a quarter each only one.
+    """
+    ablations = load("ablations")
+    three = [{"a": 0.2}, {"a": 0.3}, {"a": 0.4}]
+    assert ablations.figure(three) == pytest.approx((0.3, 0.3 - 0.2484, 0.3 + 0.2484), abs=1e-4)
+    assert ablations.figure([{"a": 0.0}, {"a": 1.0}]) == pytest.approx((0.5, 0, 1))
+    assert ablations.told([{"a": -1.0, "b": 0.0}], "+.1f") == "-50.0 [-100.0, +0.0]"

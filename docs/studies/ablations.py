@@ -13,7 +13,6 @@ docs/studies/ablations.md.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from study import Study, parser_of, say_cpu_minutes
 
 from polarctl import seeding
 from polarctl.evaluation import plots
-from polarctl.evaluation.metrics import Interval
+from polarctl.evaluation.metrics import Interval, bootstrap_interval
 from polarctl.model.devices import quiet_libraries
 from polarctl.quickstart import policies, world
 from polarctl.quickstart.policies import Zoo
@@ -286,26 +285,47 @@ def more_references(triple: Mapping[str, Any], accept: Sequence[str], most: int)
 # -- the results ----------------------------------------------------------------------------------
 
 
-def measured(folder: Path, name: str, measure: str) -> dict[str, Any] | None:
-    """A figure of one seed with its interval over prompts; None where there is none."""
-    path = folder / "arms" / name / f"{measure}.jsonl.manifest.json"
-    if not path.exists():
-        return None
-    figure: dict[str, Any] = json.loads(path.read_bytes())["counts"]["overall"]["model"]
-    return figure
+Figure = tuple[float, float, float]  # a value and the two ends of its interval
 
 
-def over_seeds(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half of the width of its 95 % interval by Student's t over seeds.
+def right(folder: Path, name: str, measure: str) -> dict[str, float]:
+    """Prompt to 1 where an arm's model was right and to 0 where not; empty: not measured."""
+    path = folder / "arms" / name / f"{measure}.jsonl"
+    if not Path(f"{path}.manifest.json").exists():
+        return {}
+    return {row["id"]: float(row["correct"]) for row in read(path)}
 
-    One value has no interval: half the width is infinite.
-    """
+
+def over_seeds(values: Sequence[float]) -> Figure:
+    """A mean and its 95 % interval by Student's t."""
     from scipy.stats import t
 
-    if len(values) == 1:
-        return values[0], float("inf")
-    half = t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5
-    return fmean(values), float(half)
+    mean = fmean(values)
+    half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+    return mean, mean - half, mean + half
+
+
+def figure(seeds: Sequence[Mapping[str, float]]) -> Figure:
+    """The mean of numbers from -1 to 1 and its 95 % interval.
+
+    Three seeds or more: the interval is over seeds. Fewer: over the prompts of these seeds.
+    """
+    if len(seeds) > 2:
+        return over_seeds([fmean(seed.values()) for seed in seeds])
+    prompts = [(seed, name) for seed, found in enumerate(seeds) for name in found]
+    values = [(value + 1) / 2 for found in seeds for value in found.values()]
+    found = bootstrap_interval(values, prompts, seed=0)
+    low, value, high = (2 * end - 1 for end in (found.low, found.value, found.high))
+    return value, low, high
+
+
+def told(seeds: Sequence[Mapping[str, float]], form: str) -> str:
+    """That figure in percent, and the means of the seeds."""
+    if not seeds:
+        return ""
+    value, low, high = (f"{100 * number:{form}}" for number in figure(seeds))
+    each = ", ".join(f"{100 * fmean(seed.values()):{form}}" for seed in seeds)
+    return f"{value} [{low}, {high}]" + (f" ({each})" if len(seeds) > 1 else "")
 
 
 def tables(folders: Sequence[Path], names: Sequence[str], sizes: Sizes) -> str:
@@ -317,13 +337,11 @@ def tables(folders: Sequence[Path], names: Sequence[str], sizes: Sizes) -> str:
     for name in names:
         cells, gaps = [], []
         for measure in MEASURES:
-            figures = [measured(folder, name, measure) for folder in folders]
-            bases = [measured(folder, ALL, measure) for folder in folders]
-            values = [100 * figure["value"] for figure in figures if figure]
-            pairs = zip(figures, bases, strict=True)
-            differences = [100 * (a["value"] - b["value"]) for a, b in pairs if a and b]
-            cells.append(told(values, ".1f"))
-            gaps.append(told(differences, "+.1f"))
+            mine = [right(folder, name, measure) for folder in folders]
+            first = [right(folder, ALL, measure) for folder in folders]
+            cells.append(told([seed for seed in mine if seed], ".1f"))
+            pairs = [(a, b) for a, b in zip(mine, first, strict=True) if a and b]
+            gaps.append(told([{id_: a[id_] - b[id_] for id_ in a} for a, b in pairs], "+.1f"))
         label = ARMS[name].label.format(few=sizes.few)
         lines.append(f"| {label} | {' | '.join(cells)} |")
         if name != ALL:
@@ -331,28 +349,17 @@ def tables(folders: Sequence[Path], names: Sequence[str], sizes: Sizes) -> str:
     return "\n".join([*lines, "", *changes])
 
 
-def told(values: Sequence[float], form: str) -> str:
-    """A mean with its interval over seeds, and each seed's value."""
-    if not values:
-        return ""
-    mean, half = over_seeds(values)
-    each = ", ".join(f"{value:{form}}" for value in values)
-    return f"{mean:{form}} ± {half:.1f} ({each})"
-
-
 def picture(folders: Sequence[Path], names: Sequence[str], sizes: Sizes) -> plots.Drawing:
-    """The same accuracies as bars, with intervals over seeds."""
+    """The same accuracies as bars, with their intervals."""
     rows = []
     for name in names:
         bars = {}
         for measure, label in MEASURES.items():
-            figures = [measured(folder, name, measure) for folder in folders]
-            values = [figure["value"] for figure in figures if figure]
-            if values:
-                mean, half = over_seeds(values)
-                ends = max(0.0, mean - half), min(1.0, mean + half)
-                cases = sum(figure["n"] for figure in figures if figure)
-                bars[label] = Interval(mean, *ends, cases, len(values))
+            seeds = [found for folder in folders if (found := right(folder, name, measure))]
+            if seeds:
+                value, low, high = figure(seeds)
+                cases = sum(map(len, seeds))
+                bars[label] = Interval(value, max(0.0, low), min(1.0, high), cases, len(seeds))
         rows.append((ARMS[name].label.format(few=sizes.few), bars))
     return plots.accuracy_bars(rows, title="What each part is worth")
 

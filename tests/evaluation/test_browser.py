@@ -129,7 +129,8 @@ def test_a_report_is_printed_on_white_and_whole(folder, browser):
 
 def test_plots_are_there_as_svg_too(folder, browser):
     drawings = sorted(folder.glob("*/*.svg"))
-    assert {path.stem for path in drawings} >= {"accuracy", "policies", "pass_at_k", "wins"}
+    names = {path.stem for path in drawings}
+    assert names >= {"accuracy", "differences", "policies", "pass_at_k", "wins"}
     for path in drawings:
         browser.open(path.as_uri(), 700)
         assert browser.complaints() == []
