@@ -87,10 +87,10 @@ class Config(Common):
     clean: Annotated[
         bool, typer.Option(help="Cut repetition loops and endings cut by the length limit.")
     ] = True
-    min_tokens: Annotated[
+    drop_shorter: Annotated[
         int, typer.Option(min=0, help="Leave out texts that have fewer tokens when cleaned.")
     ] = 0
-    max_tokens: Annotated[
+    drop_longer: Annotated[
         int | None, typer.Option(min=1, help="Leave out texts that have more tokens when cleaned.")
     ] = None
     language: Annotated[
@@ -124,7 +124,7 @@ def filters_of(config: Config) -> Filters:
     """Which texts are left out."""
     from polarctl.policies import filters
 
-    return filters.Filters(config.min_tokens, config.max_tokens, config.language)
+    return filters.Filters(config.drop_shorter, config.drop_longer, config.language)
 
 
 def policies_of(config: Config) -> list[Policy]:

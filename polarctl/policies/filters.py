@@ -37,7 +37,7 @@ class Filters:
         """
         if self.max_tokens is not None and self.max_tokens < self.min_tokens:
             raise UsageError(
-                f"`--max-tokens {self.max_tokens}` is less than `--min-tokens {self.min_tokens}`"
+                f"`--drop-longer {self.max_tokens}` is less than `--drop-shorter {self.min_tokens}`"
             )
         if not self.languages:
             return

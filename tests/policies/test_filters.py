@@ -46,7 +46,7 @@ def test_bounds_are_kept(tokens, why):
 
 
 def test_what_keeps_nothing_or_is_unknown_is_refused(monkeypatch):
-    with pytest.raises(UsageError, match="`--max-tokens 4` is less than `--min-tokens 5`"):
+    with pytest.raises(UsageError, match="`--drop-longer 4` is less than `--drop-shorter 5`"):
         Filters(5, 4).check()
     with pytest.raises(UsageError, match="`--language xx`: no such language") as caught:
         Filters(languages=("en", "xx")).check()
@@ -64,7 +64,7 @@ def test_a_run_leaves_texts_out_counts_them_and_keeps_the_rest_as_they_were(
     rows = [{"prompt": f"Text {number} is", "id": f"t{number}"} for number in range(30)]
     (tmp_path / "in.jsonl").write_bytes(b"\n".join(map(orjson.dumps, rows)))
     command = ["sample", str(tmp_path / "in.jsonl"), "-m", str(tiny_lm), "--max-new-tokens", "24"]
-    bounds = ["--min-tokens", "8", "--max-tokens", "20"]
+    bounds = ["--drop-shorter", "8", "--drop-longer", "20"]
     found, counts = {}, {}
     for name, more in {"raw": ["--no-clean"], "all": [], "some": bounds}.items():
         out = tmp_path / f"{name}.jsonl"
