@@ -211,7 +211,7 @@ def table_of(rows, draw):
         return data, ".json"
     rows = [row if isinstance(row, dict) else {"prompt": row} for row in rows]
     if way < 0.8:
-        names = draw.sample([*rows[0], "label", "prompt"], k=draw.randint(1, len(rows[0])))
+        names = draw.sample([*rows[0], "label", "prompt"], k=draw.randint(1, 2))
         text = io.StringIO()
         writer = csv.writer(text)
         writer.writerow(names)
