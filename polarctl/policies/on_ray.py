@@ -205,8 +205,10 @@ def _survey(paths: list[str], limit: int | None) -> _Survey:
             for _, line in Reader([path], None, limit=left).lines() if left != 0 else ():
                 rows, size = rows + 1, size + len(line)
                 running.update(line)
-        except RecordError:  # a machine comes upon it, too, and what was before it counts first
-            pass
+        except RecordError:
+            if limit is not None:  # no machine reads beyond these rows
+                raise
+            # A machine comes upon it, too, and what is wrong before it is told first.
         files.append((rows, size))
         left = None if left is None else left - rows
     return _Survey(files, running.hexdigest())

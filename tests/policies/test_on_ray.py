@@ -186,6 +186,15 @@ def test_a_machine_with_other_packages_is_refused(cluster, inputs, tmp_path, run
     assert said[1] == "hint: every machine needs the same packages"
 
 
+def test_a_broken_file_is_told_within_a_limit(tmp_path, run):
+    whole = gzip.compress(b"".join(orjson.dumps(row) + b"\n" for row in trajectories(99, "ab")))
+    (tmp_path / "torn.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    command = [str(tmp_path / "torn.jsonl.gz"), "-o", str(tmp_path / "out.jsonl"), "--limit", "390"]
+    expected = run(*command)
+    assert expected[0] == 3 and "torn.jsonl.gz: cannot read on" in expected[1][0]
+    assert run(*command, "--ray", "local") == expected
+
+
 def test_what_is_read_only_once_is_refused(tmp_path, run, monkeypatch):
     monkeypatch.setattr("sys.stdin", open("/dev/null"))
     status, said = run("-", "--ray", "local", "-o", str(tmp_path / "out.jsonl"))
