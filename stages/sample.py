@@ -217,7 +217,7 @@ def _plan(
 ) -> None:
     """Check input and policies without reading weights, and say how much there is to do."""
     from polarctl import console
-    from polarctl.policies import backends
+    from polarctl.policies import backends, shares
     from polarctl.storage import windows
 
     how = _running(config, policies)
@@ -241,6 +241,9 @@ def _plan(
         tokens += mine * (most if found.context is None else min(most, found.context))
         some = "" if policy.weight == 1 else f"weight {policy.weight:g}, about "
         console.note(f"  {policy.name}: {found.text}; {some}{prompts:,} prompts x {policy.samples}")
+    wrappers = {policy.name: found.wrapper for policy, found in zip(policies, seen, strict=True)}
+    for line in shares.in_words(shares.by_kind(policies, lambda policy: wrappers[policy.name])):
+        console.note(f"  {line}")
     passes = len(policies)
     console.note(
         f"sample: {passes:,} passes, {samples:,} samples, {tokens:,} new tokens at most: "

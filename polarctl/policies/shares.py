@@ -7,13 +7,14 @@ of weight 2/131 each prompt has two of them, as in POLAR's recipe.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from polarctl import seeding
+from polarctl import console, seeding
 from polarctl.policies.pool import Policy
 from polarctl.policies.prompts import Prompts
 from polarctl.policies.uniforms import uniforms
@@ -21,6 +22,7 @@ from polarctl.records import Record
 
 Bools: TypeAlias = NDArray[np.bool_]
 _SHARE = "share"
+_NEAR_WHOLE = 1e-3  # what users' decimals of 2/131 add up to
 
 
 def lots(ids: Sequence[str], policies: Sequence[Policy], seed: int) -> Bools:
@@ -54,6 +56,28 @@ def lots(ids: Sequence[str], policies: Sequence[Policy], seed: int) -> Bools:
     return found
 
 
+def by_kind(
+    policies: Sequence[Policy], wrapper_of: Callable[[Policy], str]
+) -> dict[str, list[Policy]]:
+    """The policies with a weight, by their wrapper: those that draw lots among themselves."""
+    kinds: dict[str, list[Policy]] = {}
+    for policy in policies:
+        if policy.weight < 1:
+            kinds.setdefault(wrapper_of(policy), []).append(policy)
+    return kinds
+
+
+def in_words(kinds: Mapping[str, Sequence[Policy]]) -> Iterator[str]:
+    """How many policies with a weight a prompt has, for each kind."""
+    for wrapper, some in kinds.items():
+        total = sum(policy.weight for policy in some)
+        near = round(total)
+        whole = abs(total - near) < _NEAR_WHOLE
+        number = f"{near}" if whole else f"{math.floor(total)} or {math.ceil(total)}"
+        kind = "chat" if wrapper == "sft" else "base"
+        yield f"weights: a prompt has {number} of {len(some):,} {kind} policies with a weight"
+
+
 class Shares:
     """The prompts of each policy, in units of work.
 
@@ -82,14 +106,14 @@ class Shares:
         self._starts = [0]  # of each window in it
         self._units: dict[str, list[range]] = {}  # the windows of each unit
         self._totals: dict[str, int] = {}
-        kinds: dict[str, list[Policy]] = {}
-        for policy in policies:
-            if policy.weight < 1:
-                kinds.setdefault(wrapper_of(policy), []).append(policy)
-                self._drawn[policy.name] = bytearray()
+        kinds = by_kind(policies, wrapper_of)
+        for line in in_words(kinds):
+            console.note(line)
         if not kinds:
             return
-        sizes: Mapping[str, list[int]] = {name: [] for name in self._drawn}
+        names = [policy.name for some in kinds.values() for policy in some]
+        self._drawn = {name: bytearray() for name in names}
+        sizes: dict[str, list[int]] = {name: [] for name in names}
         for number in range(prompts.windows):
             window = prompts.window(number)
             self._starts.append(self._starts[-1] + -(-len(window) // 8))

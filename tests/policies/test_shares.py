@@ -10,7 +10,7 @@ import pytest
 
 from polarctl import cli
 from polarctl.policies.pool import Policy
-from polarctl.policies.shares import joined, lots
+from polarctl.policies.shares import by_kind, in_words, joined, lots
 from polarctl.stages import sample as stage
 
 IDS = [f"q{number}" for number in range(20_000)]
@@ -56,6 +56,16 @@ def test_order_company_and_number_of_prompts_do_not_matter():
     order = [2, 0, 3, 1]
     moved = lots(IDS[:500], [policies[n] for n in order], seed=7)
     assert (moved == drawn[:, order]).all()
+
+
+@pytest.mark.parametrize(
+    ("weights", "number"),
+    [([0.0152672] * 131, "2 of 131"), ([0.5, 0.5, 0.7], "1 or 2 of 3"), ([0.25], "0 or 1 of 1")],
+)
+def test_the_number_of_policies_of_a_prompt_is_told(weights, number):
+    policies = [*pool(*weights), Policy(name="all", model="m")]
+    (line,) = in_words(by_kind(policies, lambda policy: "pretrain"))
+    assert line == f"weights: a prompt has {number} base policies with a weight"
 
 
 @pytest.mark.parametrize(
