@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 
 from polarctl.errors import RecordError
-from polarctl.model.template import content_text
+from polarctl.model.template import content_text, plain_text
 from polarctl.records import Record, prompt_id
 from polarctl.storage import atomic
 
@@ -35,11 +35,6 @@ def origin(record: Mapping[str, Any]) -> str:
     return "field" if "reference" in record or "references" in record else "none"
 
 
-def folded(text: Any) -> str:
-    """A text by which copies are known, whatever the space between words."""
-    return " ".join(content_text(text).split())
-
-
 def other_correct(records: Iterable[Record]) -> Iterator[Record | None]:
     """Each group with its first correct answers as `references`; None where there are not two.
 
@@ -51,7 +46,7 @@ def other_correct(records: Iterable[Record]) -> Iterator[Record | None]:
         good: dict[str, Any] = {}
         for candidate, label in zip(record.get("candidates", []), labels, strict=True):
             if label == max(labels) > 0:
-                good.setdefault(folded(candidate["output"]), candidate["output"])
+                good.setdefault(plain_text(candidate["output"]), candidate["output"])
         if len(good) < 2:
             yield None
             continue

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 from polarctl import console
 from polarctl.errors import PolarctlError, RecordError
-from polarctl.evaluation.reference_source import FROM, OTHER_CORRECT, folded
-from polarctl.model.template import PIECES
+from polarctl.evaluation.reference_source import FROM, OTHER_CORRECT
+from polarctl.model.template import PIECES, plain_text
 from polarctl.records import KINDS, Record, check, kind_of_scorable, outputs_of
 from polarctl.scoring.answers import AS_THEY_ARE, FAULTS, Answers
 
@@ -368,7 +368,7 @@ def _comparisons(
     pairs = [(i, k) for i in range(len(references)) for k in range(len(outputs))]
     if record.get(FROM) != OTHER_CORRECT or references == [""]:
         return pairs
-    known, texts = [folded(text) for text in references], [folded(text) for text in outputs]
+    known, texts = [plain_text(text) for text in references], [plain_text(text) for text in outputs]
     pairs = [(i, k) for i, k in pairs if known[i] != texts[k]]
     if len({k for _, k in pairs}) < len(outputs):
         raise RecordError("a candidate has no reference but itself", where=record.where)
