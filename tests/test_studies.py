@@ -147,11 +147,11 @@ def test_the_study_of_ablations_runs_to_its_tables_and_resumes(tmp_path):
         "| temperature 0.5",
         "| temperature 1.5",
     ]
-    # What was not measured has an empty cell; the mean is that of the seeds.
+    # What was not measured has an empty cell; the figure is over the prompts of both seeds.
     assert label["without pre-training"][:3] == ["", "", ""]
     mean, _, rest = label["with everything"][3].partition(" [")
-    seeds = rest.partition("(")[2].rstrip(" |)").split(", ")
-    assert float(mean) == pytest.approx(sum(map(float, seeds)) / 2, abs=0.06)
+    seeds = [float(one) for one in rest.partition("(")[2].rstrip(" |)").split(", ")]
+    assert len(seeds) == 2 and min(seeds) <= float(mean) <= max(seeds)
     policies = {
         row["policy"]
         for line in (tmp_path / "seed-0/arms/policies-few/triples.jsonl").read_text().splitlines()

@@ -3,9 +3,9 @@ r"""Ablations of POLAR in small: what each part is worth, on the quickstart's wo
     python docs/studies/ablations.py --seed 0 1 2 -o ablations
     python docs/studies/ablations.py --only temperature -o ablations
 
-Five parts: `paper` (without pre-training, without references, without both), `policies`,
-`checkpoints`, `negatives`, `references`, `temperature`. Every row differs from the first in one
-thing; steps, triples of a step and labels are the same for all. The real stages run by their
+Seven parts: `paper` (without pre-training, without references, without both), `policies`,
+`checkpoints`, `negatives`, `references`, `temperature`, `copies`. Every row differs from the first
+in one thing; steps, triples of a step and labels are the same for all. The real stages run by their
 command lines, and the same command again goes on where it stopped. The results are in
 docs/studies/ablations.md.
 """
@@ -99,6 +99,7 @@ class Arm:
         negatives: Rejected texts of a triple.
         temperature: Of the samples that pre-training sees.
         references: To judge by: the mean of the rewards.
+        copies: Whether a chosen text may be the reference itself.
         model: Another arm whose models it takes.
     """
 
@@ -110,6 +111,7 @@ class Arm:
     negatives: int = 1
     temperature: str = "1"
     references: int = 1
+    copies: bool = True
     model: str = ""
 
 
@@ -132,6 +134,7 @@ PARTS = {
         "cool": Arm(label="temperature 0.5", temperature="0.5"),
         "hot": Arm(label="temperature 1.5", temperature="1.5"),
     },
+    "copies": {"no-copies": Arm(label="no copies as chosen", copies=False)},
 }
 for _arms in PARTS.values():
     ARMS |= _arms
@@ -225,6 +228,7 @@ class AblationStudy(Study):
             self.polarctl(
                 *("pair", self.sample("train", arm.temperature), *self.chosen_policies(arm)),
                 *("--triples-per-prompt", str(self.sizes.triples), *negatives, "-o", triples),
+                *(() if arm.copies else ("--equal-chosen", "resample")),
             )
             self.polarctl(
                 *("pretrain", triples, *start, *self.sizes.pretrain.split(), *negatives, *bare),
