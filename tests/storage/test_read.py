@@ -104,12 +104,12 @@ UNSOUND = [
 def test_an_unsound_line_is_refused_with_its_place(tmp_path, line, named):
     path = write(tmp_path / "a.jsonl", b'{"n": 0}\n' + line + b'\n{"n": 2}\n')
     with pytest.raises(RecordError) as caught:
-        list(Reader([path], None))
+        list(Reader([path], None, hint="what helps"))
     assert str(caught.value).startswith(f"{path}:2: ")
     assert named in str(caught.value)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
     assert caught.value.exit_status == 3
-    assert caught.value.hint
+    assert caught.value.hint and ("what helps" in caught.value.hint or "bits" in named)
 
 
 @pytest.mark.parametrize(("line", "named"), UNSOUND)
