@@ -11,11 +11,24 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
+_COUNT = threading.Lock()
+
 
 class _Server(ThreadingHTTPServer):
     request_queue_size = 128  # the default of 5 refuses connections that come together
     daemon_threads = True
     block_on_close = False
+    connections = 0  # that are open
+
+    def process_request(self, *connection: Any) -> None:
+        with _COUNT:
+            self.connections += 1
+        super().process_request(*connection)
+
+    def shutdown_request(self, connection: Any) -> None:
+        super().shutdown_request(connection)
+        with _COUNT:
+            self.connections -= 1
 
     def handle_error(self, *_: object) -> None:
         """A client that has gone away is no error."""
@@ -57,6 +70,12 @@ class LoopbackServer:
     def __exit__(self, *_: object) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+    def settle(self) -> None:
+        """Wait until the clients are gone: no request of theirs is still on its way."""
+        deadline = time.monotonic() + 60
+        while self._server.connections and time.monotonic() < deadline:
+            time.sleep(0.005)
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         """Status and JSON that a good request gets."""

@@ -140,6 +140,7 @@ def test_a_dead_server_stops_the_run_and_the_same_command_goes_on(tmp_path, serv
     assert "the same command goes on from here" in said and "Traceback" not in said
     half = (tmp_path / "out.jsonl").read_bytes()
     assert half.count(b"\n") == 8
+    server.settle()
     server.dies_after = None
     server.bodies.clear()
     assert run(tmp_path, server.url) == 0
