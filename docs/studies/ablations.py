@@ -309,13 +309,14 @@ def over_seeds(values: Sequence[float]) -> Figure:
     return mean, mean - half, mean + half
 
 
-def figure(seeds: Sequence[Mapping[str, float]]) -> Figure:
-    """The mean of numbers from -1 to 1 and its 95 % interval.
+def figure(seeds: Sequence[Mapping[str, float]], least: float = 0.0) -> Figure:
+    """The mean of numbers from `least` to 1 and its 95 % interval, cut to that range.
 
     Three seeds or more: the interval is over seeds. Fewer: over the prompts of these seeds.
     """
     if len(seeds) > 2:
-        return over_seeds([fmean(seed.values()) for seed in seeds])
+        value, low, high = over_seeds([fmean(seed.values()) for seed in seeds])
+        return value, max(least, low), min(1.0, high)
     prompts = [(seed, name) for seed, found in enumerate(seeds) for name in found]
     values = [(value + 1) / 2 for found in seeds for value in found.values()]
     found = bootstrap_interval(values, prompts, seed=0)
@@ -323,11 +324,11 @@ def figure(seeds: Sequence[Mapping[str, float]]) -> Figure:
     return value, low, high
 
 
-def told(seeds: Sequence[Mapping[str, float]], form: str) -> str:
+def told(seeds: Sequence[Mapping[str, float]], form: str, least: float = 0.0) -> str:
     """That figure in percent, and the means of the seeds."""
     if not seeds:
         return ""
-    value, low, high = (f"{100 * number:{form}}" for number in figure(seeds))
+    value, low, high = (f"{100 * number:{form}}" for number in figure(seeds, least))
     each = ", ".join(f"{100 * fmean(seed.values()):{form}}" for seed in seeds)
     return f"{value} [{low}, {high}]" + (f" ({each})" if len(seeds) > 1 else "")
 
@@ -345,7 +346,8 @@ def tables(folders: Sequence[Path], names: Sequence[str], sizes: Sizes) -> str:
             first = [right(folder, ALL, measure) for folder in folders]
             cells.append(told([seed for seed in mine if seed], ".1f"))
             pairs = [(a, b) for a, b in zip(mine, first, strict=True) if a and b]
-            gaps.append(told([{id_: a[id_] - b[id_] for id_ in a} for a, b in pairs], "+.1f"))
+            apart = [{id_: a[id_] - b[id_] for id_ in a} for a, b in pairs]
+            gaps.append(told(apart, "+.1f", least=-1.0))
         label = ARMS[name].label.format(few=sizes.few)
         lines.append(f"| {label} | {' | '.join(cells)} |")
         if name != ALL:
@@ -363,7 +365,7 @@ def picture(folders: Sequence[Path], names: Sequence[str], sizes: Sizes) -> plot
             if seeds:
                 value, low, high = figure(seeds)
                 cases = sum(map(len, seeds))
-                bars[label] = Interval(value, max(0.0, low), min(1.0, high), cases, len(seeds))
+                bars[label] = Interval(value, low, high, cases, len(seeds))
         rows.append((ARMS[name].label.format(few=sizes.few), bars))
     return plots.accuracy_bars(rows, title="What each part is worth")
 
